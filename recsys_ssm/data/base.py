@@ -1,0 +1,348 @@
+"""What every two-tower dataset shares: prepared arrays, batches that are slices of them, the DataModule.
+
+A dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns :class:`TwoTowerSets`. The rest
+(batches, order, shards, resuming) is here, once.
+
+Legend: N pairs, B of them in a batch; U users to rank for; I items in the catalogue.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+
+
+class PairBatch(NamedTuple):
+    """One training or validation batch of (user, item, target)."""
+
+    user: Features
+    item: Features
+    target: Tensor
+    """(B,) float32."""
+    user_index: Tensor
+    """(B,) int64, row of the user table."""
+    item_index: Tensor
+    """(B,) int64, row of the catalogue."""
+
+
+class RankingBatch(NamedTuple):
+    """Users for whom the whole catalogue is ranked."""
+
+    user: Features
+    relevant: Tensor
+    """(U, I) bool."""
+    seen: Tensor | None
+    """(U, I) bool, items not to recommend (seen in training); None: every item may be."""
+    user_index: Tensor
+    """(U,) int64, row of the user table."""
+
+
+class Pairs(NamedTuple):
+    """(user, item, target) triplets as three arrays of one length N."""
+
+    user: Tensor
+    item: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``."""
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_pairs(cls, user: Tensor, item: Tensor, n_users: int) -> Ragged:
+        """Group ``item`` (N,) by ``user`` (N,) in ``range(n_users)``, keeping the order within a user."""
+        order = torch.argsort(user, stable=True)
+        offsets = torch.zeros(n_users + 1, dtype=torch.long)
+        offsets[1:] = torch.bincount(user, minlength=n_users).cumsum(0)
+        return cls(item[order], offsets)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Ragged:
+        """From a (U, I) bool matrix."""
+        user, item = mask.nonzero(as_tuple=True)
+        return cls.from_pairs(user, item, mask.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    def mask(self, start: int, stop: int, n_items: int) -> Tensor:
+        """Users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
+        mask = torch.zeros(stop - start, n_items, dtype=torch.bool)
+        rows = torch.repeat_interleave(torch.arange(stop - start), self.lengths[start:stop])
+        mask[rows, self.values[self.offsets[start] : self.offsets[stop]]] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Users to rank the catalogue for, and what is relevant to each."""
+
+    user: Tensor
+    """(U,) int64, rows of the user table."""
+    relevant: Ragged
+    seen: Ragged | None = None
+
+
+Baseline = Callable[[Tensor], Tensor]
+"""Scores of something simpler (or of an oracle): rows of the user table (U,) to scores (U, I)."""
+
+
+@dataclass
+class TwoTowerSets:
+    """A dataset, prepared: what ``build`` returns."""
+
+    users: Features
+    items: Features
+    item_ids: list[str]
+    """What a recommendation is called, in catalogue order (the order that resolves ties)."""
+    user_schema: FeatureSchema
+    item_schema: FeatureSchema
+    train: Pairs
+    val: Pairs
+    val_ranking: Ranking
+    test_ranking: Ranking
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    """Printed beside the model; ``random`` and ``popularity`` are added to what a dataset gives."""
+    notes: list[str] = field(default_factory=list)
+    """What was read, dropped and why, a line each."""
+    generated: bool = False
+    """Stand-in data: the run's name, logs and results then say so."""
+
+    def __post_init__(self) -> None:
+        n_items = len(self.item_ids)
+        if self.test_ranking.user.numel() == 0:
+            raise UserError("no test user is left: lower the dataset's minimum of relevant items, or give it more data")
+        if self.train.user.numel() == 0:
+            raise UserError("no training pair is left: give the dataset more interactions or hold out fewer users")
+        counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
+        self.baselines = {
+            "random": lambda user: torch.rand(
+                user.numel(), n_items, generator=torch.Generator().manual_seed(n_items)
+            ),
+            "popularity": lambda user: counts.expand(user.numel(), -1),
+            **self.baselines,
+        }
+
+
+class PairLoader:
+    """Batches of pairs, each one a gather from prepared arrays; a plain iterable that Lightning takes as it is.
+
+    The order of epoch e depends on (seed, e) alone, and the loader's state (epoch, batches given out) travels in
+    the checkpoint: a run that was killed in the middle of an epoch goes on with the next batch. With several
+    processes each takes every ``world_size``-th pair; the last, incomplete round is left out of a shuffled epoch
+    so that all take the same number of steps.
+    """
+
+    def __init__(
+        self,
+        users: Features,
+        items: Features,
+        pairs: Pairs,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.users, self.items, self.pairs = users, items, pairs
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        n = self.pairs.user.numel()
+        if self.shuffle:
+            n -= n % self.world_size
+        return -(-len(range(self.rank, n, self.world_size)) // self.batch_size)
+
+    def _order(self) -> Tensor:
+        n = self.pairs.user.numel()
+        if not self.shuffle:
+            return torch.arange(self.rank, n, self.world_size)
+        generator = np.random.default_rng((self.seed, self._epoch))
+        order = torch.from_numpy(generator.permutation(n))
+        return order[: n - n % self.world_size][self.rank :: self.world_size]
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        order = self._order()
+        start, self._position = self._position, 0
+        for position in range(start, len(self)):
+            # The state counts this batch as given out before it is: a checkpoint is written while it is in use.
+            self._position = position + 1
+            index = order[position * self.batch_size : (position + 1) * self.batch_size]
+            user, item = self.pairs.user[index], self.pairs.item[index]
+            yield PairBatch(
+                self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
+            )
+        self._epoch += 1
+        self._position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._position = state["epoch"], state["position"]
+        if self._position >= len(self):
+            self._epoch, self._position = self._epoch + 1, 0
+
+
+class RankingLoader:
+    """Blocks of users to rank for; each process takes a contiguous share, none is padded or counted twice."""
+
+    def __init__(
+        self,
+        users: Features,
+        ranking: Ranking,
+        n_items: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.users, self.ranking, self.n_items, self.batch_size = users, ranking, n_items, batch_size
+        n = ranking.user.numel()
+        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[RankingBatch]:
+        for start in range(self._start, self._stop, self.batch_size):
+            stop = min(start + self.batch_size, self._stop)
+            user = self.ranking.user[start:stop]
+            seen = self.ranking.seen
+            yield RankingBatch(
+                self.users.rows(user),
+                self.ranking.relevant.mask(start, stop, self.n_items),
+                None if seen is None else seen.mask(start, stop, self.n_items),
+                user,
+            )
+
+
+class TwoTowerData(L.LightningDataModule, abc.ABC):
+    """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
+
+    Args:
+        seed: Of everything that is sampled: users, pairs, splits, order.
+        batch_size: Pairs a training batch (on each process).
+        eval_batch_size: Users ranked at once in validation and test; (eval_batch_size, I) scores are held.
+        shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
+    """
+
+    def __init__(
+        self, *, seed: int = 0, batch_size: int = 32, eval_batch_size: int = 256, shuffle: bool = True
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise UserError(
+                f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: give at least 1"
+            )
+        self.seed, self.batch_size = seed, batch_size
+        self.eval_batch_size, self.shuffle = eval_batch_size, shuffle
+        self._sets: TwoTowerSets | None = None
+
+    @abc.abstractmethod
+    def build(self) -> TwoTowerSets:
+        """Read or sample everything; deterministic in the constructor's arguments."""
+
+    @property
+    def sets(self) -> TwoTowerSets:
+        """The prepared data, built at the first use."""
+        if self._sets is None:
+            self._sets = self.build()
+        return self._sets
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.sets
+
+    def train_dataloader(self) -> PairLoader:
+        return self._pairs(self.sets.train, self.batch_size, self.shuffle)
+
+    def val_dataloader(self) -> list[Any]:
+        """Two loaders: pairs (for the loss) and users (for the ranking metrics)."""
+        sets = self.sets
+        return [
+            self._pairs(sets.val, max(self.batch_size, self.eval_batch_size), False),
+            self._ranking(sets.val_ranking),
+        ]
+
+    def test_dataloader(self) -> RankingLoader:
+        return self._ranking(self.sets.test_ranking)
+
+    def _shard(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+    def _pairs(self, pairs: Pairs, batch_size: int, shuffle: bool) -> PairLoader:
+        return PairLoader(
+            self.sets.users,
+            self.sets.items,
+            pairs,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            **self._shard(),
+        )
+
+    def _ranking(self, ranking: Ranking) -> RankingLoader:
+        return RankingLoader(
+            self.sets.users,
+            ranking,
+            len(self.sets.item_ids),
+            batch_size=self.eval_batch_size,
+            **self._shard(),
+        )
+
+
+def sample_negatives(
+    positives: Ragged, user: np.ndarray, n_items: int, generator: np.random.Generator
+) -> np.ndarray:
+    """For each entry of ``user`` (N,) one item, uniform among those not in that user's ``positives``.
+
+    Exact and without rejection: the item of rank r among those a user lacks is r plus the number of his items t_i
+    (sorted, i = 0, 1, …) with t_i - i <= r; one search over all users' keys at once finds that number.
+
+    Args:
+        positives: Each user's items, none twice.
+
+    Raises:
+        UserError: A user already has the whole catalogue.
+    """
+    lengths, offsets = positives.lengths.numpy(), positives.offsets.numpy()
+    room = n_items - lengths[user]
+    if room.size and room.min() <= 0:
+        raise UserError(
+            "a user interacted with every item of the catalogue, so no negative can be drawn: "
+            "enlarge the catalogue or set negatives to 0"
+        )
+    rank = generator.integers(0, room)
+    owner = np.repeat(np.arange(lengths.size), lengths)
+    taken = np.sort(owner * n_items + positives.values.numpy()) - owner * n_items
+    keys = owner * (n_items + 1) + taken - (np.arange(taken.size) - offsets[owner])
+    return rank + np.searchsorted(keys, user * (n_items + 1) + rank, side="right") - offsets[user]
+
+
+def split_users(
+    candidates: Sequence[int] | np.ndarray, sizes: Sequence[int], generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Disjoint random groups of the given sizes (less when the candidates run out), each sorted."""
+    order = generator.permutation(np.asarray(candidates, dtype=np.int64))
+    edges = np.cumsum([0, *sizes])
+    return [np.sort(order[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
