@@ -240,6 +240,7 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
     """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
 
     Args:
+        name: What runs and results are called after.
         seed: Of everything that is sampled: users, pairs, splits, order.
         batch_size: Pairs a training batch (on each process).
         eval_batch_size: Users ranked at once in validation and test; (eval_batch_size, I) scores are held.
@@ -247,14 +248,20 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
     """
 
     def __init__(
-        self, *, seed: int = 0, batch_size: int = 32, eval_batch_size: int = 256, shuffle: bool = True
+        self,
+        *,
+        name: str,
+        seed: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int = 256,
+        shuffle: bool = True,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(
                 f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: give at least 1"
             )
-        self.seed, self.batch_size = seed, batch_size
+        self.name, self.seed, self.batch_size = name, seed, batch_size
         self.eval_batch_size, self.shuffle = eval_batch_size, shuffle
         self._sets: TwoTowerSets | None = None
 
