@@ -1,0 +1,168 @@
+"""Mamba: the selective state space model (Gu and Dao 2023, arXiv 2312.00752).
+
+Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, N = d_state, R = dt_rank, W = d_conv.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recsys_ssm.models.backbones.base import Mixer, Stack
+from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from recsys_ssm.ops.selective_scan import selective_scan, selective_scan_step
+
+
+class MambaState(NamedTuple):
+    """What a Mamba block remembers of the tokens so far."""
+
+    conv: Tensor
+    """(B, E, W - 1), the last inputs of the convolution."""
+    ssm: Tensor
+    """(B, E, N) float32."""
+
+
+class MambaBlock(Mixer):
+    """One Mamba block; names, shapes and initialisation of its parameters are the public implementation's.
+
+    Args:
+        d_model: D.
+        d_state: N.
+        d_conv: W.
+        expand: E / D.
+        dt_rank: R; ``auto`` is ⌈D / 16⌉.
+        dt_min, dt_max: Range the initial step sizes are drawn from, log-uniformly.
+        dt_init_floor: Lower bound of the initial step sizes.
+        conv_bias, bias: Whether the convolution, the projections in and out, have a bias.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        self.d_state, self.d_conv = d_state, d_conv
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.exp(
+            torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+        ).clamp(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+
+    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
+        x_BLE = causal_conv1d(
+            x_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", seq_idx=seq_idx
+        )
+        dt_BLE, B_BLN, C_BLN = self._selection(x_BLE)
+        y_BLE = selective_scan(
+            x_BLE,
+            dt_BLE,
+            self._A(),
+            B_BLN,
+            C_BLN,
+            self.D.float(),
+            z_BLE,
+            self.dt_proj.bias.float(),
+            dt_softplus=True,
+            seq_idx=seq_idx,
+        )
+        return self.out_proj(y_BLE)
+
+    def init_state(self, batch_size: int) -> MambaState:
+        weight = self.in_proj.weight
+        return MambaState(
+            weight.new_zeros(batch_size, self.d_inner, self.d_conv - 1),
+            self.A_log.new_zeros(batch_size, self.d_inner, self.d_state, dtype=self._A().dtype),
+        )
+
+    def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        x_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
+        x_BE, conv = causal_conv1d_step(
+            x_BE, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        dt_BE, B_BN, C_BN = self._selection(x_BE)
+        y_BE, ssm = selective_scan_step(
+            state.ssm,
+            x_BE,
+            dt_BE,
+            self._A(),
+            B_BN,
+            C_BN,
+            self.D.float(),
+            z_BE,
+            self.dt_proj.bias.float(),
+            dt_softplus=True,
+        )
+        return self.out_proj(y_BE), MambaState(conv, ssm)
+
+    def _A(self) -> Tensor:
+        # The parameters of the recurrence stay in (at least) float32 whatever the precision of the rest.
+        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+
+    def _selection(self, x_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What of the recurrence depends on the input: dt before its bias and softplus, B and C."""
+        dt_R, B_N, C_N = self.x_proj(x_E).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return nn.functional.linear(dt_R, self.dt_proj.weight), B_N, C_N
+
+
+class Mamba(Stack):
+    """Mamba blocks in a stack; the defaults are FT-Mamba's tower, 479,232 parameters at d_model 128.
+
+    The paper does not say whether there is a residual connection: ``residual`` decides, docs/results.md has both.
+    """
+
+    causal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        d_model: int = 128,
+        n_layers: int = 4,
+        d_state: int = 16,
+        d_conv: int = 16,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        norm: Literal["post", "pre", "none"] = "post",
+        residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            [
+                MambaBlock(
+                    d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank
+                )
+                for _ in range(n_layers)
+            ],
+            d_model=d_model,
+            norm=norm,
+            residual=residual,
+            dropout=dropout,
+        )
