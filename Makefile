@@ -1,0 +1,52 @@
+# Targets for people and CI; `make` lists them. Needs Python 3.11+ and any make (GNU 3.81 or newer).
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip holds versions to; /dev/null for the newest of everything.
+CONSTRAINTS ?= constraints.txt
+# Passed through to what a target runs:  make train ARGS="dataset=hm backbone=transformer"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help train test test-slow lint format bench dist clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+train: $(STAMP) ## train a model; ARGS="dataset=hm backbone=transformer" and any other option
+	@$(BIN)/python -m recsys_ssm.train $(if $(ARGS),$(ARGS),dataset=spotify backbone=mamba)
+
+test: $(STAMP) ## run the tests; ARGS="-k mamba" and any other pytest option
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that take minutes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## put the code into the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure speed and memory beside other implementations
+	@for script in benchmarks/*.py; do \
+	  echo "== $$script"; OMP_WAIT_POLICY=PASSIVE $(BIN)/python "$$script" $(ARGS) || exit 1; \
+	done
+
+dist: $(STAMP) ## build the wheel and the source package into dist/
+	@$(BIN)/python -m build $(ARGS)
+
+clean: ## remove what was built, the virtual environment included; runs and logs stay
+	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+	find recsys_ssm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find recsys_ssm \( -name '*.so' -o -name '*.dylib' -o -name '*.dll' \) -type f -exec rm -f {} +
+
+# The install: made once, brought up to date when what it comes from is newer.
+$(STAMP): pyproject.toml scripts/venv.sh $(filter-out /dev/null,$(CONSTRAINTS)) \
+    $(wildcard hatch_build.py recsys_ssm/ops/csrc/*)
+	@sh scripts/venv.sh $(PYTHON) $(VENV) $(CONSTRAINTS)

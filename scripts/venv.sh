@@ -1,0 +1,46 @@
+#!/bin/sh
+# Makes the project's virtual environment, or brings it up to date: venv.sh PYTHON VENV CONSTRAINTS
+#
+# Only a finished install leaves the stamp VENV/.installed. VENV/.installing stands while one runs and holds its
+# process id: found with that process gone, the last install was cut short and its environment is thrown away.
+set -eu
+
+python=$1 venv=$2 constraints=$3
+unfinished=$venv/.installing
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+if [ -e "$unfinished" ]; then
+  owner=$(cat "$unfinished")
+  if [ -n "$owner" ] && kill -0 "$owner" 2>/dev/null; then
+    fail "another install into $venv is running (process $owner); try again when it is done"
+  fi
+  echo "Removing the unfinished $venv"
+  rm -rf "$venv"
+fi
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  version=$("$python" --version 2>&1) || version="not there"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 ||
+    fail "Python 3.11 or newer is needed; $python is $version. Name another one: make PYTHON=python3.12"
+  "$venv/bin/python" -c '' 2>/dev/null || rm -rf "$venv" # its Python is gone
+  mkdir -p "$venv"
+  echo $$ >"$unfinished"
+  "$python" -m venv "$venv" >/dev/null 2>&1 || {
+    rm -rf "$venv"
+    fail "$python cannot make a virtual environment with pip (on Debian and Ubuntu: apt install python3-venv)"
+  }
+fi
+
+echo $$ >"$unfinished"
+trap 'exit 130' INT TERM # leaves $unfinished behind, where an error of pip's does not: pip has tidied up then
+echo "Installing into $venv (some minutes the first time)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e '.[dev]' || {
+  rm -f "$unfinished"
+  fail "the install failed (see above)"
+}
+rm -f "$unfinished"
+touch "$venv/.installed"
