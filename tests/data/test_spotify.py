@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from polars.testing import assert_frame_equal
+
+from recsys_ssm.data.base import Ranking, TwoTowerSets
+from recsys_ssm.data.spotify import ASSETS, ATTRIBUTES, GENRES_FILE, SONGS_FILE, SpotifyData
+from recsys_ssm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(os.environ.get("RECSYS_SSM_DATA", ROOT.parent / "shared/data")) / "spotify"
+
+
+def make(**options: object) -> SpotifyData:
+    small = {"n_train": 2_000, "n_val": 50, "n_val_users": 20, "n_test_users": 30}
+    return SpotifyData(**{"name": "spotify", "seed": 0, **small, **options})
+
+
+def preference(likes: torch.Tensor) -> torch.Tensor:
+    """p = u (G - mean(G)) (S - mean(S))ᵀ, written out from the shipped tables: (B, 20) to (B, 50)."""
+    genres = pl.read_csv(ASSETS / GENRES_FILE).select(ATTRIBUTES).to_torch(dtype=pl.Float64)
+    songs = pl.read_csv(ASSETS / SONGS_FILE).select(ATTRIBUTES).to_torch(dtype=pl.Float64)
+    return likes.double() @ (genres - genres.mean(0)) @ (songs - songs.mean(0)).T
+
+
+def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
+    return ranking.relevant.mask(0, ranking.user.numel(), len(sets.item_ids))
+
+
+@pytest.mark.skipif(not SOURCE.is_dir(), reason=f"the playlists are not at {SOURCE}")
+def test_shipped_tables_are_what_the_script_makes() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/make_spotify_tables.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    genres, songs = script.make_tables(SOURCE)
+    assert_frame_equal(pl.read_csv(ASSETS / GENRES_FILE), genres, rel_tol=1e-12)
+    assert_frame_equal(pl.read_csv(ASSETS / SONGS_FILE), songs)
+    blues = pl.read_csv(SOURCE / "blues.csv")
+    assert genres.filter(pl.col("genre") == "blues")["tempo"].item() == pytest.approx(blues["tempo"].mean())
+
+
+def test_shipped_tables() -> None:
+    genres, songs = pl.read_csv(ASSETS / GENRES_FILE), pl.read_csv(ASSETS / SONGS_FILE)
+    assert genres.height == 20 and genres["genre"].is_sorted() and genres["genre"].n_unique() == 20
+    assert songs["rank"].to_list() == list(range(1, 51)) and songs["id"].n_unique() == 50
+
+
+def test_features() -> None:
+    sets = make().sets
+    assert sets.users.numeric.shape == (2_100, 20) and sets.users.categorical.shape == (2_100, 0)
+    assert sets.users.numeric.unique().tolist() == [0, 1], "likes are used as they are"
+    assert sets.user_schema.names == pl.read_csv(ASSETS / GENRES_FILE)["genre"].to_list()
+    assert sets.items.numeric.shape == (50, 0) and sets.item_schema.names == ["rank"]
+    assert sorted(sets.items.categorical[:, 0].tolist()) == list(range(1, 51))
+    assert sets.item_ids == pl.read_csv(ASSETS / SONGS_FILE)["id"].to_list()
+
+
+def test_listeners_like_one_to_four_genres_equally_often() -> None:
+    likes = make(n_train=40_000).sets.users.numeric
+    share = torch.bincount(likes.sum(1).long(), minlength=6) / len(likes)
+    assert share[0] == share[5] == 0
+    torch.testing.assert_close(share[1:5], torch.full((4,), 0.25), atol=0.01, rtol=0)
+    torch.testing.assert_close(likes.mean(0), torch.full((20,), 2.5 / 20), atol=0.01, rtol=0)
+
+
+def test_targets_are_thresholded_centred_preferences() -> None:
+    data = make()
+    train = data.sets.train
+    p = preference(data.sets.users.numeric)[train.user, train.item]
+    assert ((train.target == 1) == (p > 0.1)).all()
+    assert ((train.target == -1) == (p < -0.1)).all()
+    assert ((train.target == 0) == (p.abs() <= 0.1)).all()
+    assert train.target.unique().tolist() == [-1, 0, 1]
+    assert data.sentiment(torch.tensor([-0.2, -0.1, 0.0, 0.1, 0.2])).tolist() == [-1, 0, 0, 0, 1]
+
+
+def test_threshold_is_an_option() -> None:
+    strict = make(threshold=0.3).sets
+    p = preference(strict.users.numeric)[strict.train.user, strict.train.item]
+    assert ((strict.train.target == 1) == (p > 0.3)).all() and (strict.train.target == 1).any()
+    assert (relevant(strict, strict.test_ranking) == (preference(strict.users.numeric)[-30:] > 0.3)).all()
+
+
+def test_relevant_songs_are_the_liked_ones() -> None:
+    sets = make().sets
+    p = preference(sets.users.numeric)
+    assert (relevant(sets, sets.test_ranking) == (p[sets.test_ranking.user] > 0.1)).all()
+    assert (relevant(sets, sets.val_ranking) == (p[sets.val_ranking.user] > 0.1)).all()
+
+
+def test_parts_have_listeners_of_their_own() -> None:
+    sets = make().sets
+    parts = [sets.train.user, sets.val.user, sets.val_ranking.user, sets.test_ranking.user]
+    assert [part.unique().numel() for part in parts] == [2_000, 50, 20, 30]
+    assert torch.cat(parts).unique().numel() == 2_100
+    assert torch.bincount(sets.train.item, minlength=50).min() > 10, "every song is met"
+    assert not torch.equal(sets.users.numeric[:30], sets.users.numeric[sets.test_ranking.user])
+
+
+def test_oracle_reaches_the_measured_ceilings() -> None:
+    sets = make(n_test_users=20_000).sets
+    liked = relevant(sets, sets.test_ranking)
+    top = sets.baselines["oracle"](sets.test_ranking.user).topk(10).indices
+    hits = liked.gather(1, top).double()
+    n_liked = liked.sum(1)
+    some = n_liked > 0
+    assert some.double().mean().item() == pytest.approx(0.966, abs=0.003)
+    published = {5: (0.949, 0.392, 0.982, 0.406), 10: (0.900, 0.682, 0.931, 0.706)}
+    for k, ceilings in published.items():
+        precision = hits[:, :k].mean(1)
+        recall = hits[:, :k].sum(1) / n_liked.clamp(min=1)
+        means = (precision.mean(), recall.mean(), precision[some].mean(), recall[some].mean())
+        # Four standard errors of a mean over 20,000 listeners are .006 at most.
+        assert torch.stack(means).tolist() == pytest.approx(ceilings, abs=0.006)
+
+
+def test_seed_decides_everything_and_parts_are_independent() -> None:
+    def numbers(data: SpotifyData) -> list[torch.Tensor]:
+        sets = data.sets
+        test = sets.users.numeric[sets.test_ranking.user]
+        return [test, sets.train.item, sets.train.target, sets.val.item, sets.users.numeric[:50]]
+
+    first, again, other = (numbers(make(seed=seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    fewer = make(seed=3, n_train=100, n_val=10).sets
+    assert torch.equal(fewer.users.numeric[fewer.test_ranking.user], first[0]), "sizes elsewhere do not matter"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"n_train": 0}, "dataset.n_train=0"),
+        ({"n_val": -1}, "dataset.n_val=-1"),
+        ({"n_test_users": 0}, "dataset.n_test_users=0"),
+        ({"threshold": -0.1}, "dataset.threshold=-0.1"),
+        ({"min_share": 0.3}, "dataset.min_share=0.3"),
+        ({"max_share": 1.5}, "dataset.max_share=1.5"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, float], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        make(**options)
