@@ -1,12 +1,13 @@
-"""Make the two tables that ``dataset=spotify`` ships with from the songs of 20 genre playlists and the Top 50.
+"""Make the two tables that ``dataset=spotify`` ships with.
 
     python scripts/make_spotify_tables.py --source ../shared/data/spotify
 
-reads ``<genre>.csv`` and ``top50.csv`` (one row a song: Spotify's track id and ten attributes, each scaled into
-[0, 1]; the data of the environment in Dereventsov, Starnes and Webster, arXiv:2211.11869) and writes
+reads 20 genre playlists ``<genre>.csv`` and the Top 50 ``top50.csv`` (one row a song: Spotify's
+track id and ten attributes, each scaled into [0, 1]; the data of the environment in Dereventsov,
+Starnes and Webster, arXiv:2211.11869) and writes
 
-- ``spotify_genres.csv`` (20 rows): the mean of each attribute over the genre's songs, genres sorted by name;
-- ``spotify_songs.csv`` (50 rows): the songs of "Top 50 - Global" by rank, their attributes untouched.
+- ``spotify_genres.csv`` (20 rows): the mean of each attribute over a genre's songs, by name;
+- ``spotify_songs.csv`` (50 rows): the songs of "Top 50 - Global" by rank, as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TOP50 = "top50"
 
 
 def make_tables(source: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The genre means (20 rows: ``genre``, attributes) and the songs (50 rows: ``rank``, ``id``, attributes)."""
+    """The genre means (``genre``, attributes) and the songs (``rank``, ``id``, attributes)."""
     genres = sorted(path.stem for path in source.glob("*.csv") if path.stem != TOP50)
     means = [_attributes(source / f"{genre}.csv").mean() for genre in genres]
     top50 = read_table(source / f"{TOP50}.csv", columns=["id"])
@@ -44,9 +45,11 @@ def _attributes(path: Path) -> pl.DataFrame:
 
 def main() -> None:
     default = Path(os.environ.get("RECSYS_SSM_DATA", "../shared/data")) / "spotify"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=default, help="folder of the 21 playlists (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, default=default, help="folder of the 21 playlists")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, table in zip((GENRES_FILE, SONGS_FILE), make_tables(arguments.source), strict=True):

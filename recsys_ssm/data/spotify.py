@@ -1,21 +1,26 @@
 """``dataset=spotify``: listeners of a few genres and the 50 songs of "Top 50 - Global".
 
-The data of FT-Mamba's first experiment (Starnes and Webster, *Mamba for Scalable and Efficient Personalized
-Recommendations*, section III.A), made for reinforcement learning by Dereventsov, Starnes and Webster
-(arXiv:2211.11869). Everything but two small tables is sampled from the seed, so nothing is read or downloaded:
+The data of FT-Mamba's first experiment (Starnes and Webster, *Mamba for Scalable and Efficient
+Personalized Recommendations*, section III.A), made for reinforcement learning by Dereventsov,
+Starnes and Webster (arXiv:2211.11869). Everything but two small tables that ship with the package
+is sampled from the seed, so nothing is downloaded:
 
-- ``G`` (20, 10): the mean of ten audio attributes over the songs of each genre; ``S`` (50, 10): those of the songs.
-- A listener likes k = floor(20 s) random genres, s uniform in [min_share, max_share): a 0/1 vector u.
-- Preference p = u R with R = (G - mean(G)) (S - mean(S))ᵀ, means over the rows. The paper writes u G Sᵀ; the
-  centring is that of the environment's code, without it every listener would like nearly every song.
-- Target of (listener, song): +1 where p > threshold, -1 where p < -threshold, 0 otherwise. Relevant is +1 alone.
+- G (20, 10): the mean of ten audio attributes over the songs of each genre; S (50, 10): those of
+  the songs.
+- A listener likes k = floor(20 s) random genres, s uniform in [min_share, max_share): a 0/1 row u.
+- Preference p = u R with R = (G - mean(G)) (S - mean(S))ᵀ, means over the rows. The paper writes
+  u G Sᵀ; the centring is that of the environment's code, and without it every preference is
+  positive.
+- Target of (listener, song): +1 where p > threshold, -1 where p < -threshold, 0 otherwise.
+  Relevant is +1 alone.
 
-Training, validation and test listeners are independent samples; as only 6,195 different listeners exist (one to
-four of 20 genres), most kinds of test listener also occur in training, as in the paper. Not every listener likes a
-song: with the published settings 3.4% like none, and ranking by p itself (the ``oracle`` baseline, the best any
-model can do) has P@5 .982, P@10 .931, R@5 .406, R@10 .706 over the others, .949, .900, .392, .682 over all.
+Training, validation and test listeners are independent samples. Only 6,195 different ones exist
+(one to four of 20 genres), so most test listeners have a double in training, as in the paper.
+With the published settings 3.4% like no song. Ranking by p itself, the ``oracle`` baseline, is the
+best any model can do: over the other listeners P@5 .982, P@10 .931, R@5 .406, R@10 .706; over all
+.949, .900, .392, .682.
 
-Shapes: B listeners, G genres, S songs.
+Shapes: B listeners, G genres, A attributes, S songs.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ ATTRIBUTES = (
 
 
 class SpotifyData(TwoTowerData):
-    """Listeners as 20 numeric features (0 or 1, unscaled), songs as one categorical feature (their rank).
+    """Listeners as 20 numeric features (0 or 1, unscaled), songs as one categorical: their rank.
 
     Args:
         n_train: Training pairs, each a listener of its own and a random song.
@@ -77,7 +82,12 @@ class SpotifyData(TwoTowerData):
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        sizes = {"n_train": n_train, "n_val": n_val, "n_val_users": n_val_users, "n_test_users": n_test_users}
+        sizes = {
+            "n_train": n_train,
+            "n_val": n_val,
+            "n_val_users": n_val_users,
+            "n_test_users": n_test_users,
+        }
         for option, size in sizes.items():
             if size < 1:
                 raise UserError(f"dataset.{option}={size}: give at least 1")
@@ -88,7 +98,8 @@ class SpotifyData(TwoTowerData):
             )
         if threshold < 0:
             raise UserError(f"dataset.threshold={threshold}: give 0 or more")
-        self.n_train, self.n_val, self.n_val_users, self.n_test_users = n_train, n_val, n_val_users, n_test_users
+        self.n_train, self.n_val = n_train, n_val
+        self.n_val_users, self.n_test_users = n_val_users, n_test_users
         self.min_share, self.max_share, self.threshold = min_share, max_share, threshold
 
     def build(self) -> TwoTowerSets:
@@ -97,7 +108,7 @@ class SpotifyData(TwoTowerData):
         affinity = _affinity(_attributes(genres, GENRES_FILE), _attributes(songs, SONGS_FILE))
         affinity_GS, n_songs = torch.from_numpy(affinity), songs.height
 
-        # One stream a part: the test listeners of a seed stay the same whatever the other parts' sizes are.
+        # One stream a part: a seed's test listeners are the same whatever the other parts' sizes.
         streams = np.random.SeedSequence(self.seed).spawn(4)
         train, val, val_users, test_users = (np.random.default_rng(stream) for stream in streams)
         parts = [
@@ -135,10 +146,7 @@ class SpotifyData(TwoTowerData):
             val_ranking=ranking(rows[2]),
             test_ranking=ranking(rows[3]),
             baselines={"oracle": lambda user: preference(user).float()},
-            notes=[
-                f"{self.n_train:,} pairs of a sampled listener and one of {n_songs} songs; "
-                f"{self.n_test_users:,} test listeners sampled apart"
-            ],
+            notes=[f"listeners and {self.n_train:,} training pairs sampled, {n_songs} songs"],
         )
 
     def sentiment(self, preference: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ class SpotifyData(TwoTowerData):
     def _sample_listeners(self, n: int, n_genres: int, rng: np.random.Generator) -> np.ndarray:
         """(n, n_genres) float64 of 0 and 1: the genres each listener likes."""
         n_liked_B = np.floor(n_genres * rng.uniform(self.min_share, self.max_share, n))
-        # A genre's place in a random order of all: those in the first n_liked places are a uniform choice.
+        # The genres in the first n_liked places of a random order of all are a uniform choice.
         place_BG = rng.random((n, n_genres)).argsort(axis=1).argsort(axis=1)
         return (place_BG < np.maximum(n_liked_B, 1)[:, None]).astype(np.float64)
 
@@ -159,5 +167,5 @@ def _attributes(table: pl.DataFrame, where: str) -> np.ndarray:
 
 
 def _affinity(genres_GA: np.ndarray, songs_SA: np.ndarray) -> np.ndarray:
-    """R (G, S): inner products of the genres' and the songs' attributes, each less its mean over the rows."""
+    """R (G, S): inner products of the genres' and the songs' attributes, each less its mean."""
     return (genres_GA - genres_GA.mean(axis=0)) @ (songs_SA - songs_SA.mean(axis=0)).T

@@ -23,7 +23,7 @@ def make(**options: object) -> SpotifyData:
 
 
 def preference(likes: torch.Tensor) -> torch.Tensor:
-    """p = u (G - mean(G)) (S - mean(S))ᵀ, written out from the shipped tables: (B, 20) to (B, 50)."""
+    """p = u (G - mean(G)) (S - mean(S))ᵀ from the shipped tables: (B, 20) to (B, 50)."""
     genres = pl.read_csv(ASSETS / GENRES_FILE).select(ATTRIBUTES).to_torch(dtype=pl.Float64)
     songs = pl.read_csv(ASSETS / SONGS_FILE).select(ATTRIBUTES).to_torch(dtype=pl.Float64)
     return likes.double() @ (genres - genres.mean(0)) @ (songs - songs.mean(0)).T
@@ -36,28 +36,34 @@ def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"the playlists are not at {SOURCE}")
 def test_shipped_tables_are_what_the_script_makes() -> None:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts/make_spotify_tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     genres, songs = script.make_tables(SOURCE)
     assert_frame_equal(pl.read_csv(ASSETS / GENRES_FILE), genres, rel_tol=1e-12)
     assert_frame_equal(pl.read_csv(ASSETS / SONGS_FILE), songs)
     blues = pl.read_csv(SOURCE / "blues.csv")
-    assert genres.filter(pl.col("genre") == "blues")["tempo"].item() == pytest.approx(blues["tempo"].mean())
+    tempo = genres.filter(pl.col("genre") == "blues")["tempo"].item()
+    assert tempo == pytest.approx(blues["tempo"].mean())
 
 
 def test_shipped_tables() -> None:
     genres, songs = pl.read_csv(ASSETS / GENRES_FILE), pl.read_csv(ASSETS / SONGS_FILE)
-    assert genres.height == 20 and genres["genre"].is_sorted() and genres["genre"].n_unique() == 20
-    assert songs["rank"].to_list() == list(range(1, 51)) and songs["id"].n_unique() == 50
+    assert genres.height == genres["genre"].n_unique() == 20
+    assert genres["genre"].is_sorted()
+    assert songs["rank"].to_list() == list(range(1, 51))
+    assert songs["id"].n_unique() == 50
 
 
 def test_features() -> None:
     sets = make().sets
-    assert sets.users.numeric.shape == (2_100, 20) and sets.users.categorical.shape == (2_100, 0)
+    assert sets.users.numeric.shape == (2_100, 20)
+    assert sets.users.categorical.shape == (2_100, 0)
     assert sets.users.numeric.unique().tolist() == [0, 1], "likes are used as they are"
     assert sets.user_schema.names == pl.read_csv(ASSETS / GENRES_FILE)["genre"].to_list()
-    assert sets.items.numeric.shape == (50, 0) and sets.item_schema.names == ["rank"]
+    assert sets.items.numeric.shape == (50, 0)
+    assert sets.item_schema.names == ["rank"]
     assert sorted(sets.items.categorical[:, 0].tolist()) == list(range(1, 51))
     assert sets.item_ids == pl.read_csv(ASSETS / SONGS_FILE)["id"].to_list()
 
@@ -84,8 +90,10 @@ def test_targets_are_thresholded_centred_preferences() -> None:
 def test_threshold_is_an_option() -> None:
     strict = make(threshold=0.3).sets
     p = preference(strict.users.numeric)[strict.train.user, strict.train.item]
-    assert ((strict.train.target == 1) == (p > 0.3)).all() and (strict.train.target == 1).any()
-    assert (relevant(strict, strict.test_ranking) == (preference(strict.users.numeric)[-30:] > 0.3)).all()
+    assert ((strict.train.target == 1) == (p > 0.3)).all()
+    assert (strict.train.target == 1).any()
+    liked = preference(strict.users.numeric)[strict.test_ranking.user] > 0.3
+    assert (relevant(strict, strict.test_ranking) == liked).all()
 
 
 def test_relevant_songs_are_the_liked_ones() -> None:
@@ -131,7 +139,8 @@ def test_seed_decides_everything_and_parts_are_independent() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     fewer = make(seed=3, n_train=100, n_val=10).sets
-    assert torch.equal(fewer.users.numeric[fewer.test_ranking.user], first[0]), "sizes elsewhere do not matter"
+    test = fewer.users.numeric[fewer.test_ranking.user]
+    assert torch.equal(test, first[0]), "the other parts' sizes do not matter"
 
 
 @pytest.mark.parametrize(
