@@ -15,8 +15,8 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# One thread: the tests' tensors are small, and sums come out the same on every machine. A test about
-# threads sets its own number; `_one_thread` puts this one back.
+# One thread: the tests' tensors are small, and sums come out the same on every machine. A test
+# about threads sets its own number; `_one_thread` puts this one back.
 torch.set_num_threads(1)
 
 
@@ -34,7 +34,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data: ``$RECSYS_SSM_DATA``, else ``../shared/data`` beside the checkout."""
+    """Real data: the folder ``$RECSYS_SSM_DATA``, else ``../shared/data`` beside the checkout."""
     folder = Path(os.environ.get("RECSYS_SSM_DATA") or REPOSITORY.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder} (set RECSYS_SSM_DATA)")

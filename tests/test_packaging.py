@@ -1,0 +1,181 @@
+"""What a user gets: the wheel, its metadata, and training from nothing but the wheel."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import recsys_ssm
+from recsys_ssm.paths import CONF_DIR
+
+
+def _run(
+    command: list[str | Path], cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (
+        f"{command} exited with {done.returncode}\n{done.stdout}{done.stderr}"
+    )
+    return done
+
+
+@pytest.fixture(scope="module")
+def sdist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    _run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder], repository)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source package: what that lacks, the wheel would lack."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(source, filter="data")
+    (root,) = source.iterdir()
+    _run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], root)
+    (archive_path,) = folder.iterdir()
+    return archive_path
+
+
+def _files(folder: Path, pattern: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern)}
+
+
+def test_wheel_holds_the_package_and_its_configs(wheel: Path, repository: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    top = {name.split("/")[0] for name in names}
+    assert top == {"recsys_ssm", f"recsys_ssm-{recsys_ssm.__version__}.dist-info"}
+
+    configs = _files(repository / "conf", "*.yaml")
+    assert "train.yaml" in configs
+    assert {f"recsys_ssm/conf/{name}" for name in configs} <= names
+
+    modules = _files(repository / "recsys_ssm", "*.py") | {"py.typed"}
+    assert {f"recsys_ssm/{name}" for name in modules} <= names
+    assets = _files(repository / "recsys_ssm", "*.csv")
+    assert {f"recsys_ssm/{name}" for name in assets} <= names
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        folder = f"recsys_ssm-{recsys_ssm.__version__}.dist-info"
+        metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
+        assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    assert metadata["Name"] == "recsys-ssm"
+    assert metadata["Version"] == recsys_ssm.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "dev"}
+
+    def required(extra: str | None) -> set[str]:
+        marker = re.compile(rf"extra == ['\"]{extra}['\"]") if extra else None
+        return {
+            re.match(r"[\w-]+", line)[0].lower()  # type: ignore[index]
+            for line in metadata.get_all("Requires-Dist", [])
+            if (marker.search(line) if marker else "extra ==" not in line)
+        }
+
+    assert required("cuda") == {"mamba-ssm", "causal-conv1d"}
+    assert {"torch", "lightning", "hydra-core", "torchmetrics", "wandb", "polars"} <= required(None)
+
+
+def test_source_package_leaves_out_what_is_not_source(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "conf/train.yaml", "tests/test_packaging.py"} <= names
+    built = (".venv/", "runs/", "wandb/", "outputs/", "__pycache__/", ".so", ".dylib", ".pyc")
+    assert not [name for name in names if any(part in name for part in built)]
+
+
+def test_conf_dir_holds_the_configs() -> None:
+    assert (CONF_DIR / "train.yaml").is_file()
+
+
+def test_version_is_the_same_everywhere(repository: Path) -> None:
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text())
+    assert citation["version"] == recsys_ssm.__version__
+
+
+def test_constraints_name_every_direct_dependency_within_its_range(repository: Path) -> None:
+    packaging = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.lower().split("==")
+        for line in (repository / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = packaging.Requirement(text)
+        assert requirement.name in pins, f"constraints.txt does not pin {requirement.name}"
+        assert pins[requirement.name] in requirement.specifier, requirement
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds the wheel, and this one's dependencies but nothing
+    of this checkout: a .pth file names the folder of the dependencies (torch is large)."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    _run([*pip, "--no-deps", "--no-index", wheel], folder)
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    # A .pth within a folder named by a .pth is not read, so the editable install stays out of sight.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+_QUICK = ["trainer.max_steps=2", "logger=none"]
+
+
+@pytest.mark.slow
+def test_wheel_alone_trains(installed: Path, empty: Path, repository: Path) -> None:
+    where = _run(
+        [installed, "-c", "import recsys_ssm.paths as p; print(p.__file__); print(p.CONF_DIR)"],
+        empty,
+    ).stdout
+    assert str(repository) not in where
+    train = [installed, "-m", "recsys_ssm.train", "dataset=spotify", "backbone=mamba", *_QUICK]
+    done = _run(train, empty)
+    assert "p@5" in (done.stdout + done.stderr).lower()
+    assert list(empty.rglob("metrics.json"))
+
+
+@pytest.mark.slow
+def test_config_dir_adds_ones_own_options(installed: Path, empty: Path) -> None:
+    own = empty / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\nseed: 1234\n")
+    train = [installed, "-m", "recsys_ssm.train", "--config-dir", "own", "+experiment=mine"]
+    shown = _run([*train, "--cfg", "job"], empty).stdout
+    assert yaml.safe_load(shown)["seed"] == 1234
+    _run([*train, *_QUICK], empty)
