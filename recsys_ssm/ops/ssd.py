@@ -1,0 +1,365 @@
+"""State space duality: the recurrence of Mamba-2 (Dao and Gu, 2024, "Transformers are SSMs",
+arXiv:2405.21060, equation 1 with a scalar A a head; the chunked form is its section 6).
+
+For every head h with its P channels p and N states n, with B and C shared by the heads of a group::
+
+    h_t[h, p, n] = exp(Δ_t[h] · A[h]) · h_{t-1}[h, p, n] + Δ_t[h] · B_t[g, n] · x_t[h, p]
+    y_t[h, p]    = Σ_n C_t[g, n] · h_t[h, p, n] + D[h] · x_t[h, p]
+
+Three paths, one result: :func:`ssd_reference` reads like the formula (and is what every other path
+is tested against, in float64); :func:`_chunked` is the best plain PyTorch we know, for any device
+and dtype; a C++ kernel serves float32 and bfloat16 on CPU, and ``mamba_ssm``'s Triton kernels serve
+CUDA tensors where it is installed.  :func:`ssd` chooses.
+
+Legend of shape suffixes: B batch, L length, H heads, P channels a head (``headdim``), G groups,
+R heads a group (H / G), N states (``d_state``); in the chunked form K chunks of Q positions each,
+the second Q of a pair of positions written S.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_ssm.ops.selective_scan import _resets, _state_dtype
+
+__all__ = ["ssd", "ssd_reference", "ssd_step"]
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run Mamba-2's recurrence over whole sequences, by the fastest path at hand.
+
+    Args:
+        x: input, (B, L, H, P).  Like ``dt``, ``B`` and ``C`` it may be a strided view.
+        dt: step size Δ, (B, L, H), before ``dt_bias`` and softplus.
+        A: decay rate, (H); negative for a stable recurrence.
+        B: input matrix, (B, L, G, N); H must be a multiple of G, head h reads group h // (H / G).
+        C: output matrix, (B, L, G, N).
+        D: skip weight, (H), or None for none.
+        dt_bias: added to ``dt`` before the softplus, (H).
+        dt_softplus: Δ = softplus(dt + dt_bias) instead of dt + dt_bias.
+        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  -1 is padding,
+            wherever it stands: its output is 0, it has no gradient, and the state passes it
+            unchanged.  Between two valid positions that differ the state is set to 0, so sequences
+            packed into one row do not see each other.
+        initial_state: state before the row's first valid position, (B, H, P, N).
+        return_final_state: also return the state after the row's last valid position.
+        chunk_size: positions the plain PyTorch and the CUDA path treat as one block of attention;
+            it changes speed and memory, not the result.  None for what is fast; our kernel always
+            picks its own.
+
+    Returns:
+        y (B, L, H, P) in ``x``'s dtype; with ``return_final_state`` also the state (B, H, P, N),
+        which is float32 (float64 if an input is).  Both are differentiable in every floating-point
+        argument.
+
+    Raises:
+        ValueError: shapes that do not fit together; the message names the argument.
+        TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
+    """
+    _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
+    y, state = _chunked(x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size)
+    return (y, state) if return_final_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`ssd`: O(1) in the length of what came before.
+
+    Args:
+        state: (B, H, P, N); left as it is.
+        x: (B, H, P).
+        dt: (B, H).
+        A, D, dt_bias: (H).
+        B, C: (B, G, N).
+        dt_softplus: as in :func:`ssd`.
+
+    Returns:
+        y (B, H, P) in ``x``'s dtype and the next state (B, H, P, N) in ``state``'s dtype, which
+        should be float32 or wider: rounding the state at every step loses what it remembers.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        TypeError: a dtype that is not floating point.
+    """
+    rows = [tensor.unsqueeze(1) if tensor.dim() else tensor for tensor in (x, dt, B, C)]
+    _check(rows[0], rows[1], A, rows[2], rows[3], D, dt_bias, None, state, 1)
+    wide = _state_dtype(x, dt, A, B, C, state)
+    with torch.autocast(x.device.type, enabled=False):
+        dt_BH = dt.to(wide)
+        if dt_bias is not None:
+            dt_BH = dt_BH + dt_bias
+        if dt_softplus:
+            dt_BH = F.softplus(dt_BH)
+        x_BHP = x.to(wide)
+        heads = x.shape[1] // B.shape[1]
+        B_BHN, C_BHN = (group.to(wide).repeat_interleave(heads, 1) for group in (B, C))
+        decay_BH = torch.exp(dt_BH * A)
+        h_BHPN = decay_BH[..., None, None] * state + (
+            (dt_BH[..., None] * x_BHP)[..., None] * B_BHN[:, :, None, :]
+        )
+        y_BHP = (h_BHPN * C_BHN[:, :, None, :]).sum(-1)
+        if D is not None:
+            y_BHP = y_BHP + D[:, None] * x_BHP
+        return y_BHP.to(x.dtype), h_BHPN.to(state.dtype)
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The formula, written for the reader: no care for speed, no dtype chosen behind your back.
+
+    Arguments as in :func:`ssd`; returns y (B, L, H, P) and the final state (B, H, P, N).  Give it
+    float64 tensors to get the result every other path is measured against.
+    """
+    batch, length, heads, headdim = x.shape
+    groups, states = B.shape[2:]
+    if seq_idx is None:
+        seq_idx = torch.zeros(batch, length, dtype=torch.long, device=x.device)
+    h_BHPN = x.new_zeros(batch, heads, headdim, states) if initial_state is None else initial_state
+    current_B = torch.full((batch,), -1, dtype=seq_idx.dtype, device=x.device)
+    outputs = []
+    for t in range(length):
+        valid_B = seq_idx[:, t] >= 0
+        valid_B11, valid_B111 = valid_B[:, None, None], valid_B[:, None, None, None]
+        new_B111 = (valid_B & (current_B >= 0) & (seq_idx[:, t] != current_B))[:, None, None, None]
+        current_B = torch.where(valid_B, seq_idx[:, t], current_B)
+
+        delta_BH = dt[:, t] if dt_bias is None else dt[:, t] + dt_bias
+        if dt_softplus:
+            delta_BH = F.softplus(delta_BH)
+        # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
+        delta_BH = torch.where(valid_B[:, None], delta_BH, 0)
+        x_BHP = torch.where(valid_B11, x[:, t], 0)
+        B_BHN = torch.where(valid_B11, B[:, t], 0).repeat_interleave(heads // groups, 1)
+        C_BHN = torch.where(valid_B11, C[:, t], 0).repeat_interleave(heads // groups, 1)
+
+        past_BHPN = torch.where(new_B111, 0, h_BHPN)
+        next_BHPN = (
+            torch.exp(delta_BH * A)[:, :, None, None] * past_BHPN
+            + delta_BH[:, :, None, None] * B_BHN[:, :, None, :] * x_BHP[:, :, :, None]
+        )
+        h_BHPN = torch.where(valid_B111, next_BHPN, h_BHPN)
+        y_BHP = (C_BHN[:, :, None, :] * h_BHPN).sum(-1)
+        if D is not None:
+            y_BHP = y_BHP + D[:, None] * x_BHP
+        outputs.append(torch.where(valid_B11, y_BHP, 0))
+    y_BLHP = torch.stack(outputs, 1) if outputs else torch.zeros_like(x)
+    return y_BLHP, h_BHPN
+
+
+def _chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The best plain PyTorch: attention within a chunk, a state handed from chunk to chunk, all in
+    matrix products.  Wherever the heads of a group share B or C they share one product.
+    """
+    wide = _state_dtype(x, dt, A, B, C)
+    batch, length, heads, headdim = x.shape
+    groups, states = B.shape[2:]
+    if length == 0:
+        state = (
+            x.new_zeros(batch, heads, headdim, states, dtype=wide)
+            if initial_state is None
+            else initial_state.to(wide, copy=True)
+        )
+        return x.clone(), state
+    per_group = heads // groups
+    if chunk_size is None:
+        # The (Q, Q) weights are each head's own: the more heads, the smaller they should be.
+        chunk_size = 16 if headdim < 16 else 64
+    Q = min(chunk_size, length)
+    K = -(-length // Q)
+    with torch.autocast(x.device.type, enabled=False):
+        x_BLHP, dt_BLH, B_BLGN, C_BLGN, A_H = (tensor.to(wide) for tensor in (x, dt, B, C, A))
+        if dt_bias is not None:
+            dt_BLH = dt_BLH + dt_bias
+        if dt_softplus:
+            dt_BLH = F.softplus(dt_BLH)
+        sequence_BKQ = None
+        if seq_idx is not None:
+            pad_BL1 = (seq_idx < 0).unsqueeze(-1)
+            # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
+            dt_BLH = dt_BLH.masked_fill(pad_BL1, 0)
+            x_BLHP, B_BLGN, C_BLGN = (
+                tensor.masked_fill(pad_BL1.unsqueeze(-1), 0) for tensor in (x_BLHP, B_BLGN, C_BLGN)
+            )
+            # Numbered along the row, so that sequences are the same iff their numbers are.
+            sequence_BKQ = _to_chunks(_resets(seq_idx).cumsum(1), K, Q, repeat_last=True)
+
+        # Positions beyond the length have step size 0 as well.
+        x_BKQGRP = _to_chunks(dt_BLH[..., None] * x_BLHP, K, Q).unflatten(3, (groups, per_group))
+        log_a_BGRKQ = (
+            _to_chunks(dt_BLH * A_H, K, Q).unflatten(3, (groups, per_group)).permute(0, 3, 4, 1, 2)
+        )
+        B_BGKQN, C_BGKQN = (
+            _to_chunks(tensor, K, Q).permute(0, 3, 1, 2, 4) for tensor in (B_BLGN, C_BLGN)
+        )
+
+        # Within a chunk: attention with weights C·B, decayed by the steps in between.
+        decay_BGRKQS = _segment_sums(log_a_BGRKQ)
+        if sequence_BKQ is not None:
+            apart_BKQS = sequence_BKQ[..., :, None] != sequence_BKQ[..., None, :]
+            decay_BGRKQS = decay_BGRKQS.masked_fill(apart_BKQS[:, None, None], -torch.inf)
+        CB_BGKQS = C_BGKQN @ B_BGKQN.transpose(-1, -2)
+        y_BGRKQP = (CB_BGKQS.unsqueeze(2) * decay_BGRKQS.exp()) @ x_BKQGRP.permute(0, 3, 4, 1, 2, 5)
+
+        # From chunk to chunk: what a chunk adds to the state at its end, …
+        to_end_BGRKQ = _sums_after(log_a_BGRKQ)
+        from_start_BGRKQ = log_a_BGRKQ.cumsum(-1)
+        keep_BGRK = from_start_BGRKQ[..., -1].exp()
+        if sequence_BKQ is not None:
+            first_BK = F.pad(sequence_BKQ[:, :-1, -1], (1, 0))  # what the state at its start is of
+            last_BK = sequence_BKQ[:, :, -1]
+            to_end_BGRKQ = to_end_BGRKQ.masked_fill(
+                (sequence_BKQ != last_BK[..., None])[:, None, None], -torch.inf
+            )
+            from_start_BGRKQ = from_start_BGRKQ.masked_fill(
+                (sequence_BKQ != first_BK[..., None])[:, None, None], -torch.inf
+            )
+            keep_BGRK = keep_BGRK.masked_fill((first_BK != last_BK)[:, None, None], 0)
+        to_end_BKQGR = to_end_BGRKQ.exp().permute(0, 3, 4, 1, 2)
+        added_BGKNRP = (
+            B_BGKQN.transpose(-1, -2)
+            @ (x_BKQGRP * to_end_BKQGR[..., None]).permute(0, 3, 1, 2, 4, 5).flatten(4)
+        ).unflatten(4, (per_group, headdim))
+        # … the state at every chunk's start, …
+        if initial_state is None:
+            h_BGNRP = x_BLHP.new_zeros(batch, groups, states, per_group, headdim)
+        else:
+            h_BGNRP = (
+                initial_state.to(wide).unflatten(1, (groups, per_group)).permute(0, 1, 4, 2, 3)
+            )
+        starts = []
+        for keep_BGR, new_BGNRP in zip(keep_BGRK.unbind(3), added_BGKNRP.unbind(2), strict=True):
+            starts.append(h_BGNRP)
+            h_BGNRP = keep_BGR[:, :, None, :, None] * h_BGNRP + new_BGNRP
+        # … and what it adds to the outputs.
+        h_BGKNRP = torch.stack(starts, 2)
+        from_state_BGKQRP = (C_BGKQN @ h_BGKNRP.flatten(4)).unflatten(4, (per_group, headdim))
+        from_state_BGKQRP = (
+            from_state_BGKQRP * from_start_BGRKQ.exp().permute(0, 1, 3, 4, 2)[..., None]
+        )
+        y_BKQGRP = y_BGRKQP.permute(0, 3, 4, 1, 2, 5) + from_state_BGKQRP.permute(0, 2, 3, 1, 4, 5)
+        y_BLHP = y_BKQGRP.reshape(batch, K * Q, heads, headdim)[:, :length]
+        if D is not None:
+            y_BLHP = y_BLHP + D[:, None] * x_BLHP
+        state_BHPN = h_BGNRP.permute(0, 1, 3, 4, 2).flatten(1, 2)
+        return y_BLHP.to(x.dtype), state_BHPN
+
+
+def _to_chunks(tensor: Tensor, chunks: int, size: int, repeat_last: bool = False) -> Tensor:
+    """(B, L, …) to (B, chunks, size, …), filled up with zeros or with the last position."""
+    missing = chunks * size - tensor.shape[1]
+    if missing and repeat_last:
+        tensor = torch.cat([tensor, tensor[:, -1:].expand(-1, missing)], 1)
+    elif missing:
+        tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
+    return tensor.unflatten(1, (chunks, size))
+
+
+def _segment_sums(x: Tensor) -> Tensor:
+    """(…, Q) to (…, Q, Q): the sum of x[s+1 … q] at (q, s), -inf above the diagonal.
+
+    Summed from s on, not taken as a difference of two sums from 0: no cancellation.
+    """
+    Q = x.shape[-1]
+    ones = torch.ones(Q, Q, dtype=torch.bool, device=x.device)
+    rows = x[..., None].expand(*x.shape, Q).masked_fill(~ones.tril(-1), 0)
+    return rows.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+
+
+def _sums_after(x: Tensor) -> Tensor:
+    """(…, Q): the sum of x[q+1 …] at q."""
+    return F.pad(x[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(
+            "ssd: x must be (B, L, H, P) and B (B, L, G, N), "
+            f"got {tuple(x.shape)} and {tuple(B.shape)}"
+        )
+    (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"ssd: {heads} heads (x) are no multiple of {groups} groups (B)")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+    for name, tensor, shape in (
+        ("dt", dt, (batch, length, heads)),
+        ("A", A, (heads,)),
+        ("B", B, (batch, length, groups, states)),
+        ("C", C, (batch, length, groups, states)),
+        ("D", D, (heads,)),
+        ("dt_bias", dt_bias, (heads,)),
+        ("seq_idx", seq_idx, (batch, length)),
+        ("initial_state", initial_state, (batch, heads, headdim, states)),
+        ("x", x, (batch, length, heads, headdim)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"ssd: {name} must have shape {shape} "
+                f"(x is {tuple(x.shape)}, B {tuple(B.shape)}), got {tuple(tensor.shape)}"
+            )
+        if name == "seq_idx":
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise TypeError(f"ssd: seq_idx must be an integer, got {tensor.dtype}")
+        elif not tensor.is_floating_point():
+            raise TypeError(f"ssd: {name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"ssd: {name} is on {tensor.device} but x on {x.device}")
