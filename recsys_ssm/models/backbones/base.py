@@ -6,7 +6,13 @@ import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Parameters of a recurrence stay in float32 (or float64) whatever the precision of the rest."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Backbone(nn.Module, abc.ABC):

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack
+from recsys_ssm.models.backbones.base import Mixer, Stack, at_least_float32
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -88,9 +88,9 @@ class MambaBlock(Mixer):
             self._A(),
             B_BLN,
             C_BLN,
-            self.D.float(),
+            at_least_float32(self.D),
             z_BLE,
-            self.dt_proj.bias.float(),
+            at_least_float32(self.dt_proj.bias),
             dt_softplus=True,
             seq_idx=seq_idx,
         )
@@ -116,16 +116,15 @@ class MambaBlock(Mixer):
             self._A(),
             B_BN,
             C_BN,
-            self.D.float(),
+            at_least_float32(self.D),
             z_BE,
-            self.dt_proj.bias.float(),
+            at_least_float32(self.dt_proj.bias),
             dt_softplus=True,
         )
         return self.out_proj(y_BE), MambaState(conv, ssm)
 
     def _A(self) -> Tensor:
-        # The parameters of the recurrence stay in (at least) float32 whatever the precision of the rest.
-        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+        return -torch.exp(at_least_float32(self.A_log))
 
     def _selection(self, x_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What of the recurrence depends on the input: dt before its bias and softplus, B and C."""

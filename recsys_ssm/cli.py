@@ -1,0 +1,168 @@
+"""What the doors share: composing configs, errors for people, objects from config nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.specs import check_arguments, import_target, suggest
+
+log = logging.getLogger(__name__)
+
+
+def register_resolvers() -> None:
+    """Interpolations the configs use beside OmegaConf's own."""
+    OmegaConf.register_new_resolver("every", _every, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def _every(max_steps: int, times: int) -> int:
+    """Steps between ``times`` validations spread over ``max_steps``."""
+    return max(1, int(max_steps) // max(1, int(times))) if _is_int(max_steps) and int(max_steps) > 0 else 1000
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdecimal())
+
+
+def _run_folder(root: str, name: str, ckpt_path: str | None) -> str:
+    """A new folder for a run; for ``ckpt_path=last`` that of the newest run of this name that left a checkpoint."""
+    import datetime
+
+    folder = Path(root) / name
+    if ckpt_path == "last":
+        # Folders are named after their time, so the last by name is the newest.
+        earlier = sorted(path.parent.parent for path in folder.glob("*/checkpoints/last.ckpt"))
+        if earlier:
+            return str(earlier[-1])
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = (f"{stamp}{suffix}" for suffix in ("", *(f"_{i}" for i in range(1, 1000))))
+    return str(next(folder / name for name in taken if not (folder / name).exists()))
+
+
+def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make ``task(cfg)`` a command: Hydra composes ``conf/<config_name>.yaml``, mistakes become one clear line.
+
+    A user's mistake (an option, a file) exits with 1 and no traceback; a defect of ours keeps its traceback. In a
+    multirun a failing job says so in its own log and the others go on; the exit code is then 1 as well.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        failed: list[str] = []
+
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return task(cfg)
+            except Exception as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    overrides = " ".join(HydraConfig.get().overrides.task)
+                    line = explain(error) if _is_users(error) else traceback.format_exc()
+                    log.error("job failed (%s): %s", overrides, line)
+                    failed.append(f"{overrides}: {str(error).splitlines()[0] if str(error) else error!r}")
+                raise
+
+        def main() -> None:
+            register_resolvers()
+            # Hydra prints its own short form of any error and exits; we want the error itself.
+            before = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
+            except KeyboardInterrupt:
+                sys.exit("stopped; go on with ckpt_path=last")
+            except Exception as error:
+                if failed:
+                    print(f"{len(failed)} job(s) failed, the others are done:", *failed, sep="\n  ", file=sys.stderr)
+                elif _is_users(error):
+                    print(f"error: {explain(error, config_name)}", file=sys.stderr)
+                else:
+                    raise
+                sys.exit(1)
+            finally:
+                os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+
+        return main
+
+    return decorate
+
+
+def _is_users(error: BaseException) -> bool:
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException | PermissionError)
+
+
+def explain(error: BaseException, config_name: str | None = None) -> str:
+    """An error as a line for people; for an option that does not exist, with what does."""
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: no permission to write there; choose another folder with output_root="
+    text = str(error).strip()
+    if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
+        path = unknown[1].partition("@")[0]
+        parent, _, name = path.rpartition(".")
+        known = _known(config_name, parent) if config_name else []
+        return f"{path}: no such option; {suggest(name, known)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and lines[0].startswith("In ") and len(lines) > 1:  # "In 'train': Could not find 'dataset/x'"
+        return " ".join(lines[1:])
+    return " ".join(lines)
+
+
+def _known(config_name: str, parent: str) -> list[str]:
+    """Options below ``parent`` in the config as the command line's group choices make it."""
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    choices = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in groups and "," not in arg]
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = hydra.compose(config_name, choices)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+    except Exception:  # this only helps a message along
+        return []
+    return sorted({*map(str, node), *(() if parent else groups)}) if isinstance(node, DictConfig) else []
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain containers, interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def spec(node: Any, option: str) -> dict[str, Any] | None:
+    """A config node as a checked spec (see :mod:`recsys_ssm.specs`), its class imported; None if it names none."""
+    values = plain(node)
+    if not values or values.get("_target_") is None:
+        return None
+    import_target(values["_target_"], option)
+    return dict(values)
+
+
+def make(node: Any, option: str, **given: Any) -> Any:
+    """The object a config node describes, its arguments checked first; None if it names none.
+
+    Raises:
+        UserError: An argument is unknown, absent or of the wrong type.
+    """
+    values = spec(node, option)
+    if values is None:
+        return None
+    target = import_target(values.pop("_target_"), option)
+    check_arguments(target, values, option, given)
+    return target(**{**given, **values})
+
+
+def make_all(nodes: Mapping[str, Any] | None, option: str) -> list[Any]:
+    """The objects of a folder of nodes, those set to null left out."""
+    made = [make(node, f"{option}.{name}") for name, node in (nodes or {}).items() if node is not None]
+    return [each for each in made if each is not None]

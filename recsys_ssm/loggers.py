@@ -1,0 +1,99 @@
+"""Loggers as a run needs them: W&B that never asks and never waits, or CSV."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from recsys_ssm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NETWORK_TIMEOUT_S = 3.0
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+
+def wandb_logger(
+    *,
+    save_dir: str,
+    name: str,
+    project: str = "recsys_ssm",
+    entity: str | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    tags: list[str] | None = None,
+    mode: Mode = "auto",
+    log_model: bool = False,
+) -> WandbLogger:
+    """Lightning's W&B logger; the run's id is kept in ``save_dir``, so that a resumed run is the same W&B run.
+
+    Args:
+        save_dir: Where ``wandb/`` goes: the run's folder.
+        name: The run's name.
+        project, entity, group, job_type, tags: As in ``wandb.init``; ``WANDB_PROJECT``, ``WANDB_ENTITY``,
+            ``WANDB_RUN_GROUP``, ``WANDB_JOB_TYPE``, ``WANDB_NAME`` and ``WANDB_TAGS`` win over them.
+        mode: ``auto``: what ``WANDB_MODE`` says; else online if there is a key and W&B's server answers within three
+            seconds, and offline if not.
+        log_model: Upload checkpoints as artifacts (online only).
+    """
+    mode = wandb_mode(mode)
+    if log_model and mode != "online":
+        raise UserError(
+            f"logger.log_model=true needs W&B online, and it is {mode}: log in with `wandb login`, "
+            "or leave log_model=false"
+        )
+    id_file = Path(save_dir) / "wandb_run_id.txt"
+    env = os.environ.get
+    env_tags = env("WANDB_TAGS")
+    logger = WandbLogger(
+        name=env("WANDB_NAME", name),
+        save_dir=save_dir,
+        offline=mode == "offline",
+        id=id_file.read_text().strip() if id_file.exists() else env("WANDB_RUN_ID"),
+        project=env("WANDB_PROJECT", project),
+        entity=env("WANDB_ENTITY", entity or "") or None,
+        group=env("WANDB_RUN_GROUP", group or "") or None,
+        job_type=env("WANDB_JOB_TYPE", job_type or "") or None,
+        tags=env_tags.split(",") if env_tags else tags,
+        log_model=log_model,
+        mode=mode,
+        resume="allow",
+    )
+    if logger.experiment.id is not None and not id_file.exists() and mode != "disabled":
+        id_file.write_text(f"{logger.experiment.id}\n")
+    return logger
+
+
+def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
+    """What ``auto`` comes to: see :func:`wandb_logger`."""
+    if wanted := os.environ.get("WANDB_MODE"):
+        if wanted not in ("online", "offline", "disabled", "dryrun", "run"):
+            raise UserError(f"WANDB_MODE={wanted}: expected online, offline or disabled")
+        mode = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)  # type: ignore[assignment]
+    if mode != "auto":
+        return mode
+    import wandb
+
+    if not wandb.api.api_key:
+        log.info("W&B: no API key, so this run is logged offline; `wandb sync` uploads it later")
+        return "offline"
+    url = urlparse(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=NETWORK_TIMEOUT_S).close()
+    except OSError as error:
+        log.warning("W&B: %s does not answer (%s), so this run is logged offline", url.hostname, error)
+        return "offline"
+    return "online"
+
+
+def csv_logger(*, save_dir: str, name: str) -> CSVLogger:
+    """``metrics.csv`` in the run's folder."""
+    return CSVLogger(save_dir, name="", version="")

@@ -1,0 +1,67 @@
+"""Optimizers and learning-rate schedules from specs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.specs import Spec, build
+
+NO_DECAY = ("A_log", "D", "dt_bias", "bias")
+"""Last part of the names of parameters that weight decay would harm: the recurrence's own and biases."""
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up, then half a cosine down to ``min_factor`` of the rate.
+
+    Args:
+        optimizer: Whose rate it is.
+        warmup_steps: Steps until the full rate.
+        total_steps: Steps until the lowest.
+        min_factor: Lowest rate over full rate.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int, total_steps: int, min_factor: float = 0.0
+    ) -> None:
+        if total_steps <= warmup_steps:
+            raise UserError(
+                f"scheduler.total_steps={total_steps} is not above scheduler.warmup_steps={warmup_steps}; "
+                "set trainer.max_steps or scheduler.total_steps"
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / (warmup_steps + 1)
+            done = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+            return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * done))
+
+        super().__init__(optimizer, factor)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and the rest (norms, biases, parameters of the recurrence), which do not."""
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in module.named_parameters():
+        spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+        groups[spared]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def configure_optimizers(module: L.LightningModule, optimizer: Spec, scheduler: Spec | None) -> Any:
+    """What ``LightningModule.configure_optimizers`` returns.
+
+    Raises:
+        UserError: The specs name no optimizer or scheduler, or an option they do not have.
+    """
+    made = build(optimizer, Optimizer, "optimizer", params=parameter_groups(module))
+    if scheduler is None:
+        return made
+    schedule = build(scheduler, LRScheduler, "scheduler", optimizer=made)
+    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,270 @@
+"""The two-tower LightningModule: features of users and of items, each through a tower, compared by inner product.
+
+``features (B, F) → tokenizer → (B, F+1, D) → backbone → (B, F+1, D) → last token → MLP → (B, S)``, once for each side;
+the score of a pair is the inner product (FT-Mamba, section II.C).
+
+Legend: B pairs, U users, I items, D = d_model, S = size of the embedding that is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import lightning as L
+import polars as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, rank_top_k
+from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
+from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.tokenizers import FeatureTokenizer
+from recsys_ssm.specs import Spec, build, check_arguments
+
+if TYPE_CHECKING:
+    from recsys_ssm.data.base import PairBatch, RankingBatch, TwoTowerData
+
+ENCODE_ROWS = 4096
+"""Rows encoded at once when a whole table is: bounds memory, costs no speed."""
+
+
+class Tower(nn.Module):
+    """One side: features (B, F) to an embedding (B, S)."""
+
+    def __init__(self, tokenizer: FeatureTokenizer, backbone: Backbone, head: TowerHead) -> None:
+        super().__init__()
+        self.tokenizer, self.backbone, self.head = tokenizer, backbone, head
+
+    def forward(self, features: Features) -> Tensor:
+        tokens_BLD = self.backbone(self.tokenizer(features))
+        last_or_mean = tokens_BLD[:, -1] if self.backbone.pooling == "last" else tokens_BLD.mean(1)
+        return self.head(last_or_mean)
+
+    @torch.no_grad()
+    def encode(self, features: Features) -> Tensor:
+        """Embeddings of a whole table, in blocks."""
+        blocks = [
+            self(features.rows(slice(start, start + ENCODE_ROWS)))
+            for start in range(0, features.n_rows, ENCODE_ROWS)
+        ]
+        return torch.cat(blocks)
+
+
+class TwoTower(L.LightningModule):
+    """A tower for users, a tower for items, and how they are trained.
+
+    Every argument but ``items`` is plain data and is kept in the checkpoint, the catalogue's features beside the
+    weights: ``TwoTower.load_from_checkpoint(path)`` needs neither Hydra nor the dataset.
+
+    Args:
+        user_schema, item_schema: :meth:`FeatureSchema.to_dict` of each side.
+        item_ids: What the catalogue's items are called, in catalogue order (equal scores are ranked in it).
+        items: The catalogue's features, I rows.
+        backbone: Spec of a :class:`Backbone`; it is built twice, once a tower.
+        tokenizer: Arguments of :class:`FeatureTokenizer`.
+        head: Arguments of :class:`TowerHead`, and ``loss``: ``mse``, ``bce`` or ``softmax``.
+        optimizer: Spec of a ``torch.optim`` optimizer.
+        scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
+        metrics: Ranking metrics of validation and test, as ``hr@10``.
+
+    Raises:
+        UserError: An option is unknown or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        user_schema: Mapping[str, Any],
+        item_schema: Mapping[str, Any],
+        item_ids: Sequence[str],
+        backbone: Spec,
+        items: Features | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        optimizer: Spec | None = None,
+        scheduler: Spec | None = None,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+    ) -> None:
+        super().__init__()
+        # Not to the logger: vocabularies may be large, and the composed config is logged already.
+        self.save_hyperparameters(ignore=["items"], logger=False)
+        self.user_schema = FeatureSchema.from_dict(user_schema)
+        self.item_schema = FeatureSchema.from_dict(item_schema)
+        self.item_ids = list(item_ids)
+        head = dict(head or {})
+        loss = head.pop("loss", "mse")
+        check_arguments(_loss, {"loss": loss}, "head")
+        self.loss = LOSSES[loss]
+        self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-4}
+        self.scheduler_spec = scheduler
+
+        self.user_tower = _tower(self.user_schema, tokenizer or {}, backbone, head)
+        self.item_tower = _tower(self.item_schema, tokenizer or {}, backbone, head)
+        catalogue = items or Features(
+            torch.zeros(len(self.item_ids), len(self.item_schema.numeric)),
+            torch.zeros(len(self.item_ids), len(self.item_schema.categorical), dtype=torch.long),
+        )
+        self.register_buffer("item_numeric", catalogue.numeric)
+        self.register_buffer("item_categorical", catalogue.categorical)
+        self.item_numeric: Tensor
+        self.item_categorical: Tensor
+
+        self.val_loss = MeanMetric()
+        self.val_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
+        self.test_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
+        self._item_embeddings: Tensor | None = None
+
+    @classmethod
+    def for_data(cls, data: TwoTowerData, **options: Any) -> Self:
+        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on)."""
+        sets = data.sets
+        return cls(
+            user_schema=sets.user_schema.to_dict(),
+            item_schema=sets.item_schema.to_dict(),
+            item_ids=sets.item_ids,
+            items=sets.items,
+            **options,
+        )
+
+    @property
+    def items(self) -> Features:
+        """The catalogue, I rows."""
+        return Features(self.item_numeric, self.item_categorical)
+
+    def forward(self, user: Features, item: Features) -> Tensor:
+        """Scores (B,) of B pairs."""
+        return (self.user_tower(user) * self.item_tower(item)).sum(-1)
+
+    # Training
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch.target.numel())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec)
+
+    def _loss(self, batch: PairBatch) -> Tensor:
+        user, item = self.user_tower(batch.user), self.item_tower(batch.item)
+        return self.loss(user, item, batch.target, batch.item_index)
+
+    # Validation: pairs for the loss, then users for the ranking
+
+    def on_validation_epoch_start(self) -> None:
+        self._item_embeddings = self.item_tower.encode(self.items)
+
+    def validation_step(
+        self, batch: PairBatch | RankingBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx == 0:
+            self.val_loss.update(self._loss(batch), batch.target.numel())  # type: ignore[arg-type, union-attr]
+        else:
+            self._rank(batch, self.val_metrics)  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self) -> None:
+        self._item_embeddings = None
+        values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
+        self.val_loss.reset()
+        self.val_metrics.reset()
+        self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
+
+    # Test
+
+    def on_test_epoch_start(self) -> None:
+        self._item_embeddings = self.item_tower.encode(self.items)
+
+    def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
+        self._rank(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """The values stay in ``test_metrics`` (both conventions) until the next test begins."""
+        self._item_embeddings = None
+        values = self.test_metrics.compute()
+        self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
+
+    def _rank(self, batch: RankingBatch, metrics: RankingMetrics) -> None:
+        assert self._item_embeddings is not None
+        scores_UI = self.user_tower(batch.user) @ self._item_embeddings.T
+        metrics.update(scores_UI, batch.relevant, batch.seen)
+
+    # Use
+
+    @torch.no_grad()
+    def predict(self, users: pl.DataFrame, items: pl.DataFrame | None = None) -> Tensor:
+        """Scores of every user for every item.
+
+        Args:
+            users: One row a user, with the columns of ``user_schema``.
+            items: One row an item, with the columns of ``item_schema``, new ones included; none: the catalogue.
+
+        Returns:
+            (U, I) float32 on the CPU.
+
+        Raises:
+            UserError: A column is absent or holds something that is no number where one belongs.
+        """
+        training = self.training
+        self.eval()
+        catalogue = self.items if items is None else self.item_schema.encode(items, where="items")
+        user = self.user_tower.encode(self.user_schema.encode(users, where="users").to(self.device))
+        item = self.item_tower.encode(catalogue.to(self.device))
+        self.train(training)
+        return (user @ item.T).float().cpu()
+
+    def recommend(self, users: pl.DataFrame, k: int = 10, exclude: Tensor | None = None) -> pl.DataFrame:
+        """The ``k`` best items of the catalogue for each user.
+
+        Args:
+            users: One row a user, with the columns of ``user_schema``.
+            k: How many.
+            exclude: (U, I) bool, items not to recommend.
+
+        Returns:
+            Columns ``user`` (row number in ``users``), ``rank`` (from 1), ``item``, ``score``.
+
+        Raises:
+            UserError: As :meth:`predict`.
+        """
+        scores = self.predict(users)
+        top = rank_top_k(scores, min(k, len(self.item_ids)), exclude)
+        user, position = (top >= 0).nonzero(as_tuple=True)
+        item = top[user, position]
+        return pl.DataFrame(
+            {
+                "user": user.numpy(),
+                "rank": position.numpy() + 1,
+                "item": [self.item_ids[i] for i in item.tolist()],
+                "score": scores[user, item].numpy(),
+            }
+        )
+
+
+def _tower(
+    schema: FeatureSchema, tokenizer: Mapping[str, Any], backbone: Spec, head: Mapping[str, Any]
+) -> Tower:
+    mixer: Backbone = build(backbone, Backbone, "backbone")  # type: ignore[type-abstract]
+    sizes = {
+        "n_numeric": len(schema.numeric),
+        "cardinalities": [field.n_codes for field in schema.categorical],
+        "d_model": mixer.d_model,
+    }
+    tokenizer = {"d_model": mixer.d_model, **tokenizer}
+    if tokenizer["d_model"] != mixer.d_model:
+        raise UserError(
+            f"tokenizer.d_model={tokenizer['d_model']}, backbone.d_model={mixer.d_model}: give both the same"
+        )
+    check_arguments(FeatureTokenizer, tokenizer, "tokenizer", given=sizes)
+    check_arguments(TowerHead, head, "head", given=["d_model"])
+    return Tower(
+        FeatureTokenizer(**{**tokenizer, **sizes}), mixer, TowerHead(d_model=mixer.d_model, **head)
+    )
+
+
+def _loss(loss: LossName) -> None:
+    """Signature a head's loss is checked against."""

@@ -1,0 +1,234 @@
+"""Train, test, report: ``python -m recsys_ssm.train dataset=spotify backbone=mamba``."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from recsys_ssm import ops
+from recsys_ssm.callbacks import History
+from recsys_ssm.cli import door, make, make_all, plain, spec
+from recsys_ssm.data.base import RankingLoader, TwoTowerData
+from recsys_ssm.errors import UserError
+from recsys_ssm.metrics import RankingMetrics, over_all_users
+from recsys_ssm.models.two_tower import TwoTower
+from recsys_ssm.results import plot_curves, print_results, versions, write_json
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """One run, as ``cfg`` (``conf/train.yaml``) says; what it found is returned and written to its folder.
+
+    Raises:
+        UserError: An option, a file or a checkpoint is not what it has to be.
+    """
+    output = Path(cfg.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
+    ckpt_path = find_checkpoint(cfg.ckpt_path, output)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    log.info(ops.describe_backends())
+
+    data: TwoTowerData = make(cfg.dataset, "dataset")
+    name = cfg.name + ("-generated" if data.sets.generated else "")
+    for note in data.sets.notes:
+        log.info("%s: %s", data.name, note)
+    model = TwoTower.for_data(
+        data,
+        tokenizer=plain(cfg.tokenizer),
+        backbone=spec(cfg.backbone, "backbone"),
+        head=plain(cfg.head),
+        optimizer=spec(cfg.optimizer, "optimizer"),
+        scheduler=spec(cfg.scheduler, "scheduler"),
+        metrics=plain(cfg.metrics),
+    )
+    log.info("%s: %s", name, count_parameters(model))
+
+    history = History()
+    logger = None
+    failed = True
+    try:
+        logger = make(cfg.logger, "logger", save_dir=str(output), name=name, **logger_tags(cfg, data))
+        trainer: L.Trainer = make(
+            cfg.trainer,
+            "trainer",
+            callbacks=[*make_all(cfg.callbacks, "callbacks"), history],
+            logger=logger or False,
+        )
+        if logger is not None:
+            logger.log_hyperparams({**plain(cfg), "name": name, "versions": versions()})  # type: ignore[dict-item]
+
+        start = time.perf_counter()
+        fit(trainer, model, data, ckpt_path)
+        results: dict[str, Any] = {
+            "name": name,
+            "dataset": data.name,
+            "generated": data.sets.generated,
+            "seed": cfg.seed,
+            "steps": trainer.global_step,
+            "train_seconds": time.perf_counter() - start,
+            "parameters": parameters(model),
+            "notes": data.sets.notes,
+            "versions": versions(),
+        }
+        if cfg.test is not None:
+            results |= test(trainer, model, data, cfg.test)
+            results["published"] = plain(cfg.published) or {}
+        if trainer.is_global_zero:
+            report(results, history, output, cfg)
+            if logger is not None:
+                log_results(logger, results, output)
+        failed = False
+        return results
+    finally:
+        finish(logger, failed)
+
+
+def fit(trainer: L.Trainer, model: TwoTower, data: TwoTowerData, ckpt_path: Path | None) -> None:
+    """``trainer.fit``, with a checkpoint that does not belong to this model told in one line."""
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
+        if ckpt_path is None or trainer.global_step or "out of memory" in str(error):
+            raise
+        raise UserError(
+            f"ckpt_path={ckpt_path}: no checkpoint of this model ({str(error).splitlines()[0]}); "
+            "give the dataset=, backbone= and sizes it was trained with"
+        ) from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def test(trainer: L.Trainer, model: TwoTower, data: TwoTowerData, which: str) -> dict[str, Any]:
+    """Test the best or last checkpoint once, and what is simpler than the model on the same users."""
+    if which not in ("best", "last"):
+        raise UserError(f"test={which}: expected best, last or null")
+    checkpoint = trainer.checkpoint_callback
+    path = getattr(checkpoint, "best_model_path" if which == "best" else "last_model_path", "")
+    if not path:
+        log.warning("no %s checkpoint was kept (callbacks.checkpoint=null?): the final weights are tested", which)
+    trainer.test(model, datamodule=data, ckpt_path=path or None, weights_only=True, verbose=False)
+    values = {name: float(value) for name, value in model.test_metrics.compute().items()}
+    baselines = evaluate_baselines(data, list(plain(model.hparams["metrics"])))
+    return {
+        "checkpoint": path or None,
+        "metrics": values,
+        "metrics_all_users": over_all_users(values),
+        "baselines": baselines,
+    }
+
+
+def evaluate_baselines(data: TwoTowerData, metrics: list[str]) -> dict[str, dict[str, float]]:
+    """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""
+    sets = data.sets
+    results = {}
+    for name, scores in sets.baselines.items():
+        ranking = RankingMetrics(metrics, n_items=len(sets.item_ids))
+        for batch in RankingLoader(
+            sets.users, sets.test_ranking, len(sets.item_ids), batch_size=data.eval_batch_size
+        ):
+            ranking.update(scores(batch.user_index), batch.relevant, batch.seen)
+        results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
+    return results
+
+
+def report(results: dict[str, Any], history: History, output: Path, cfg: DictConfig) -> None:
+    """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
+    written = {
+        "metrics": write_json(output / "metrics.json", results),
+        "config": output / ".hydra" / "config.yaml",
+        "curves": plot_curves(history.records, output / "curves.png", monitor=cfg.monitor, title=results["name"]),
+        "checkpoint": results.get("checkpoint"),
+    }
+    print_results(results)
+    for what, path in written.items():
+        if path is not None:
+            log.info("%-10s %s", what, path)
+
+
+def log_results(logger: Any, results: dict[str, Any], output: Path) -> None:
+    """Test metrics, baselines and published figures as W&B summary values, the curves as an image."""
+    if not isinstance(logger, L.pytorch.loggers.WandbLogger):
+        return
+    run = logger.experiment
+    for group in ("metrics", "metrics_all_users", "published"):
+        for metric, value in (results.get(group) or {}).items():
+            run.summary[f"{group.replace('metrics', 'test')}/{metric}"] = value
+    for name, values in results.get("baselines", {}).items():
+        for metric, value in values.items():
+            run.summary[f"{name}/{metric}"] = value
+    run.summary["generated"] = results["generated"]
+    run.summary["train_seconds"] = results["train_seconds"]
+    if (output / "curves.png").exists():
+        logger.log_image("curves", [str(output / "curves.png")])
+
+
+def finish(logger: Any, failed: bool) -> None:
+    """End the W&B run, whatever happened: the next job of a sweep must not write into it."""
+    if isinstance(logger, L.pytorch.loggers.WandbLogger):
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(failed), quiet=True)
+
+
+def logger_tags(cfg: DictConfig, data: TwoTowerData) -> dict[str, Any]:
+    """Arguments only the W&B logger takes."""
+    if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
+        return {}
+    return {"tags": [*cfg.tags, *(["generated"] if data.sets.generated else [])]}
+
+
+def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
+    """Where a run goes on from; ``last`` is the checkpoint in its own folder.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if ckpt_path is None:
+        return None
+    path = output / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(
+            f"ckpt_path=last: no earlier run of this name left a checkpoint under {output.parent}"
+            if ckpt_path == "last"
+            else f"ckpt_path={ckpt_path}: no such file"
+        )
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before the training, not after it."""
+    probe = folder / ".write_test"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir={folder}: cannot write there ({error.strerror}); choose another folder") from error
+
+
+def parameters(model: TwoTower) -> dict[str, int]:
+    """Trainable parameters of a tower's backbone and of the whole."""
+    return {
+        "backbone_per_tower": sum(p.numel() for p in model.user_tower.backbone.parameters()),
+        "total": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def count_parameters(model: TwoTower) -> str:
+    counts = parameters(model)
+    return f"{counts['total']:,} parameters, {counts['backbone_per_tower']:,} of them in each tower's backbone"
+
+
+main = door("train")(train)
+
+if __name__ == "__main__":
+    main()
