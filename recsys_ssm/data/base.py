@@ -1,7 +1,7 @@
-"""What every two-tower dataset shares: prepared arrays, batches that are slices of them, the DataModule.
+"""What every two-tower dataset shares: prepared arrays, batches that are slices, the DataModule.
 
-A dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns :class:`TwoTowerSets`. The rest
-(batches, order, shards, resuming) is here, once.
+A dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns
+:class:`TwoTowerSets`. The rest (batches, order, shards, resuming) is here, once.
 
 Legend: N pairs, B of them in a batch; U users to rank for; I items in the catalogue.
 """
@@ -9,8 +9,10 @@ Legend: N pairs, B of them in a batch; U users to rank for; I items in the catal
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -64,7 +66,7 @@ class Ragged:
 
     @classmethod
     def from_pairs(cls, user: Tensor, item: Tensor, n_users: int) -> Ragged:
-        """Group ``item`` (N,) by ``user`` (N,) in ``range(n_users)``, keeping the order within a user."""
+        """Group ``item`` (N,) by ``user`` (N,) in ``range(n_users)``; a user's keep their order."""
         order = torch.argsort(user, stable=True)
         offsets = torch.zeros(n_users + 1, dtype=torch.long)
         offsets[1:] = torch.bincount(user, minlength=n_users).cumsum(0)
@@ -126,26 +128,30 @@ class TwoTowerSets:
     def __post_init__(self) -> None:
         n_items = len(self.item_ids)
         if self.test_ranking.user.numel() == 0:
-            raise UserError("no test user is left: lower the dataset's minimum of relevant items, or give it more data")
+            raise UserError(
+                "no test user is left: lower the dataset's minimum of relevant items, "
+                "or give it more data"
+            )
         if self.train.user.numel() == 0:
-            raise UserError("no training pair is left: give the dataset more interactions or hold out fewer users")
+            raise UserError(
+                "no training pair is left: give the dataset more interactions or hold out fewer users"
+            )
         counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
         self.baselines = {
-            "random": lambda user: torch.rand(
-                user.numel(), n_items, generator=torch.Generator().manual_seed(n_items)
-            ),
+            "random": lambda user: random_scores(user, n_items),
             "popularity": lambda user: counts.expand(user.numel(), -1),
             **self.baselines,
         }
 
 
 class PairLoader:
-    """Batches of pairs, each one a gather from prepared arrays; a plain iterable that Lightning takes as it is.
+    """Batches of pairs, gathered from prepared arrays; a plain iterable Lightning takes as it is.
 
-    The order of epoch e depends on (seed, e) alone, and the loader's state (epoch, batches given out) travels in
-    the checkpoint: a run that was killed in the middle of an epoch goes on with the next batch. With several
-    processes each takes every ``world_size``-th pair; the last, incomplete round is left out of a shuffled epoch
-    so that all take the same number of steps.
+    The order of epoch e depends on (seed, e) alone. The state is the batch that comes next (epoch,
+    position) and travels in the checkpoint: a run that was killed in the middle of an epoch goes on
+    with the next batch. Without a loaded state, iterating anew begins the epoch anew. With several
+    processes each takes every ``world_size``-th pair; the last, incomplete round is left out of a
+    shuffled epoch so that all take the same number of steps.
     """
 
     def __init__(
@@ -165,6 +171,7 @@ class PairLoader:
         self.rank, self.world_size = rank, world_size
         self._epoch = 0
         self._position = 0
+        self._resumed = False
 
     def __len__(self) -> int:
         n = self.pairs.user.numel()
@@ -181,30 +188,41 @@ class PairLoader:
         return order[: n - n % self.world_size][self.rank :: self.world_size]
 
     def __iter__(self) -> Iterator[PairBatch]:
-        order = self._order()
-        start, self._position = self._position, 0
-        for position in range(start, len(self)):
-            # The state counts this batch as given out before it is: a checkpoint is written while it is in use.
-            self._position = position + 1
+        epoch, order, n_batches = self._epoch, self._order(), len(self)
+        start, self._resumed = self._position if self._resumed else 0, False
+        for position in range(start, n_batches):
+            # The state moves on before the batch is given out: a checkpoint is written while the
+            # batch is in use, and whoever counts the batches never asks for one after the last.
+            last = position + 1 == n_batches
+            self._epoch, self._position = (epoch + 1, 0) if last else (epoch, position + 1)
             index = order[position * self.batch_size : (position + 1) * self.batch_size]
             user, item = self.pairs.user[index], self.pairs.item[index]
             yield PairBatch(
                 self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
             )
-        self._epoch += 1
-        self._position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin ``epoch`` unless the loader is in it already; so an epoch cut short is left."""
+        if epoch != self._epoch:
+            self._epoch, self._position, self._resumed = epoch, 0, False
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for a ``sampler`` to call ``set_epoch`` on before each epoch."""
+        return SimpleNamespace(sampler=self)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epoch, self._position = state["epoch"], state["position"]
-        if self._position >= len(self):
-            self._epoch, self._position = self._epoch + 1, 0
+        self._epoch, self._position, self._resumed = state["epoch"], state["position"], True
 
 
 class RankingLoader:
-    """Blocks of users to rank for; each process takes a contiguous share, none is padded or counted twice."""
+    """Blocks of users to rank for.
+
+    Each process takes a contiguous share; no user is padded, left out or counted twice.
+    """
 
     def __init__(
         self,
@@ -216,7 +234,8 @@ class RankingLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.users, self.ranking, self.n_items, self.batch_size = users, ranking, n_items, batch_size
+        self.users, self.ranking = users, ranking
+        self.n_items, self.batch_size = n_items, batch_size
         n = ranking.user.numel()
         self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
 
@@ -243,7 +262,7 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
         name: What runs and results are called after.
         seed: Of everything that is sampled: users, pairs, splits, order.
         batch_size: Pairs a training batch (on each process).
-        eval_batch_size: Users ranked at once in validation and test; (eval_batch_size, I) scores are held.
+        eval_batch_size: Users ranked at once; (eval_batch_size, I) scores are held.
         shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
     """
 
@@ -259,7 +278,8 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(
-                f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: give at least 1"
+                f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: "
+                "give at least 1"
             )
         self.name, self.seed, self.batch_size = name, seed, batch_size
         self.eval_batch_size, self.shuffle = eval_batch_size, shuffle
@@ -276,7 +296,7 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
             self._sets = self.build()
         return self._sets
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 (Lightning's signature)
         _ = self.sets
 
     def train_dataloader(self) -> PairLoader:
@@ -294,8 +314,9 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
         return self._ranking(self.sets.test_ranking)
 
     def _shard(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _pairs(self, pairs: Pairs, batch_size: int, shuffle: bool) -> PairLoader:
         return PairLoader(
@@ -318,13 +339,30 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
         )
 
 
+# splitmix64's odd constants as signed integers, which is what torch multiplies.
+_MIX = ((32, -0x61C8864680B583EB), (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+
+
+def random_scores(user: Tensor, n_items: int) -> Tensor:
+    """(U, I) scores in [-1, 1) without meaning, a function of the user row and the item alone.
+
+    A generator's would change with the evaluation batch size and the number of processes; this is
+    a finaliser in the manner of splitmix64 over the pair's number.
+    """
+    x_UI = user.cpu()[:, None] * n_items + torch.arange(n_items) + 1
+    for shift, factor in _MIX:
+        x_UI = (x_UI ^ (x_UI >> shift)) * factor
+    return (x_UI ^ (x_UI >> 31)).float() / 2**63
+
+
 def sample_negatives(
     positives: Ragged, user: np.ndarray, n_items: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """For each entry of ``user`` (N,) one item, uniform among those not in that user's ``positives``.
+    """For each entry of ``user`` (N,) an item, uniform among those not in the user's ``positives``.
 
-    Exact and without rejection: the item of rank r among those a user lacks is r plus the number of his items t_i
-    (sorted, i = 0, 1, …) with t_i - i <= r; one search over all users' keys at once finds that number.
+    Exact and without rejection: the item of rank r among those a user lacks is r plus the number of
+    his items t_i (sorted, i = 0, 1, …) with t_i - i <= r; one search over all users' keys at once
+    finds that number.
 
     Args:
         positives: Each user's items, none twice.
@@ -352,4 +390,4 @@ def split_users(
     """Disjoint random groups of the given sizes (less when the candidates run out), each sorted."""
     order = generator.permutation(np.asarray(candidates, dtype=np.int64))
     edges = np.cumsum([0, *sizes])
-    return [np.sort(order[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [np.sort(order[a:b]) for a, b in itertools.pairwise(edges)]
