@@ -1,9 +1,22 @@
 """Operators of state space models: one file an operator, its reference beside its fast paths."""
 
+from recsys_ssm.ops._dispatch import backends, describe_backends
+from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
     selective_scan_step,
 )
+from recsys_ssm.ops.ssd import ssd, ssd_step
 
-__all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
+__all__ = [
+    "backends",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "describe_backends",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_scan_step",
+    "ssd",
+    "ssd_step",
+]

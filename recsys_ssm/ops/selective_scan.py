@@ -8,8 +8,8 @@ For every channel e and state n, with a step size Δ that depends on the input::
 
 Three paths, one result: :func:`selective_scan_reference` reads like the formula (and is what every
 other path is tested against, in float64); :func:`_scan_loop` is the best plain PyTorch we know, for
-any device and dtype; a C++ kernel serves float32 and bfloat16 on CPU, and ``mamba_ssm``'s CUDA kernel
-serves CUDA tensors where it is installed.  :func:`selective_scan` chooses.
+any device and dtype; a C++ kernel serves float32 and bfloat16 on CPU, and ``mamba_ssm``'s CUDA
+kernel serves CUDA tensors where it is installed.  :func:`selective_scan` chooses.
 
 Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states (``d_state``).
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from recsys_ssm.errors import UserError
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
 
@@ -61,8 +63,8 @@ def selective_scan(
         float32 (float64 if an input is).  Both are differentiable in every floating-point argument.
 
     Raises:
-        ValueError: shapes that do not fit together; the message names the argument.
-        TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
+        UserError: shapes that do not fit together, a dtype that is not floating point (for
+            ``seq_idx``: not an integer), tensors on different devices; it names the argument.
     """
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
     y, state = _scan_loop(u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
@@ -96,10 +98,10 @@ def selective_scan_step(
         float32 or wider: rounding the state at every step loses what it remembers.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        UserError: shapes that do not fit together.
     """
     if u.dim() != 2 or state.dim() != 3:
-        raise ValueError(
+        raise UserError(
             "selective_scan_step: u must be (B, E) and state (B, E, N), "
             f"got {tuple(u.shape)} and {tuple(state.shape)}"
         )
@@ -191,9 +193,11 @@ def _scan_loop(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The best plain PyTorch: everything that is not the recurrence is done for all steps at once,
-    inputs are ``unbind``-ed (indexing ``x[:, t]`` makes the backward pass quadratic in the length:
-    every slice's gradient is a zero tensor of the full size), one exponential a step."""
+    """The best plain PyTorch: all that is not the recurrence is done for all steps at once.
+
+    Inputs are ``unbind``-ed, because indexing ``x[:, t]`` makes the backward pass quadratic in the
+    length (every slice's gradient is a zero tensor of the full size); one exponential a step.
+    """
     wide = _state_dtype(u, dt, A, B, C)
     with torch.autocast(u.device.type, enabled=False):
         u_BLE, dt_BLE, B_BLN, C_BLN = (x.to(wide) for x in (u, dt, B, C))
@@ -232,7 +236,8 @@ def _scan_loop(
         if D is not None:
             y_BLE = y_BLE + D * u_BLE
         if z is not None:
-            y_BLE = y_BLE * F.silu(z.to(wide))
+            z_BLE = z.to(wide) if seq_idx is None else z.to(wide).masked_fill(pad_BL1, 0)
+            y_BLE = y_BLE * F.silu(z_BLE)
         if seq_idx is not None:
             y_BLE = y_BLE.masked_fill(pad_BL1, 0)
         return y_BLE.to(u.dtype), h_BEN
@@ -241,6 +246,8 @@ def _scan_loop(
 def _resets(seq_idx: Tensor) -> Tensor:
     """(B, L) bool: valid positions whose sequence is not that of the valid position before."""
     valid_BL = seq_idx >= 0
+    if seq_idx.shape[1] == 0:
+        return valid_BL
     position_L = torch.arange(seq_idx.shape[1], device=seq_idx.device)
     last_BL = torch.where(valid_BL, position_L, -1).cummax(1).values
     before_BL = F.pad(last_BL[:, :-1], (1, 0), value=-1)  # last valid position before this one
@@ -267,7 +274,7 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(
+        raise UserError(
             "selective_scan: u must be (B, L, E) and A (E, N), "
             f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
@@ -287,16 +294,14 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"selective_scan: {name} must have shape {shape} "
                 f"(u is {tuple(u.shape)}, A {tuple(A.shape)}), got {tuple(tensor.shape)}"
             )
         if name == "seq_idx":
             if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise TypeError(f"selective_scan: seq_idx must be an integer, got {tensor.dtype}")
+                raise UserError(f"selective_scan: seq_idx must be an integer, got {tensor.dtype}")
         elif not tensor.is_floating_point():
-            raise TypeError(f"selective_scan: {name} must be floating point, got {tensor.dtype}")
+            raise UserError(f"selective_scan: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != u.device:
-            raise ValueError(
-                f"selective_scan: {name} is on {tensor.device} but u on {u.device}"
-            )
+            raise UserError(f"selective_scan: {name} is on {tensor.device} but u on {u.device}")

@@ -1,0 +1,331 @@
+// Depthwise convolution along time, forward and backward.
+//
+// A task takes a block of kBlock channels of one batch row (backward: of a group of rows) and treats
+// every packed sequence in it as a row of its own: the sequence is copied into scratch memory as
+// float, with width - 1 rows of zeros (or the initial state) before and of zeros after it, so that no
+// loop below has an edge to look at. The copies stay in the second-level cache for the usual lengths.
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // channels a task; a multiple of every Vec::size
+constexpr int kVecs = kBlock / Vec::size;
+
+}  // namespace
+
+extern "C" struct CausalConv1dArgs {
+  int64_t threads, batch, length, channels, width;
+  int64_t ahead;   // how many of the taps look into the future
+  int64_t groups;  // backward: rows are summed in this many groups, whatever the number of threads
+  int64_t bf16;    // x, y, dy and dx are bfloat16, else float32
+  int64_t silu;
+  int64_t x_batch, x_time, dy_batch, dy_time;  // strides in elements; channels are adjacent
+  const void* x;
+  const float* weight;     // (width, channels)
+  const float* bias;       // (channels) or null
+  const int32_t* seq_idx;  // (batch, length) or null
+  const float* state;      // (batch, width - 1, channels) or null; only where ahead is 0
+  void* y;                 // (batch, length, channels), forward only
+  const void* dy;
+  void* dx;        // (batch, length, channels)
+  float* dweight;  // (groups, width + 1, channels), the bias's gradient last
+  float* dstate;   // as state, or null
+};
+
+namespace {
+
+using Args = CausalConv1dArgs;
+
+RECSYS_INLINE Vec load(const float* p) { return Vec::load(p); }
+RECSYS_INLINE Vec load(const uint16_t* p) { return Vec::load_bf16(p); }
+RECSYS_INLINE void store(Vec v, float* p) { v.store(p); }
+RECSYS_INLINE void store(Vec v, uint16_t* p) { v.store_bf16(p); }
+RECSYS_INLINE float to_float(float x) { return x; }
+RECSYS_INLINE float to_float(uint16_t x) { return bf16_to_float(x); }
+RECSYS_INLINE void from_float(float x, float* p) { *p = x; }
+RECSYS_INLINE void from_float(float x, uint16_t* p) { *p = float_to_bf16(x); }
+
+// One row of `count` channels into a row of kBlock floats, and back.
+template <class T>
+RECSYS_INLINE void read_row(const T* from, int64_t count, float* to) {
+  int64_t c = 0;
+  for (; c + Vec::size <= count; c += Vec::size) load(from + c).store(to + c);
+  for (; c < count; ++c) to[c] = to_float(from[c]);
+}
+template <class T>
+RECSYS_INLINE void write_row(const float* from, int64_t count, T* to) {
+  int64_t c = 0;
+  for (; c + Vec::size <= count; c += Vec::size) store(Vec::load(from + c), to + c);
+  for (; c < count; ++c) from_float(from[c], to + c);
+}
+
+void fill_zero(float* to, int64_t count) { std::memset(to, 0, sizeof(float) * count); }
+
+// Rows of kBlock floats: out(t) = start + sum_k taps(k) * in(t + k), t = 0 … count - 1, one vector of
+// channels. `finish(t, out)` stores.
+template <class F>
+RECSYS_INLINE void convolve(const float* in, const float* taps, int64_t step, int64_t width,
+                            Vec start, int64_t count, const F& finish) {
+  constexpr int kTile = 8;
+  int64_t t = 0;
+  for (; t + kTile <= count; t += kTile) {
+    Vec sum[kTile];
+    for (int j = 0; j < kTile; ++j) sum[j] = start;
+    const float* at = in + t * kBlock;
+    for (int64_t k = 0; k < width; ++k) {
+      const Vec tap = Vec::load(taps + k * step);
+      for (int j = 0; j < kTile; ++j)
+        sum[j] = Vec::fma(tap, Vec::load(at + (j + k) * kBlock), sum[j]);
+    }
+    for (int j = 0; j < kTile; ++j) finish(t + j, sum[j]);
+  }
+  for (; t < count; ++t) {
+    Vec sum = start;
+    for (int64_t k = 0; k < width; ++k)
+      sum = Vec::fma(Vec::load(taps + k * step), Vec::load(in + (t + k) * kBlock), sum);
+    finish(t, sum);
+  }
+}
+
+// sums(k) += sum_t a(t) * b(t + k), t = 0 … count - 1, one vector of channels.
+RECSYS_INLINE void correlate(const float* a, const float* b, int64_t width, int64_t count,
+                             float* sums) {
+  constexpr int kTile = 8;
+  int64_t k = 0;
+  for (; k + kTile <= width; k += kTile) {
+    Vec sum[kTile];
+    for (int j = 0; j < kTile; ++j) sum[j] = Vec::load(sums + (k + j) * kBlock);
+    for (int64_t t = 0; t < count; ++t) {
+      const Vec at = Vec::load(a + t * kBlock);
+      for (int j = 0; j < kTile; ++j)
+        sum[j] = Vec::fma(at, Vec::load(b + (t + k + j) * kBlock), sum[j]);
+    }
+    for (int j = 0; j < kTile; ++j) sum[j].store(sums + (k + j) * kBlock);
+  }
+  for (; k < width; ++k) {
+    Vec even = Vec::load(sums + k * kBlock), odd = Vec::zero();
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2) {
+      even = Vec::fma(Vec::load(a + t * kBlock), Vec::load(b + (t + k) * kBlock), even);
+      odd = Vec::fma(Vec::load(a + (t + 1) * kBlock), Vec::load(b + (t + 1 + k) * kBlock), odd);
+    }
+    if (t < count) even = Vec::fma(Vec::load(a + t * kBlock), Vec::load(b + (t + k) * kBlock), even);
+    (even + odd).store(sums + k * kBlock);
+  }
+}
+
+// What one task works on: the channels [first, first + count) with their taps, rows of kBlock.
+struct Block {
+  const Args& args;
+  int64_t first, count;  // channels
+  int64_t width, back;   // taps, those of them that look back
+  float *taps, *bias;
+  float* in;   // width - 1 rows, the sequence, width - 1 rows
+  float* out;  // the same; the gradient of the convolution's result
+  float* sums; // width + 1 rows: the gradients of taps and bias
+
+  // Floats of scratch memory: the pointers above in this order.
+  static int64_t scratch(const Args& a) {
+    return kBlock * ((a.width + 1) * 2 + 2 * (a.length + 2 * (a.width - 1)));
+  }
+
+  Block(const Args& a, int64_t block, float* memory)
+      : args(a),
+        first(block * kBlock),
+        count(min64(kBlock, a.channels - first)),
+        width(a.width),
+        back(a.width - 1 - a.ahead) {
+    taps = memory;
+    bias = taps + kBlock * width;
+    in = bias + kBlock;
+    out = in + kBlock * (a.length + 2 * (width - 1));
+    sums = out + kBlock * (a.length + 2 * (width - 1));
+    // Channels beyond the last stay zero all through.
+    fill_zero(memory, scratch(a));
+    for (int64_t k = 0; k < width; ++k)
+      read_row(a.weight + k * a.channels + first, count, taps + k * kBlock);
+    if (a.bias != nullptr) read_row(a.bias + first, count, bias);
+  }
+
+  // Calls body(start, length, state, dstate) for every sequence of row b and gap(t) for padding. The
+  // state and its gradient are given to the first sequence only.
+  template <class F, class G>
+  void each_sequence(int64_t b, const F& body, const G& gap) const {
+    const int64_t state_at = b * (width - 1) * args.channels + first;
+    const float* state = args.state == nullptr ? nullptr : args.state + state_at;
+    float* dstate = args.dstate == nullptr ? nullptr : args.dstate + state_at;
+    const int32_t* ids = args.seq_idx == nullptr ? nullptr : args.seq_idx + b * args.length;
+    for (int64_t t = 0; t < args.length;) {
+      if (ids != nullptr && ids[t] < 0) {
+        gap(t++);
+        continue;
+      }
+      int64_t end = ids == nullptr ? args.length : t + 1;
+      while (end < args.length && ids[end] == ids[t]) ++end;
+      body(t, end - t, state, dstate);
+      state = nullptr;
+      dstate = nullptr;
+      t = end;
+    }
+  }
+
+  // The sequence of `length` positions at x into `in`, with what comes before and zeros after.
+  template <class T>
+  void read(const T* x, int64_t length, const float* state) {
+    if (state == nullptr) {
+      fill_zero(in, kBlock * (width - 1));
+    } else {
+      for (int64_t k = 0; k < width - 1; ++k)
+        read_row(state + k * args.channels, count, in + k * kBlock);
+    }
+    float* at = in + kBlock * (width - 1);
+    for (int64_t t = 0; t < length; ++t) read_row(x + t * args.x_time, count, at + t * kBlock);
+    fill_zero(at + length * kBlock, kBlock * (width - 1));
+  }
+
+  // Where the window of the first position begins in `in`.
+  const float* window(int v) const { return in + kBlock * args.ahead + v * Vec::size; }
+
+  template <class T>
+  void forward(int64_t b) {
+    const T* x = static_cast<const T*>(args.x) + b * args.x_batch + first;
+    T* y = static_cast<T*>(args.y) + b * args.length * args.channels + first;
+    each_sequence(
+        b,
+        [&](int64_t start, int64_t length, const float* state, float*) {
+          read(x + start * args.x_time, length, state);
+          T* to = y + start * args.channels;
+          for (int v = 0; v < kVecs && v * Vec::size < count; ++v) {
+            const int64_t at = v * Vec::size, lanes = min64(Vec::size, count - at);
+            convolve(window(v), taps + at, kBlock, width, Vec::load(bias + at), length,
+                     [&](int64_t t, Vec sum) {
+                       if (args.silu) sum = sum * sigmoid(sum);
+                       if (lanes == Vec::size) {
+                         store(sum, to + t * args.channels + at);
+                       } else {
+                         float row[Vec::size];
+                         sum.store(row);
+                         write_row(row, lanes, to + t * args.channels + at);
+                       }
+                     });
+          }
+        },
+        [&](int64_t t) { std::memset(y + t * args.channels, 0, sizeof(T) * count); });
+  }
+
+  template <class T>
+  void backward(int64_t b) {
+    const T* x = static_cast<const T*>(args.x) + b * args.x_batch + first;
+    const T* dy = static_cast<const T*>(args.dy) + b * args.dy_batch + first;
+    T* dx = static_cast<T*>(args.dx) + b * args.length * args.channels + first;
+    if (args.dstate != nullptr) {
+      for (int64_t k = 0; k < width - 1; ++k)
+        std::memset(args.dstate + (b * (width - 1) + k) * args.channels + first, 0,
+                    sizeof(float) * count);
+    }
+    each_sequence(
+        b,
+        [&](int64_t start, int64_t length, const float* state, float* dstate) {
+          read(x + start * args.x_time, length, state);
+          float* dsum = out + kBlock * (width - 1);
+          fill_zero(out, kBlock * (width - 1));
+          for (int64_t t = 0; t < length; ++t)
+            read_row(dy + (start + t) * args.dy_time, count, dsum + t * kBlock);
+          fill_zero(dsum + length * kBlock, kBlock * (width - 1));
+          const Vec one = Vec::all(1.f);
+          for (int v = 0; v < kVecs && v * Vec::size < count; ++v) {
+            const int64_t at = v * Vec::size;
+            Vec dbias = Vec::load(sums + width * kBlock + at);
+            if (args.silu) {
+              convolve(window(v), taps + at, kBlock, width, Vec::load(bias + at), length,
+                       [&](int64_t t, Vec sum) {
+                         float* here = dsum + t * kBlock + at;
+                         const Vec s = sigmoid(sum);
+                         const Vec slope = s * Vec::fma(sum, one - s, one);
+                         (Vec::load(here) * slope).store(here);
+                       });
+            }
+            for (int64_t t = 0; t < length; ++t) dbias = dbias + Vec::load(dsum + t * kBlock + at);
+            dbias.store(sums + width * kBlock + at);
+            correlate(dsum + at, window(v), width, length, sums + at);
+            // The input at t is met by the last tap at t - ahead and by the first at t + back.
+            const float* before = dsum - args.ahead * kBlock + at;
+            const float* last_tap = taps + (width - 1) * kBlock + at;
+            const int64_t lanes = min64(Vec::size, count - at);
+            T* to = dx + start * args.channels + at;
+            convolve(before, last_tap, -kBlock, width, Vec::zero(), length, [&](int64_t t, Vec sum) {
+              if (lanes == Vec::size) {
+                store(sum, to + t * args.channels);
+              } else {
+                float row[Vec::size];
+                sum.store(row);
+                write_row(row, lanes, to + t * args.channels);
+              }
+            });
+            if (dstate != nullptr) {
+              convolve(before - (width - 1) * kBlock, last_tap, -kBlock, width, Vec::zero(),
+                       width - 1, [&](int64_t t, Vec sum) {
+                         float row[Vec::size];
+                         sum.store(row);
+                         write_row(row, lanes, dstate + t * args.channels + at);
+                       });
+            }
+          }
+        },
+        [&](int64_t t) { std::memset(dx + t * args.channels, 0, sizeof(T) * count); });
+  }
+};
+
+bool sensible(const Args& a) {
+  return a.batch >= 0 && a.length >= 0 && a.channels >= 0 && a.width >= 1 && a.ahead >= 0 &&
+         a.ahead < a.width && (a.state == nullptr || a.ahead == 0);
+}
+
+}  // namespace
+
+RECSYS_KERNEL(recsys_causal_conv1d_forward)(const CausalConv1dArgs* args) {
+  const Args& a = *args;
+  if (!sensible(a)) return RECSYS_BAD_ARGUMENTS;
+  const int64_t blocks = ceil_div(a.channels, kBlock);
+  bool no_memory = false;
+  parallel_for(a.threads, a.batch * blocks, [&](int64_t task) {
+    auto* memory = static_cast<float*>(recsys_scratch(sizeof(float) * Block::scratch(a)));
+    if (memory == nullptr) {
+      no_memory = true;
+      return;
+    }
+    Block block(a, task % blocks, memory);
+    if (a.bf16)
+      block.forward<uint16_t>(task / blocks);
+    else
+      block.forward<float>(task / blocks);
+  });
+  return no_memory ? RECSYS_NO_MEMORY : RECSYS_OK;
+}
+
+RECSYS_KERNEL(recsys_causal_conv1d_backward)(const CausalConv1dArgs* args) {
+  const Args& a = *args;
+  if (!sensible(a) || a.groups < 1) return RECSYS_BAD_ARGUMENTS;
+  const int64_t blocks = ceil_div(a.channels, kBlock);
+  bool no_memory = false;
+  parallel_for(a.threads, a.groups * blocks, [&](int64_t task) {
+    auto* memory = static_cast<float*>(recsys_scratch(sizeof(float) * Block::scratch(a)));
+    if (memory == nullptr) {
+      no_memory = true;
+      return;
+    }
+    Block block(a, task % blocks, memory);
+    const int64_t group = task / blocks;
+    const int64_t rows = ceil_div(a.batch, a.groups);
+    for (int64_t b = group * rows; b < min64(a.batch, (group + 1) * rows); ++b) {
+      if (a.bf16)
+        block.backward<uint16_t>(b);
+      else
+        block.backward<float>(b);
+    }
+    float* to = a.dweight + group * (a.width + 1) * a.channels + block.first;
+    for (int64_t k = 0; k <= a.width; ++k)
+      write_row(block.sums + k * kBlock, block.count, to + k * a.channels);
+  });
+  return no_memory ? RECSYS_NO_MEMORY : RECSYS_OK;
+}
