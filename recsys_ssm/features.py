@@ -1,7 +1,7 @@
 """Features of users and items: from named, typed columns to tensors, and the schema that says how.
 
-A :class:`FeatureSchema` is the whole recipe (columns, scaling, vocabularies); it is plain data, travels inside a
-checkpoint and encodes tables the training never saw.
+A :class:`FeatureSchema` is the whole recipe (columns, scaling, vocabularies); it is plain data,
+travels inside a checkpoint and encodes tables the training never saw.
 
 Shapes: B rows, Fn numeric features, Fc categorical features.
 """
@@ -55,7 +55,7 @@ class NumericField:
 
 @dataclass(frozen=True)
 class CategoricalField:
-    """A categorical column; ``values[i]`` has code ``i + 1``, everything else is :data:`MISSING`."""
+    """A categorical column; ``values[i]`` has code ``i + 1``, all else is :data:`MISSING`."""
 
     name: str
     values: tuple[str, ...]
@@ -81,7 +81,7 @@ class FeatureSchema:
 
     @property
     def names(self) -> list[str]:
-        return [field.name for field in (*self.numeric, *self.categorical)]
+        return [f.name for f in self.numeric] + [f.name for f in self.categorical]
 
     @property
     def n_features(self) -> int:
@@ -101,8 +101,9 @@ class FeatureSchema:
 
         Args:
             frame: One row a user or item.
-            numeric: Columns read as numbers; with ``scale`` they are standardised to mean 0, deviation 1.
+            numeric: Columns read as numbers.
             categorical: Columns read as categories (their values as text, sorted).
+            scale: Standardise numbers to mean 0, deviation 1; off: they stay as they are.
             where: What to call the table in messages, a file name at best.
 
         Raises:
@@ -111,21 +112,15 @@ class FeatureSchema:
         fields = []
         for name in numeric:
             values = numeric_column(frame, name, where)
-            known = values[~np.isnan(values)]
-            std = float(known.std()) if known.size else 1.0
-            fields.append(
-                NumericField(name, float(known.mean()) if known.size else 0.0, std if std > 0 else 1.0)
-                if scale
-                else NumericField(name)
-            )
-        vocabularies = [
-            CategoricalField(name, tuple(text_column(frame, name, where).drop_nulls().unique().sort()))
-            for name in categorical
-        ]
+            fields.append(_standardise(name, values) if scale else NumericField(name))
+        vocabularies = []
+        for name in categorical:
+            known = text_column(frame, name, where).drop_nulls().unique().sort()
+            vocabularies.append(CategoricalField(name, tuple(known)))
         return cls(tuple(fields), tuple(vocabularies))
 
     def encode(self, frame: pl.DataFrame, *, where: str = "the table") -> Features:
-        """``frame``'s rows as tensors; a null, or a category the schema does not know, becomes *missing*.
+        """``frame``'s rows as tensors; an empty cell or an unknown category becomes *missing*.
 
         Raises:
             UserError: A column is absent or holds something that is no finite number.
@@ -159,7 +154,8 @@ class FeatureSchema:
         return cls(
             tuple(NumericField(**field) for field in plain["numeric"]),
             tuple(
-                CategoricalField(field["name"], tuple(field["values"])) for field in plain["categorical"]
+                CategoricalField(field["name"], tuple(field["values"]))
+                for field in plain["categorical"]
             ),
         )
 
@@ -168,12 +164,16 @@ def numeric_column(frame: pl.DataFrame, name: str, where: str) -> np.ndarray:
     """Column ``name`` as float64, NaN where the cell is empty.
 
     Raises:
-        UserError: No such column, or a cell that is text, NaN or infinite; the message names file, row and column.
+        UserError: No such column, or a cell that is text, NaN or infinite; the message names file,
+            row and column.
     """
     column = _column(frame, name, where)
+    if column.dtype == pl.String:
+        column = column.str.strip_chars().replace("", None)
     numbers = column.cast(pl.Float64, strict=False)
-    wrong = (numbers.is_null() & column.is_not_null()) | ~numbers.is_finite().fill_null(True)
-    if (row := wrong.arg_max()) is not None and wrong[row]:
+    wrong = (numbers.is_null() & column.is_not_null()) | ~numbers.is_finite().fill_null(value=True)
+    if wrong.any():
+        row = int(wrong.to_numpy().argmax())
         raise UserError(
             f"{where}, row {row + 1}, column {name!r}: {column[row]!r} is not a finite number; "
             "correct it, leave it empty if it is unknown, or list the column as categorical"
@@ -182,11 +182,38 @@ def numeric_column(frame: pl.DataFrame, name: str, where: str) -> np.ndarray:
 
 
 def text_column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
-    """Column ``name`` as text, null where the cell is empty."""
-    return _column(frame, name, where).cast(pl.String)
+    """Column ``name`` as text, null where the cell is empty.
+
+    A whole number reads the same whether it was stored as one or as a float (as pandas does as soon
+    as one cell is empty): ``7.0`` is ``"7"``.
+
+    Raises:
+        UserError: No such column, or one of lists, structures or bytes.
+    """
+    column = _column(frame, name, where)
+    if column.dtype.is_float():
+        whole = column.cast(pl.Int64, strict=False)
+        is_whole = (whole.cast(column.dtype) == column).fill_null(value=False)
+        text = column.fill_nan(None).cast(pl.String)
+        return whole.cast(pl.String).zip_with(is_whole, text).alias(name)
+    return column.cast(pl.String).replace("", None)
 
 
 def _column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
     if name not in frame.columns:
         raise UserError(f"{where}: no column {name!r}; its columns are {', '.join(frame.columns)}")
-    return frame[name]
+    column = frame[name]
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
+        raise UserError(
+            f"{where}: column {name!r} holds {column.dtype}, not one number or text a cell"
+        )
+    return column
+
+
+def _standardise(name: str, values: np.ndarray) -> NumericField:
+    known = values[~np.isnan(values)]
+    if known.size == 0:
+        return NumericField(name)
+    # Not `std > 0`: the rounding of the mean gives a constant column a deviation of 1e-17 or so.
+    std = float(known.std()) if known.min() < known.max() else 1.0
+    return NumericField(name, float(known.mean()), std)

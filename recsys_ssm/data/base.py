@@ -134,7 +134,8 @@ class TwoTowerSets:
             )
         if self.train.user.numel() == 0:
             raise UserError(
-                "no training pair is left: give the dataset more interactions or hold out fewer users"
+                "no training pair is left: give the dataset more interactions, "
+                "or hold out fewer users"
             )
         counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
         self.baselines = {
@@ -344,7 +345,7 @@ _MIX = ((32, -0x61C8864680B583EB), (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644EC
 
 
 def random_scores(user: Tensor, n_items: int) -> Tensor:
-    """(U, I) scores in [-1, 1) without meaning, a function of the user row and the item alone.
+    """(U, I) scores in [0, 1) without meaning, a function of the user row and the item alone.
 
     A generator's would change with the evaluation batch size and the number of processes; this is
     a finaliser in the manner of splitmix64 over the pair's number.

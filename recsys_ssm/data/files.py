@@ -1,7 +1,11 @@
-"""Reading users' tables: CSV or Parquet, every mistake named by file, column and row."""
+"""Reading users' tables: CSV or Parquet, every mistake named by file, column and row.
+
+A row is counted from 1 below the header line, in both kinds of file.
+"""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,62 +13,124 @@ import polars as pl
 
 from recsys_ssm.errors import UserError
 
+_UNREADABLE = (pl.exceptions.PolarsError, OSError, UnicodeDecodeError)
+_SEPARATORS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
 
-def scan_table(path: str | Path, *, columns: Sequence[str] = (), separator: str = ",") -> pl.LazyFrame:
+
+def scan_table(
+    path: str | Path, *, columns: Sequence[str] = (), separator: str = ","
+) -> pl.LazyFrame:
     """A lazy frame of a CSV (every cell as text, an empty one null) or Parquet file.
 
     Args:
         path: ``*.parquet`` / ``*.pq`` is Parquet, anything else CSV with a header line.
         columns: Columns that must be there; all others are left out when any is named.
-        separator: Between the cells of a CSV.
+        separator: Between the cells of a CSV, one character.
 
     Raises:
         UserError: The file is missing, unreadable, empty, not such a table, or lacks a column.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if len(separator.encode()) != 1:
+        raise UserError(f"separator={separator!r}: give one character, for example {_hint()}")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name the file in it")
     if not path.is_file():
         raise UserError(f"{path}: no such file (looked in {path.parent.resolve()})")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; a header line and at least one row are needed")
     try:
-        if path.suffix in {".parquet", ".pq"}:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty; it needs a header line and rows below it")
+        if _is_parquet(path):
             frame = pl.scan_parquet(path)
         else:
-            # Text first: ids keep their leading zeros, and what is not a number can be named with its row later.
-            frame = pl.scan_csv(path, separator=separator, infer_schema=False, try_parse_dates=False)
+            # Text first: ids keep their leading zeros, and what is no number is named with its row.
+            frame = pl.scan_csv(path, separator=separator, infer_schema=False)
         present = frame.collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable {_kind(path)} file ({_first_line(error)})") from error
+    except _UNREADABLE as error:
+        raise UserError(_unreadable(path, separator, error)) from error
     if absent := [name for name in columns if name not in present]:
+        shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
-            f"{path}: no column {absent[0]!r}; its columns are {', '.join(present[:30])}"
-            + (f" (is {separator!r} the separator?)" if len(present) == 1 else "")
+            f"{path}: no column {absent[0]!r}; its columns are {shown}{_other(present, separator)}"
         )
+    if twice := [name for name in columns if f"{name}_duplicated_0" in present]:
+        raise UserError(f"{path}: two columns are called {twice[0]!r}; rename or remove one")
     return frame.select(columns) if columns else frame
 
 
-def read_table(path: str | Path, *, columns: Sequence[str] = (), separator: str = ",") -> pl.DataFrame:
+def read_table(
+    path: str | Path, *, columns: Sequence[str] = (), separator: str = ","
+) -> pl.DataFrame:
     """:func:`scan_table`, collected; at least one row.
 
     Raises:
         UserError: As :func:`scan_table`; or a line is broken; or there is no row.
     """
-    return collect(scan_table(path, columns=columns, separator=separator), path)
+    frame = scan_table(path, columns=columns, separator=separator)
+    return collect(frame, path, separator=separator)
 
 
-def collect(frame: pl.LazyFrame, path: str | Path) -> pl.DataFrame:
-    """Collect a lazy frame that reads ``path``, with its errors named after that file."""
+def collect(frame: pl.LazyFrame, path: str | Path, *, separator: str = ",") -> pl.DataFrame:
+    """Collect a lazy frame that reads ``path``, with its errors named after that file.
+
+    Raises:
+        UserError: A line is broken, or no row is left.
+    """
+    path = Path(path).expanduser()
     try:
         table = frame.collect()
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable {_kind(Path(path))} file ({_first_line(error)})") from error
+    except _UNREADABLE as error:
+        raise UserError(_unreadable(path, separator, error)) from error
     if table.height == 0:
         raise UserError(f"{path}: no row below the header line")
     return table
 
 
-def _kind(path: Path) -> str:
-    return "Parquet" if path.suffix in {".parquet", ".pq"} else "CSV"
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in {".parquet", ".pq"}
+
+
+def _hint(of: str | None = None) -> str:
+    """A separator as one writes it in a config."""
+    return _SEPARATORS.get(of, repr(of)) if of else " ".join(_SEPARATORS.values())
+
+
+def _other(present: Sequence[str], separator: str) -> str:
+    """A hint if the header, read as one cell, holds another separator."""
+    if len(present) != 1:
+        return ""
+    likely = max(_SEPARATORS, key=present[0].count)
+    if likely == separator or likely not in present[0]:
+        return ""
+    return f"; the separator seems to be {_hint(likely)}, not {_hint(separator)}"
+
+
+def _unreadable(path: Path, separator: str, error: BaseException) -> str:
+    if _is_parquet(path):
+        return f"{path}: not a readable Parquet file ({_first_line(error)})"
+    reason = _first_line(error)
+    if "utf-8" in reason.lower() or "utf8" in reason.lower():
+        reason = "it is not UTF-8 text; save it as CSV in UTF-8"
+    elif isinstance(error, pl.exceptions.ComputeError):
+        reason = _broken_line(path, separator) or reason
+    return f"{path}: not a readable CSV file ({reason})"
+
+
+def _broken_line(path: Path, separator: str) -> str | None:
+    """Where a CSV breaks; polars does not say. The file is read once more, line by line."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.reader(file, delimiter=separator, strict=True)
+        start = 0
+        try:
+            width = len(next(rows, []))
+            start = rows.line_num
+            for row in rows:
+                if len(row) > width:
+                    return f"line {start + 1} has {len(row)} cells, the header line {width}"
+                start = rows.line_num
+        except csv.Error:
+            return f'a quotation mark " opened in line {start + 1} is not closed as it should be'
+    return None
 
 
 def _first_line(error: BaseException) -> str:
