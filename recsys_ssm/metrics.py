@@ -1,0 +1,425 @@
+"""Ranking metrics over the full catalogue, vectorised and exact.
+
+    scores (U, I) ──rank_top_k──► top (U, K) ──per_user──► {"p@5": (U,), …} ──mean──► {"p@5": (), …}
+                  └──────────────────────────── RankingMetrics ────────────────────────────┘
+
+A metric is named ``family@k``, for example ``"ndcg@10"``; `METRICS` says what each family means.
+A new one that has a value for each user is a function in `_PER_USER` and its definition there.
+
+Two rules hold everywhere:
+
+*Ties.* Of items with equal scores, the one with the lower catalogue index comes first, on every
+device. A model that gives many items the same score is therefore ranked by catalogue order, which
+flatters it where the catalogue happens to be sorted by popularity.
+
+*Users without a relevant item* have no recall. They are left out of the averages, and counted in
+``n_users_without_relevant``. `over_all_users` gives the other convention, zeros counted for them.
+
+Dimension key: U users, I items of the catalogue, K places of the longest ranking asked for.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from recsys_ssm.errors import UserError
+
+# Apple's GPUs have no float64: the sums stay on the CPU there, only the ranking runs on the GPU.
+_DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+# Items a block in the CPU pre-selection of `_top_values`: long enough to vectorise the maximum.
+_BLOCK_ITEMS = 64
+
+# Scores that are ranked at a time on the CPU: their copies stay in memory that is in use already
+# (larger ones are fetched from the system, page by page, each time).
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class _Hits(NamedTuple):
+    """What a per-user metric is computed from, the first k places of each user's ranking."""
+
+    hit_UK: Tensor  # float64; 1 where the item at that place is relevant
+    rank_K: Tensor  # float64; 1, 2, …
+    n_relevant_U: Tensor  # float64; 0 makes the value NaN, whatever the function returns
+    k: int
+
+
+def _precision(h: _Hits) -> Tensor:
+    return h.hit_UK.sum(1) / h.k
+
+
+def _recall(h: _Hits) -> Tensor:
+    return h.hit_UK.sum(1) / h.n_relevant_U
+
+
+def _reciprocal_rank(h: _Hits) -> Tensor:
+    return (h.hit_UK / h.rank_K).amax(1)
+
+
+def _hit_rate(h: _Hits) -> Tensor:
+    return h.hit_UK.amax(1)
+
+
+def _ndcg(h: _Hits) -> Tensor:
+    discount_K = 1 / torch.log2(h.rank_K + 1)
+    ideal_U = discount_K.cumsum(0)[h.n_relevant_U.clamp(1, h.k).long() - 1]
+    return (h.hit_UK * discount_K).sum(1) / ideal_U
+
+
+def _average_precision(h: _Hits) -> Tensor:
+    precision_UK = h.hit_UK.cumsum(1) / h.rank_K
+    return (h.hit_UK * precision_UK).sum(1) / h.n_relevant_U.clamp(max=h.k)
+
+
+_PER_USER: dict[str, Callable[[_Hits], Tensor]] = {
+    "p": _precision,
+    "r": _recall,
+    "mrr": _reciprocal_rank,
+    "hr": _hit_rate,
+    "ndcg": _ndcg,
+    "map": _average_precision,
+}
+
+METRICS: dict[str, str] = {
+    "p": "precision: relevant items among the first k, divided by k",
+    "r": "recall: relevant items among the first k, divided by all relevant items of the user",
+    "mrr": "1 / rank of the first relevant item, 0 if it comes after place k",
+    "hr": "hit ratio: 1 if any of the first k items is relevant, else 0",
+    "ndcg": "DCG with gain 1 and discount 1 / log2(rank + 1), divided by the best DCG possible, "
+    "that of min(k, relevant items) hits",
+    "map": "sum of precision@rank over the hits among the first k, divided by min(k, relevant "
+    "items): Kaggle's MAP@12 of the H&M competition",
+    "coverage": "share of the catalogue that is among the first k of at least one user, with or "
+    "without a relevant item",
+}
+"""Every family of metrics and its definition."""
+
+DEFAULT_METRICS: tuple[str, ...] = (
+    *(f"{family}@{k}" for family in ("p", "r", "mrr", "hr", "ndcg") for k in (1, 5, 10)),
+    "map@12",
+    "coverage@10",
+)
+
+COUNTS: tuple[str, ...] = ("n_users", "n_users_without_relevant")
+"""The two counts that `RankingMetrics.compute` gives beside the metrics."""
+
+
+class MetricName(NamedTuple):
+    """A metric's name, taken apart: ``"p@5"`` is ``MetricName("p", 5)``."""
+
+    family: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.family}@{self.k}"
+
+    @classmethod
+    def parse(cls, name: str) -> "MetricName":
+        """Takes ``"p@5"`` apart.
+
+        Raises:
+            UserError: the family is unknown or the cut-off is not a whole number above 0.
+        """
+        family, _, k = name.partition("@")
+        if family not in METRICS:
+            raise UserError(
+                f"unknown metric {name!r}: write family@k with a family of {', '.join(METRICS)}, "
+                "for example ndcg@10"
+            )
+        if not (k.isascii() and k.isdecimal() and int(k) > 0):
+            raise UserError(
+                f"metric {name!r} needs a cut-off, a whole number above 0: for example {family}@10"
+            )
+        return cls(family, int(k))
+
+
+@torch.no_grad()
+def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
+    """The exact k best items of every user, best first.
+
+    Of equal scores the item with the lower index comes first. Excluded items never appear; places
+    for which no item is left hold -1. A score of -inf ranks with the lowest finite number, so an
+    item that is not excluded is never lost.
+
+    Args:
+        scores: (U, I), any real dtype; compared as they are, integers as float64.
+        k: places, at least 1; may be more than I.
+        exclude: (U, I) bool, True for items not to recommend (those a user has already seen).
+
+    Returns:
+        (U, k) int64 catalogue indices on the device of ``scores``.
+
+    Raises:
+        UserError: a score that takes part is NaN, which means that the model has diverged.
+        ValueError: wrong shape, dtype or k.
+    """
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise ValueError(f"scores must be (users, items) with items > 0, got {tuple(scores.shape)}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    scores = scores if scores.is_floating_point() else scores.double()
+    if exclude is not None:
+        _check_mask("exclude", exclude, scores.shape)
+    tops = []
+    for start, block in _user_blocks(scores):
+        seen = None if exclude is None else exclude[start : start + len(block)]
+        tops.append(_rank_block(block, min(k, scores.shape[1]), seen, start))
+    top = torch.cat(tops)
+    return torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1)
+
+
+def _user_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of users and where each starts: on the CPU what is computed from one stays in cache.
+
+    One block at least, also of no users.
+    """
+    n_users, n_items = matrix.shape
+    rows = max(1, n_users if matrix.device.type != "cpu" else _BLOCK_ELEMENTS // n_items)
+    for start in range(0, max(1, n_users), rows):
+        yield start, matrix[start : start + rows]
+
+
+def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int) -> Tensor:
+    """`rank_top_k` of a few users: floating point scores and k <= I."""
+    n_items = scores.shape[1]
+    if exclude is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.clamp(min=lowest).masked_fill_(exclude, -math.inf)
+    # One place more than asked for: it tells whether a tie crosses the cut-off.
+    value, top = _top_values(scores, min(k + 1, n_items))
+    nan_U = value[:, 0].isnan()  # topk and amax put NaN above all numbers
+    if nan_U.any():
+        user = first_user + int(nan_U.nonzero()[0, 0])
+        raise UserError(
+            f"the scores of user {user} of this batch contain NaN: the model has diverged; "
+            "try a smaller learning rate, gradient clipping or trainer.precision=32"
+        )
+
+    if k < n_items:
+        # Of the items that tie at the cut-off topk takes any. Their places go to those with the
+        # lowest indices: one comparison of the row instead of a stable sort of it.
+        cut_U1 = value[:, k - 1 : k]
+        row_T = (value[:, k : k + 1] == cut_U1).nonzero()[:, 0]  # T users with such a tie
+        if row_T.numel():
+            cut_T1 = cut_U1[row_T]
+            n_above_T = (value[row_T, :k] > cut_T1).sum(1)  # these places are right already
+            tied, item = (scores[row_T] == cut_T1).nonzero().unbind(1)  # by user, then by index
+            n_tied_T = torch.bincount(tied, minlength=row_T.numel())
+            first_T = n_tied_T.cumsum(0) - n_tied_T
+            place = n_above_T[tied] + torch.arange(tied.numel(), device=tied.device) - first_T[tied]
+            fits = place < k
+            top[row_T[tied[fits]], place[fits]] = item[fits]
+
+    # Ties inside the cut-off: by index first, then a stable sort by score. Adding 0 turns -0 into
+    # 0, which a radix sort would otherwise put below.
+    top = top[:, :k].sort(dim=1).values
+    value, order = (scores.gather(1, top) + 0.0).sort(dim=1, descending=True, stable=True)
+    top = top.gather(1, order)
+    return top if exclude is None else top.masked_fill_(value == -math.inf, -1)
+
+
+def _top_values(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(k)``, on the CPU by way of block maxima where the catalogue is large.
+
+    The k largest values lie in the k blocks with the largest maxima: an item outside that is larger
+    than the k-th value found would make k block maxima larger than it too. Finding maxima is a
+    vectorised pass over the memory, topk is not.
+    """
+    n_users, n_items = scores.shape
+    n_blocks = n_items // _BLOCK_ITEMS
+    if scores.device.type != "cpu" or n_blocks < 8 * k:
+        value, index = scores.topk(k, dim=1)
+        return value, index
+    blocks = scores[:, : n_blocks * _BLOCK_ITEMS].view(n_users, n_blocks, _BLOCK_ITEMS)
+    best = blocks.amax(2).topk(k, dim=1, sorted=False).indices
+    offset = torch.arange(_BLOCK_ITEMS)
+    candidate = (best[:, :, None] * _BLOCK_ITEMS + offset).flatten(1)
+    rest = torch.arange(n_blocks * _BLOCK_ITEMS, n_items).expand(n_users, -1)
+    candidate = torch.cat([candidate, rest], dim=1)
+    value, place = scores.gather(1, candidate).topk(k, dim=1)
+    return value, candidate.gather(1, place)
+
+
+@torch.no_grad()
+def per_user(top: Tensor, relevant: Tensor, metrics: Sequence[str]) -> dict[str, Tensor]:
+    """Each user's value of each metric.
+
+    With k above the catalogue's size the places beyond it count as misses.
+
+    Args:
+        top: (U, K) int64 from `rank_top_k`, K at least the largest cut-off; -1 is an empty place.
+        relevant: (U, I) bool. A relevant item that was excluded from the ranking counts as missed.
+        metrics: names such as ``"p@5"``, all but ``coverage``, which has no value for one user.
+
+    Returns:
+        name -> (U,) float64 on the device of ``top`` (the CPU where the device has no float64); NaN
+        for users without a relevant item.
+
+    Raises:
+        UserError: an unknown name, or ``coverage``.
+        ValueError: ``top`` has fewer places than a metric needs.
+    """
+    _check_mask("relevant", relevant, (top.shape[0], relevant.shape[-1]))
+    names = [MetricName.parse(metric) for metric in metrics]
+    if any(name.family not in _PER_USER for name in names):
+        raise UserError(f"coverage has no value for one user; per user there is {list(_PER_USER)}")
+    if any(name.k > top.shape[1] for name in names):
+        raise ValueError(f"top has {top.shape[1]} places, too few for {list(metrics)}")
+
+    hit_UK = relevant.gather(1, top.clamp(min=0)) & (top >= 0)
+    n_relevant_U = _count_relevant(relevant)
+    if top.device.type in _DEVICES_WITHOUT_FLOAT64:
+        hit_UK, n_relevant_U = hit_UK.cpu(), n_relevant_U.cpu()
+    hit_UK, n_relevant_U = hit_UK.double(), n_relevant_U.double()
+    rank_K = torch.arange(1, top.shape[1] + 1, device=hit_UK.device, dtype=torch.float64)
+    without_U = n_relevant_U == 0
+    values = {}
+    for name in names:
+        hits = _Hits(hit_UK[:, : name.k], rank_K[: name.k], n_relevant_U, name.k)
+        values[str(name)] = _PER_USER[name.family](hits).masked_fill(without_U, math.nan)
+    return values
+
+
+class RankingMetrics(torchmetrics.Metric):
+    """Means of ranking metrics over users, exact whatever the batches and the number of processes.
+
+    The states are sums and counts that are added up over processes, so no process needs to see
+    all users, and no user may be seen twice (a padding sampler would do that). They are float64 and
+    int64, and stay so when a trainer casts the model to half precision.
+
+    Args:
+        metrics: names such as ``("p@5", "map@12", "coverage@10")``, see `METRICS`.
+        n_items: I, the catalogue's size.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    Raises:
+        UserError: an unknown metric.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    sums: Tensor  # (number of per-user metrics,) float64
+    n_users: Tensor  # () int64, all users seen
+    n_users_without_relevant: Tensor  # () int64
+
+    def __init__(
+        self, metrics: Sequence[str] = DEFAULT_METRICS, *, n_items: int, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if not metrics:
+            raise UserError("metrics is empty: name at least one, for example ndcg@10")
+        names = list(dict.fromkeys(MetricName.parse(metric) for metric in metrics))
+        self.n_items = n_items
+        self.names = names
+        self.max_k = max(name.k for name in names)
+        self._averaged = [str(name) for name in names if name.family in _PER_USER]
+        self._coverage_ks = [name.k for name in names if name.family == "coverage"]
+        zero = torch.tensor(0)
+        self.add_state("sums", torch.zeros(len(self._averaged)).double(), dist_reduce_fx="sum")
+        self.add_state("n_users", zero, dist_reduce_fx="sum")
+        self.add_state("n_users_without_relevant", zero.clone(), dist_reduce_fx="sum")
+        for k in self._coverage_ks:  # how often each item was among the first k
+            counts = torch.zeros(n_items, dtype=torch.int64)
+            self.add_state(f"recommended_{k}", counts, dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, relevant: Tensor, exclude: Tensor | None = None) -> None:
+        """Adds a batch of users.
+
+        Args:
+            scores: (U, I), the higher the better.
+            relevant: (U, I) bool.
+            exclude: (U, I) bool, items that are not to be recommended.
+
+        Raises:
+            UserError: a score is NaN.
+            ValueError: a wrong shape or dtype.
+        """
+        if scores.dim() != 2 or scores.shape[1] != self.n_items:
+            raise ValueError(
+                f"scores must be (users, {self.n_items} items), got {tuple(scores.shape)}"
+            )
+        _check_mask("relevant", relevant, scores.shape)
+        self.update_from_top(rank_top_k(scores, self.max_k, exclude), relevant)
+
+    def update_from_top(self, top: Tensor, relevant: Tensor) -> None:
+        """Adds users that are ranked already, for example to write `per_user` beside the means.
+
+        Args:
+            top: (U, K) from `rank_top_k`, K at least ``max_k``.
+            relevant: (U, I) bool.
+        """
+        values = per_user(top, relevant, self._averaged)
+        n_without = (_count_relevant(relevant) == 0).sum()
+        if values:
+            sums = torch.stack([value.nan_to_num(0).sum() for value in values.values()])
+            self.sums += sums.to(self.sums.device)
+        self.n_users += top.shape[0]
+        self.n_users_without_relevant += n_without.to(self.n_users.device)
+        for k in self._coverage_ks:
+            places = top[:, :k].to(self.n_users.device)
+            counts = getattr(self, f"recommended_{k}")
+            counts += torch.bincount(places[places >= 0], minlength=self.n_items)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics in the order asked for, then ``n_users`` and ``n_users_without_relevant``.
+
+        All are float64 scalars, ready for ``log_dict``. Averages over no user are NaN.
+        """
+        n_averaged = self.n_users - self.n_users_without_relevant
+        means = dict(zip(self._averaged, self.sums / n_averaged, strict=True))
+        values = {}
+        for name in self.names:
+            if name.family == "coverage":
+                counts = getattr(self, f"recommended_{name.k}")
+                values[str(name)] = (counts > 0).double().mean()
+            else:
+                values[str(name)] = means[str(name)]
+        return values | {count: getattr(self, count).double() for count in COUNTS}
+
+    def _apply(
+        self, fn: Callable[..., Tensor], exclude_state: Sequence[str] = ""
+    ) -> torch.nn.Module:
+        # Follow a move to another device but never a cast: a trainer's "bf16-true" would otherwise
+        # turn the sums into bfloat16, which cannot count beyond 256.
+        device = fn(torch.zeros(1, device=self.device)).device
+        if device.type in _DEVICES_WITHOUT_FLOAT64:
+            return self
+        return super()._apply(lambda state: state.to(device), exclude_state)
+
+
+def _count_relevant(relevant: Tensor) -> Tensor:
+    """(U, I) bool -> (U,) int32."""
+    return torch.cat([block.sum(1, dtype=torch.int32) for _, block in _user_blocks(relevant)])
+
+
+def over_all_users(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """The second convention: zeros counted for users without a relevant item, none left out.
+
+    Args:
+        values: from `RankingMetrics.compute`: names such as ``"p@5"`` and both counts. Coverage and
+            other entries are passed on as they are.
+
+    Returns:
+        The same keys.
+    """
+    n_users, n_without = (float(values[count]) for count in COUNTS)
+    every = {name: float(value) for name, value in values.items()}
+    for name, mean in every.items():
+        if name.partition("@")[0] in _PER_USER:
+            # Where no user has a relevant item the mean is NaN: only the zeros remain.
+            total = mean * (n_users - n_without) if n_without < n_users else 0.0
+            every[name] = total / n_users if n_users else math.nan
+    return every
+
+
+def _check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """A mask must be bool: a target of -1 that is read as True would go unnoticed."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
