@@ -12,17 +12,31 @@ the current position.
 ``seq_idx`` (B, L) marks several sequences packed into a row: equal neighbours belong together, -1
 is padding, on either side or in between. A sequence sees nothing of the others; padding
 contributes nothing and its output is 0.
+
+Three paths, one result: :func:`_reference`, plain PyTorch for any device and dtype; a C++ kernel
+for float32 and bfloat16 on CPU; ``causal_conv1d``'s CUDA kernel for CUDA tensors where it is installed.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsys_ssm.errors import UserError
+from recsys_ssm.ops._dispatch import Operator
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "same_conv1d"]
 
 Activation = Literal["silu"] | None
+
+_OPERATOR = Operator(
+    "causal_conv1d",
+    kernels=("recsys_causal_conv1d_forward", "recsys_causal_conv1d_backward"),
+    cuda="causal_conv1d:causal_conv1d_fn",
+)
 
 
 def causal_conv1d(
@@ -51,10 +65,10 @@ def causal_conv1d(
         y (B, L, E) in x's dtype, or (y, final_state). All of it is differentiable.
 
     Raises:
-        UserError: on shapes, dtypes or an activation that do not fit.
+        ValueError: shapes, dtypes or an activation that do not fit; the message names the argument.
     """
     _check(x, weight, bias, activation, seq_idx, initial_state)
-    y = _reference(x, weight, bias, activation, seq_idx, initial_state, 0)
+    y = _convolve(x, weight, bias, activation, seq_idx, initial_state, 0)
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1], seq_idx, initial_state)
@@ -73,9 +87,7 @@ def same_conv1d(
     outputs. Arguments, result and errors as for :func:`causal_conv1d`.
     """
     _check(x, weight, bias, activation, seq_idx, None)
-    return _reference(
-        x, weight, bias, activation, seq_idx, None, (weight.shape[1] - 1) // 2
-    )
+    return _reference(x, weight, bias, activation, seq_idx, None, (weight.shape[1] - 1) // 2)
 
 
 def causal_conv1d_step(
@@ -100,11 +112,35 @@ def causal_conv1d_step(
     return y_BE.to(x.dtype), window_BEW[..., 1:]
 
 
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    ahead: int,
+) -> Tensor:
+    """The dispatch rule; arguments as for :func:`_reference`."""
+    floats = [t for t in (x, weight, bias, initial_state) if t is not None]
+    if _OPERATOR.takes(*floats):
+        return _kernel(x, weight, bias, seq_idx, initial_state, activation == "silu", ahead)
+    if (
+        x.is_cuda
+        and seq_idx is None
+        and initial_state is None
+        and ahead == 0
+        and 2 <= weight.shape[1] <= 4  # all that kernel is compiled for
+        and _OPERATOR.cuda_function is not None
+    ):
+        y_BEL = _OPERATOR.cuda_function(x.transpose(1, 2), weight, bias, activation=activation)
+        return y_BEL.transpose(1, 2)
+    return _reference(x, weight, bias, activation, seq_idx, initial_state, ahead)
+
+
 def _acc_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Half precision is summed in float32."""
-    return torch.promote_types(
-        torch.promote_types(x.dtype, weight.dtype), torch.float32
-    )
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
 def _neighbours(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,20 +170,19 @@ def _reference(
     (B, L, E), W = x.shape, weight.shape[1]
     acc = _acc_dtype(x, weight)
     back = W - 1 - ahead
+    if seq_idx is not None:
+        # Not even a NaN at padding reaches a gradient.
+        valid_BL1 = (seq_idx >= 0)[..., None]
+        x = x.where(valid_BL1, 0)
     # With packed sequences the state is no neighbour of row position 0: it is added below.
     before = x.new_zeros(B, back, E)
     if initial_state is not None and seq_idx is None:
         before = initial_state.transpose(1, 2).to(x.dtype)
     padded = torch.cat([before, x, x.new_zeros(B, ahead, E)], dim=1).to(acc)
     taps_WE = weight.to(acc).t().contiguous()
-    y = (
-        torch.zeros_like(padded[:, :L])
-        if bias is None
-        else bias.to(acc).expand(B, L, E)
-    )
+    y = torch.zeros_like(padded[:, :L]) if bias is None else bias.to(acc).expand(B, L, E)
     if seq_idx is not None:
         behind_BL, after_BL = _neighbours(seq_idx)
-        valid_BL = seq_idx >= 0
     for j in range(W):
         x_j = padded[:, j : j + L]
         if seq_idx is not None and j != back:
@@ -171,8 +206,157 @@ def _reference(
     if activation == "silu":
         y = F.silu(y)
     if seq_idx is not None:
-        y = y.where(valid_BL[..., None], 0)
+        y = y.where(valid_BL1, 0)
     return y.to(x.dtype)
+
+
+class _Args(ctypes.Structure):
+    """``CausalConv1dArgs`` in csrc/causal_conv1d.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "length", "channels", "width")),
+        *((name, ctypes.c_int64) for name in ("ahead", "groups", "bf16", "silu")),
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_time", "dy_batch", "dy_time")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "seq_idx", "state", "y")),
+        *((name, ctypes.c_void_p) for name in ("dy", "dx", "dweight", "dstate")),
+    )
+
+
+@torch.library.custom_op("recsys_ssm::causal_conv1d", mutates_args=(), device_types="cpu")
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    ahead: int,
+) -> Tensor:
+    """:func:`_reference` by the C++ kernel."""
+    y = x.new_empty(x.shape)
+    args, keep = _arguments(x, weight, bias, seq_idx, initial_state, silu, ahead)
+    args.y = y.data_ptr()
+    _OPERATOR.functions[0](args)
+    del keep
+    return y
+
+
+@_kernel.register_fake
+def _kernel_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("recsys_ssm::causal_conv1d_backward", mutates_args=(), device_types="cpu")
+def _kernel_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    ahead: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (B, L, E), of weight and bias (W+1, E) and of the state (B, W-1, E)."""
+    B, E, W = x.shape[0], x.shape[2], weight.shape[1]
+    args, keep = _arguments(x, weight, bias, seq_idx, initial_state, silu, ahead)
+    dy = _rows(dy.to(x.dtype))
+    dx = x.new_empty(x.shape)
+    dtaps = x.new_empty(args.groups, W + 1, E, dtype=torch.float32)
+    dstate = x.new_empty(0 if initial_state is None else B, W - 1, E, dtype=torch.float32)
+    args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
+    args.dx, args.dweight = dx.data_ptr(), dtaps.data_ptr()
+    args.dstate = None if initial_state is None else dstate.data_ptr()
+    _OPERATOR.functions[1](args)
+    del keep
+    return dx, dtaps.sum(0), dstate
+
+
+@_kernel_backward.register_fake
+def _kernel_backward_fake(
+    _dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    _seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, E, W = x.shape[0], x.shape[2], weight.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(W + 1, E, dtype=torch.float32),
+        x.new_empty(0 if initial_state is None else B, W - 1, E, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu, ctx.ahead = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, seq_idx, state = ctx.saved_tensors
+    dx, dtaps_WE, dstate = _kernel_backward(
+        dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead
+    )
+    return (
+        dx,
+        dtaps_WE[:-1].t().to(weight.dtype),
+        None if bias is None else dtaps_WE[-1].to(bias.dtype),
+        None,
+        None if state is None else dstate.transpose(1, 2).to(state.dtype),
+        None,
+        None,
+    )
+
+
+_kernel.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """With adjacent channels, as the kernel reads them."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    ahead: int,
+) -> tuple[_Args, list[Tensor | None]]:
+    """What both directions need, and the tensors that must live until the kernel is done."""
+    (B, L, E), W = x.shape, weight.shape[1]
+    x = _rows(x)
+    taps_WE = weight.float().t().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    state = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()
+    blocks = -(-E // 64)
+    args = _Args(
+        threads=torch.get_num_threads(),
+        batch=B,
+        length=L,
+        channels=E,
+        width=W,
+        ahead=ahead,
+        # Enough tasks for many threads, of at least some 10 microseconds each. Nothing here depends
+        # on the number of threads, so neither does any sum.
+        groups=max(1, min(B, -(-32 // max(1, blocks)), B * L * E * W // 2**17)),
+        bf16=x.dtype == torch.bfloat16,
+        silu=silu,
+        x_batch=x.stride(0),
+        x_time=x.stride(1),
+        x=x.data_ptr(),
+        weight=taps_WE.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        seq_idx=None if seq_idx is None else seq_idx.data_ptr(),
+        state=None if state is None else state.data_ptr(),
+    )
+    return args, [x, taps_WE, bias, seq_idx, state]
 
 
 def _first_sequence(seq_idx: Tensor) -> Tensor:
@@ -182,9 +366,7 @@ def _first_sequence(seq_idx: Tensor) -> Tensor:
     return valid & (start.cumsum(1) == 1)
 
 
-def _final_state(
-    x: Tensor, W: int, seq_idx: Tensor | None, initial_state: Tensor | None
-) -> Tensor:
+def _final_state(x: Tensor, W: int, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
     """The last W-1 inputs of each row's last sequence, (B, E, W-1)."""
     B, L, E = x.shape
     state = x.new_zeros(B, E, W - 1) if initial_state is None else initial_state
@@ -201,9 +383,7 @@ def _final_state(
     # The last sequence's own inputs so far; -1 stands for a row that has none.
     length_B1 = torch.where(last_B1 >= 0, behind_BL.gather(1, at_B1) + 1, 0)
     from_state = (last_B1 < 0) | _first_sequence(seq_idx).gather(1, at_B1)
-    back_BW = torch.arange(W - 2, -1, -1, device=x.device).expand(
-        B, W - 1
-    )  # steps before the last
+    back_BW = torch.arange(W - 2, -1, -1, device=x.device).expand(B, W - 1)  # steps before the last
     own = back_BW < length_B1
     in_x = (W - 1) + last_B1 - back_BW
     in_state = (W - 2) - (back_BW - length_B1)
@@ -221,26 +401,20 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     if x.dim() != 3 or not x.is_floating_point():
-        raise UserError(
-            f"causal_conv1d: x must be floating point (B, L, E), got {_what(x)}"
-        )
+        raise ValueError(f"causal_conv1d: x must be floating point (B, L, E), got {_what(x)}")
     (B, L, E), W = x.shape, weight.shape[-1] if weight.dim() else 0
     if weight.shape != (E, W) or W == 0 or not weight.is_floating_point():
-        raise UserError(
-            f"causal_conv1d: weight must be (E={E}, W >= 1), got {_what(weight)}"
-        )
+        raise ValueError(f"causal_conv1d: weight must be (E={E}, W >= 1), got {_what(weight)}")
     if bias is not None and bias.shape != (E,):
-        raise UserError(f"causal_conv1d: bias must be (E={E},), got {_what(bias)}")
+        raise ValueError(f"causal_conv1d: bias must be (E={E},), got {_what(bias)}")
     if activation not in (None, "silu"):
-        raise UserError(
-            f"causal_conv1d: activation must be None or 'silu', got {activation!r}"
-        )
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     if seq_idx is not None and (seq_idx.shape != (B, L) or seq_idx.is_floating_point()):
-        raise UserError(
+        raise ValueError(
             f"causal_conv1d: seq_idx must be integer (B={B}, L={L}), got {_what(seq_idx)}"
         )
     if initial_state is not None and initial_state.shape != (B, E, W - 1):
-        raise UserError(
+        raise ValueError(
             f"causal_conv1d: initial_state must be (B={B}, E={E}, W-1={W - 1}), "
             f"got {_what(initial_state)}"
         )

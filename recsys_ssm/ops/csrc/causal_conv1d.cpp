@@ -16,7 +16,7 @@ constexpr int kVecs = kBlock / Vec::size;
 extern "C" struct CausalConv1dArgs {
   int64_t threads, batch, length, channels, width;
   int64_t ahead;   // how many of the taps look into the future
-  int64_t groups;  // backward: rows are summed in this many groups, whatever the number of threads
+  int64_t groups;  // tasks a block: rows are summed group by group, whatever the number of threads
   int64_t bf16;    // x, y, dy and dx are bfloat16, else float32
   int64_t silu;
   int64_t x_batch, x_time, dy_batch, dy_time;  // strides in elements; channels are adjacent
@@ -278,54 +278,50 @@ struct Block {
 
 bool sensible(const Args& a) {
   return a.batch >= 0 && a.length >= 0 && a.channels >= 0 && a.width >= 1 && a.ahead >= 0 &&
-         a.ahead < a.width && (a.state == nullptr || a.ahead == 0);
+         a.ahead < a.width && a.groups >= 1 && (a.state == nullptr || a.ahead == 0);
+}
+
+// Calls body(block, b) for all rows of a task's group, a task for every block of channels and group,
+// and end(block, group) after them.
+template <class F, class E>
+int for_all_rows(const Args& a, const F& body, const E& end) {
+  if (!sensible(a)) return RECSYS_BAD_ARGUMENTS;
+  const int64_t blocks = ceil_div(a.channels, kBlock), rows = ceil_div(a.batch, a.groups);
+  RecsysStatus status = RECSYS_OK;
+  parallel_for(a.threads, a.groups * blocks, [&](int64_t task) {
+    auto* memory = static_cast<float*>(recsys_scratch(sizeof(float) * Block::scratch(a)));
+    if (memory == nullptr) {
+      status = RECSYS_NO_MEMORY;
+      return;
+    }
+    Block block(a, task % blocks, memory);
+    const int64_t group = task / blocks;
+    for (int64_t b = group * rows; b < min64(a.batch, (group + 1) * rows); ++b) body(block, b);
+    end(block, group);
+  });
+  return status;
 }
 
 }  // namespace
 
 RECSYS_KERNEL(recsys_causal_conv1d_forward)(const CausalConv1dArgs* args) {
-  const Args& a = *args;
-  if (!sensible(a)) return RECSYS_BAD_ARGUMENTS;
-  const int64_t blocks = ceil_div(a.channels, kBlock);
-  bool no_memory = false;
-  parallel_for(a.threads, a.batch * blocks, [&](int64_t task) {
-    auto* memory = static_cast<float*>(recsys_scratch(sizeof(float) * Block::scratch(a)));
-    if (memory == nullptr) {
-      no_memory = true;
-      return;
-    }
-    Block block(a, task % blocks, memory);
-    if (a.bf16)
-      block.forward<uint16_t>(task / blocks);
-    else
-      block.forward<float>(task / blocks);
-  });
-  return no_memory ? RECSYS_NO_MEMORY : RECSYS_OK;
+  return for_all_rows(
+      *args,
+      [&](Block& block, int64_t b) {
+        args->bf16 ? block.forward<uint16_t>(b) : block.forward<float>(b);
+      },
+      [](Block&, int64_t) {});
 }
 
 RECSYS_KERNEL(recsys_causal_conv1d_backward)(const CausalConv1dArgs* args) {
-  const Args& a = *args;
-  if (!sensible(a) || a.groups < 1) return RECSYS_BAD_ARGUMENTS;
-  const int64_t blocks = ceil_div(a.channels, kBlock);
-  bool no_memory = false;
-  parallel_for(a.threads, a.groups * blocks, [&](int64_t task) {
-    auto* memory = static_cast<float*>(recsys_scratch(sizeof(float) * Block::scratch(a)));
-    if (memory == nullptr) {
-      no_memory = true;
-      return;
-    }
-    Block block(a, task % blocks, memory);
-    const int64_t group = task / blocks;
-    const int64_t rows = ceil_div(a.batch, a.groups);
-    for (int64_t b = group * rows; b < min64(a.batch, (group + 1) * rows); ++b) {
-      if (a.bf16)
-        block.backward<uint16_t>(b);
-      else
-        block.backward<float>(b);
-    }
-    float* to = a.dweight + group * (a.width + 1) * a.channels + block.first;
-    for (int64_t k = 0; k <= a.width; ++k)
-      write_row(block.sums + k * kBlock, block.count, to + k * a.channels);
-  });
-  return no_memory ? RECSYS_NO_MEMORY : RECSYS_OK;
+  return for_all_rows(
+      *args,
+      [&](Block& block, int64_t b) {
+        args->bf16 ? block.backward<uint16_t>(b) : block.backward<float>(b);
+      },
+      [&](Block& block, int64_t group) {
+        float* to = args->dweight + group * (args->width + 1) * args->channels + block.first;
+        for (int64_t k = 0; k <= args->width; ++k)
+          write_row(block.sums + k * kBlock, block.count, to + k * args->channels);
+      });
 }
