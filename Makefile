@@ -48,5 +48,5 @@ clean: ## remove what was built, the virtual environment included; runs and logs
 
 # The install: made once, brought up to date when what it comes from is newer.
 $(STAMP): pyproject.toml scripts/venv.sh $(filter-out /dev/null,$(CONSTRAINTS)) \
-    $(wildcard hatch_build.py recsys_ssm/ops/csrc/*)
+    $(wildcard hatch_build.py recsys_ssm/ops/build.py recsys_ssm/ops/csrc/*)
 	@sh scripts/venv.sh $(PYTHON) $(VENV) $(CONSTRAINTS)

@@ -38,7 +38,7 @@ fi
 echo $$ >"$unfinished"
 trap 'exit 130' INT TERM # leaves $unfinished behind, where an error of pip's does not: pip has tidied up then
 echo "Installing into $venv (some minutes the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e '.[dev]' || {
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e '.[dev]' || {
   rm -f "$unfinished"
   fail "the install failed (see above)"
 }

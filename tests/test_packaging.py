@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import recsys_ssm
 from recsys_ssm.paths import CONF_DIR
@@ -26,6 +27,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command,
+        check=False,
         cwd=cwd,
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
@@ -46,16 +48,20 @@ def sdist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return archive
 
 
+def _build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
+    """From the source package: what that lacks, the wheel would lack."""
+    _run(["tar", "-xzf", sdist, "-C", folder], folder)
+    (root,) = folder.iterdir()
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "dist"]
+    _run(build, root, **environment)
+    (wheel,) = (folder / "dist").iterdir()
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source package: what that lacks, the wheel would lack."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(source, filter="data")
-    (root,) = source.iterdir()
-    _run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], root)
-    (archive_path,) = folder.iterdir()
-    return archive_path
+    """Without the CPU kernels, which take a while to compile."""
+    return _build_wheel(sdist, tmp_path_factory.mktemp("wheel"), RECSYS_SSM_NO_KERNELS="1")
 
 
 def _files(folder: Path, pattern: str) -> set[str]:
@@ -119,7 +125,6 @@ def test_version_is_the_same_everywhere(repository: Path) -> None:
 
 
 def test_constraints_name_every_direct_dependency_within_its_range(repository: Path) -> None:
-    packaging = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     pins = dict(
         line.lower().split("==")
@@ -127,22 +132,23 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
         if line and not line.startswith("#")
     )
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
-        requirement = packaging.Requirement(text)
+        requirement = Requirement(text)
         assert requirement.name in pins, f"constraints.txt does not pin {requirement.name}"
         assert pins[requirement.name] in requirement.specifier, requirement
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that holds the wheel, and this one's dependencies but nothing
     of this checkout: a .pth file names the folder of the dependencies (torch is large)."""
     folder = tmp_path_factory.mktemp("environment")
+    wheel = _build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     python = folder / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
     _run([*pip, "--no-deps", "--no-index", wheel], folder)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    # A .pth within a folder named by a .pth is not read, so the editable install stays out of sight.
+    # A .pth in a folder that a .pth names is not read: the editable install stays out of sight.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -175,7 +181,7 @@ def test_config_dir_adds_ones_own_options(installed: Path, empty: Path) -> None:
     own = empty / "own" / "experiment"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\nseed: 1234\n")
-    train = [installed, "-m", "recsys_ssm.train", "--config-dir", "own", "+experiment=mine"]
+    train = [installed, "-m", "recsys_ssm.train", "--config-dir", "own", "experiment=mine"]
     shown = _run([*train, "--cfg", "job"], empty).stdout
     assert yaml.safe_load(shown)["seed"] == 1234
     _run([*train, *_QUICK], empty)
