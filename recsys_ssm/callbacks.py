@@ -2,9 +2,89 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Progress(ProgressBar):
+    """One bar for the whole training: steps done, time left, loss, the latest validation.
+
+    Where no one watches (no terminal: a log file, CI) a line every ``every_s`` seconds instead.
+
+    Args:
+        monitor: Validation metric to show.
+        every_s: Seconds between lines without a terminal.
+    """
+
+    def __init__(self, *, monitor: str, every_s: float = 30.0) -> None:
+        super().__init__()
+        self.monitor, self.every_s = monitor, every_s
+        self._bar: tqdm | None = None
+        self._enabled = True
+        self._start_step = 0
+        self._start = self._told = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = self._told = time.monotonic()
+        self._start_step = trainer.global_step
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total(trainer), initial=trainer.global_step, unit="step", dynamic_ncols=True
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is not None:
+            if trainer.global_step % 10 == 0 or trainer.global_step == self._bar.total:
+                self._bar.n = trainer.global_step
+                self._bar.set_postfix(self._values(trainer))
+        elif self._enabled and time.monotonic() - self._told > self.every_s:
+            self._told = time.monotonic()
+            self._tell(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._enabled:
+            self._tell(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        done, total = trainer.global_step, self._total(trainer)
+        rate = (done - self._start_step) / max(time.monotonic() - self._start, 1e-9)
+        left = f", {(total - done) / rate / 60:.1f} min left" if total and rate and done < total else ""
+        values = "".join(f", {name} {value}" for name, value in self._values(trainer).items())
+        log.info("step %d%s%s, %.1f steps/s%s", done, f" of {total}" if total else "", values, rate, left)
+
+    def _values(self, trainer: L.Trainer) -> dict[str, str]:
+        metrics = trainer.callback_metrics
+        return {name: f"{metrics[name]:.4f}" for name in ("train/loss", self.monitor) if name in metrics}
+
+    def _total(self, trainer: L.Trainer) -> int | None:
+        total = trainer.estimated_stepping_batches
+        return int(total) if total not in (float("inf"), -1) else None
 
 
 class History(L.Callback):

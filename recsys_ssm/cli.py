@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,42 +64,59 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        failed: list[str] = []
+        failures: list[tuple[str, Exception]] = []
 
         def guarded(cfg: DictConfig) -> Any:
             try:
                 return task(cfg)
             except Exception as error:
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                failures.append((overrides, error))
+                if HydraConfig.get().mode != RunMode.MULTIRUN and _is_users(error):
+                    return None  # told below; raised here, Hydra would add lines of its own
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    overrides = " ".join(HydraConfig.get().overrides.task)
-                    line = explain(error) if _is_users(error) else traceback.format_exc()
-                    log.error("job failed (%s): %s", overrides, line)
-                    failed.append(f"{overrides}: {str(error).splitlines()[0] if str(error) else error!r}")
+                    told = explain(error) if _is_users(error) else traceback.format_exc()
+                    log.error("job failed (%s): %s", overrides, told)
                 raise
 
         def main() -> None:
             register_resolvers()
-            # Hydra prints its own short form of any error and exits; we want the error itself.
-            before = os.environ.get("HYDRA_FULL_ERROR")
-            os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
+                with _raw_hydra_errors():
+                    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
             except KeyboardInterrupt:
                 sys.exit("stopped; go on with ckpt_path=last")
             except Exception as error:
-                if failed:
-                    print(f"{len(failed)} job(s) failed, the others are done:", *failed, sep="\n  ", file=sys.stderr)
-                elif _is_users(error):
-                    print(f"error: {explain(error, config_name)}", file=sys.stderr)
-                else:
+                if not (_is_users(error) or any(error is failure for _, failure in failures)):
                     raise
-                sys.exit(1)
-            finally:
-                os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+                if not failures:  # before any job began
+                    failures.append(("", error))
+            if not failures:
+                return
+            if len(failures) == 1 and not _is_users(failures[0][1]):
+                raise failures[0][1]
+            for overrides, error in failures:
+                where = f" ({overrides})" if len(failures) > 1 else ""
+                print(f"error{where}: {explain(error, config_name)}", file=sys.stderr)
+            sys.exit(1)
 
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _raw_hydra_errors() -> Iterator[None]:
+    """Hydra prints its own short form of any error and exits; with this set it raises the error itself."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _is_users(error: BaseException) -> bool:
@@ -115,10 +133,8 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
         parent, _, name = path.rpartition(".")
         known = _known(config_name, parent) if config_name else []
         return f"{path}: no such option; {suggest(name, known)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if lines and lines[0].startswith("In ") and len(lines) > 1:  # "In 'train': Could not find 'dataset/x'"
-        return " ".join(lines[1:])
-    return " ".join(lines)
+    text = re.sub(r"^In '[^']*': ", "", text.partition("Config search path:")[0])
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip()).replace(":;", ":")
 
 
 def _known(config_name: str, parent: str) -> list[str]:
@@ -146,6 +162,17 @@ def spec(node: Any, option: str) -> dict[str, Any] | None:
         return None
     import_target(values["_target_"], option)
     return dict(values)
+
+
+def check(cfg: DictConfig, *options: str) -> None:
+    """Hold config nodes against what they describe, before any time is spent.
+
+    Raises:
+        UserError: An argument is unknown or of the wrong type.
+    """
+    for option in options:
+        if values := spec(OmegaConf.select(cfg, option), option):
+            check_arguments(import_target(values.pop("_target_"), option), values, option, given=None)
 
 
 def make(node: Any, option: str, **given: Any) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
 
+import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from recsys_ssm.errors import UserError
@@ -49,14 +51,16 @@ def wandb_logger(
             f"logger.log_model=true needs W&B online, and it is {mode}: log in with `wandb login`, "
             "or leave log_model=false"
         )
-    id_file = Path(save_dir) / "wandb_run_id.txt"
     env = os.environ.get
+    id_file = Path(save_dir) / "wandb_run_id.txt"
+    if not id_file.exists():
+        id_file.write_text(env("WANDB_RUN_ID") or secrets.token_hex(4))
     env_tags = env("WANDB_TAGS")
-    logger = WandbLogger(
+    return WandbLogger(
         name=env("WANDB_NAME", name),
         save_dir=save_dir,
         offline=mode == "offline",
-        id=id_file.read_text().strip() if id_file.exists() else env("WANDB_RUN_ID"),
+        id=id_file.read_text(),
         project=env("WANDB_PROJECT", project),
         entity=env("WANDB_ENTITY", entity or "") or None,
         group=env("WANDB_RUN_GROUP", group or "") or None,
@@ -65,10 +69,8 @@ def wandb_logger(
         log_model=log_model,
         mode=mode,
         resume="allow",
+        settings=wandb.Settings(quiet=True),
     )
-    if logger.experiment.id is not None and not id_file.exists() and mode != "disabled":
-        id_file.write_text(f"{logger.experiment.id}\n")
-    return logger
 
 
 def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
@@ -79,8 +81,6 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
         mode = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)  # type: ignore[assignment]
     if mode != "auto":
         return mode
-    import wandb
-
     if not wandb.api.api_key:
         log.info("W&B: no API key, so this run is logged offline; `wandb sync` uploads it later")
         return "offline"

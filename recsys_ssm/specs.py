@@ -76,9 +76,18 @@ def import_target(path: str, option: str) -> Any:
 
 
 def check_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], option: str, given: Iterable[str] = ()
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    option: str,
+    given: Iterable[str] | None = (),
 ) -> None:
     """Hold arguments against ``target``'s signature (those of its base classes too, through ``**kwargs``).
+
+    Args:
+        target: A class or function.
+        arguments: What a user gives it.
+        option: The config option they come from.
+        given: Names of what it is given beside them; None: not known yet, so none is missed.
 
     Raises:
         UserError: One is unknown (the message says what exists), absent, or no value of its annotated type.
@@ -92,6 +101,8 @@ def check_arguments(
         hint = hints.get(name, Any)
         if not fits(value, hint):
             raise UserError(f"{option}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}")
+    if given is None:
+        return
     required = [
         name
         for name, parameter in parameters.items()

@@ -10,16 +10,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm import ops
 from recsys_ssm.callbacks import History
-from recsys_ssm.cli import door, make, make_all, plain, spec
+from recsys_ssm.cli import check, door, make, make_all, plain, spec
 from recsys_ssm.data.base import RankingLoader, TwoTowerData
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import RankingMetrics, over_all_users
 from recsys_ssm.models.two_tower import TwoTower
-from recsys_ssm.results import plot_curves, print_results, versions, write_json
+from recsys_ssm.results import plot_curves, print_results, versions, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: An option, a file or a checkpoint is not what it has to be.
     """
+    check(cfg, "dataset", "backbone", "optimizer", "scheduler", "trainer", "logger", *callback_options(cfg))
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output)
@@ -51,6 +53,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         metrics=plain(cfg.metrics),
     )
     log.info("%s: %s", name, count_parameters(model))
+    config = {**plain(cfg), "name": name, "versions": versions()}
+    write_text(output / "config.yaml", OmegaConf.to_yaml(config))
 
     history = History()
     logger = None
@@ -60,11 +64,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer: L.Trainer = make(
             cfg.trainer,
             "trainer",
-            callbacks=[*make_all(cfg.callbacks, "callbacks"), history],
+            callbacks=[*make_callbacks(cfg), history],
             logger=logger or False,
         )
         if logger is not None:
-            logger.log_hyperparams({**plain(cfg), "name": name, "versions": versions()})  # type: ignore[dict-item]
+            logger.log_hyperparams(config)
 
         start = time.perf_counter()
         fit(trainer, model, data, ckpt_path)
@@ -80,7 +84,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             "versions": versions(),
         }
         if cfg.test is not None:
-            results |= test(trainer, model, data, cfg.test)
+            results |= test_checkpoint(trainer, model, data, cfg.test)
             results["published"] = plain(cfg.published) or {}
         if trainer.is_global_zero:
             report(results, history, output, cfg)
@@ -107,22 +111,29 @@ def fit(trainer: L.Trainer, model: TwoTower, data: TwoTowerData, ckpt_path: Path
         raise KeyboardInterrupt
 
 
-def test(trainer: L.Trainer, model: TwoTower, data: TwoTowerData, which: str) -> dict[str, Any]:
-    """Test the best or last checkpoint once, and what is simpler than the model on the same users."""
+def test_checkpoint(
+    trainer: L.Trainer, model: TwoTower, data: TwoTowerData, which: str
+) -> dict[str, Any]:
+    """Load the best or last checkpoint and test it, once."""
     if which not in ("best", "last"):
         raise UserError(f"test={which}: expected best, last or null")
-    checkpoint = trainer.checkpoint_callback
-    path = getattr(checkpoint, "best_model_path" if which == "best" else "last_model_path", "")
-    if not path:
-        log.warning("no %s checkpoint was kept (callbacks.checkpoint=null?): the final weights are tested", which)
-    trainer.test(model, datamodule=data, ckpt_path=path or None, weights_only=True, verbose=False)
+    path = getattr(trainer.checkpoint_callback, f"{which}_model_path", "")
+    if path:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["state_dict"])
+    else:
+        log.warning("no %s checkpoint was kept: the final weights are tested", which)
+    return {"checkpoint": path or None, **test_model(trainer, model, data)}
+
+
+def test_model(trainer: L.Trainer, model: TwoTower, data: TwoTowerData) -> dict[str, Any]:
+    """Test metrics of the model as it is, and of what is simpler than it, on the same users."""
+    trainer.test(model, datamodule=data, verbose=False)
     values = {name: float(value) for name, value in model.test_metrics.compute().items()}
-    baselines = evaluate_baselines(data, list(plain(model.hparams["metrics"])))
     return {
-        "checkpoint": path or None,
         "metrics": values,
         "metrics_all_users": over_all_users(values),
-        "baselines": baselines,
+        "baselines": evaluate_baselines(data, [str(name) for name in model.test_metrics.names]),
     }
 
 
@@ -144,7 +155,7 @@ def report(results: dict[str, Any], history: History, output: Path, cfg: DictCon
     """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
     written = {
         "metrics": write_json(output / "metrics.json", results),
-        "config": output / ".hydra" / "config.yaml",
+        "config": output / "config.yaml",
         "curves": plot_curves(history.records, output / "curves.png", monitor=cfg.monitor, title=results["name"]),
         "checkpoint": results.get("checkpoint"),
     }
@@ -171,13 +182,28 @@ def log_results(logger: Any, results: dict[str, Any], output: Path) -> None:
         logger.log_image("curves", [str(output / "curves.png")])
 
 
+def callback_options(cfg: DictConfig) -> list[str]:
+    return [f"callbacks.{name}" for name in cfg.callbacks or {}]
+
+
+def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """The configured callbacks, without those that the trainer's or the logger's choice leaves nothing to do."""
+    idle: list[type[L.Callback]] = []
+    if spec(cfg.logger, "logger") is None:
+        idle.append(LearningRateMonitor)
+    if not cfg.trainer.get("enable_progress_bar", True):
+        idle.append(ProgressBar)
+    callbacks = make_all(cfg.callbacks, "callbacks")
+    return [callback for callback in callbacks if not isinstance(callback, tuple(idle))]
+
+
 def finish(logger: Any, failed: bool) -> None:
     """End the W&B run, whatever happened: the next job of a sweep must not write into it."""
     if isinstance(logger, L.pytorch.loggers.WandbLogger):
         import wandb
 
         if wandb.run is not None:
-            wandb.finish(exit_code=int(failed), quiet=True)
+            wandb.finish(exit_code=int(failed))
 
 
 def logger_tags(cfg: DictConfig, data: TwoTowerData) -> dict[str, Any]:

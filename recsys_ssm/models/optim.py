@@ -45,8 +45,10 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and the rest (norms, biases, parameters of the recurrence), which do not."""
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, apart from the rest (norms, biases, parameters of the recurrence); all in one without."""
+    if not weight_decay:
+        return [{"params": list(module.parameters())}]
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
         spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
@@ -60,7 +62,8 @@ def configure_optimizers(module: L.LightningModule, optimizer: Spec, scheduler: 
     Raises:
         UserError: The specs name no optimizer or scheduler, or an option they do not have.
     """
-    made = build(optimizer, Optimizer, "optimizer", params=parameter_groups(module))
+    groups = parameter_groups(module, optimizer.get("weight_decay", 0.0))
+    made = build(optimizer, Optimizer, "optimizer", params=groups)
     if scheduler is None:
         return made
     schedule = build(scheduler, LRScheduler, "scheduler", optimizer=made)

@@ -115,8 +115,7 @@ class TwoTower(L.LightningModule):
         self.item_categorical: Tensor
 
         self.val_loss = MeanMetric()
-        self.val_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
-        self.test_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
+        self.set_metrics(metrics)
         self._item_embeddings: Tensor | None = None
 
     @classmethod
@@ -130,6 +129,11 @@ class TwoTower(L.LightningModule):
             items=sets.items,
             **options,
         )
+
+    def set_metrics(self, metrics: Sequence[str]) -> None:
+        """Which ranking metrics validation and test report."""
+        self.val_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
+        self.test_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
 
     @property
     def items(self) -> Features:

@@ -1,0 +1,116 @@
+"""Test a trained model again: ``python -m recsys_ssm.evaluate run=<folder of a run, or a checkpoint>``."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+
+from recsys_ssm.cli import door, make, plain
+from recsys_ssm.data.base import TwoTowerData
+from recsys_ssm.errors import UserError
+from recsys_ssm.models.two_tower import TwoTower
+from recsys_ssm.results import print_results, versions, write_json
+from recsys_ssm.train import test_model
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Test ``cfg.run`` on its dataset, which ``cfg.dataset`` may change (``conf/evaluate.yaml``).
+
+    Raises:
+        UserError: There is no such run or checkpoint, or it does not fit the dataset.
+    """
+    checkpoint, run = find_run(cfg.run, cfg.checkpoint)
+    trained = load_config(run)
+    model = load_model(checkpoint)
+    if cfg.metrics is not None:
+        model.set_metrics(plain(cfg.metrics))
+
+    data: TwoTowerData = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
+    if data.sets.user_schema != model.user_schema or data.sets.item_ids != model.item_ids:
+        raise UserError(
+            f"run={cfg.run}: the dataset's columns, categories or items are not those of the training; "
+            "evaluate on the data the run was trained with, or train again"
+        )
+    trainer = L.Trainer(
+        accelerator=cfg.accelerator,
+        devices=1,  # one process: no user is counted twice, and a test is short
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=cfg.output_dir,
+    )
+    results = {
+        "name": trained.name,
+        "dataset": data.name,
+        "generated": data.sets.generated,
+        "notes": data.sets.notes,
+        "versions": versions(),
+        **test_model(trainer, model, data),
+        "checkpoint": str(checkpoint),
+        "published": plain(trained.get("published")) or {},
+    }
+    path = write_json(Path(cfg.output_dir) / "metrics.json", results)
+    print_results(results)
+    log.info("metrics    %s", path)
+    return results
+
+
+def find_run(run: str, which: str) -> tuple[Path, Path]:
+    """The checkpoint, and the folder of the run it belongs to.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(run)
+    if path.is_file():
+        return path, path.parent.parent
+    if which not in ("best", "last"):
+        raise UserError(f"checkpoint={which}: expected best or last")
+    checkpoint = path / "checkpoints" / f"{which}.ckpt"
+    if not checkpoint.is_file():
+        raise UserError(f"run={run}: no {checkpoint.relative_to(path)} in it; give a run's folder or a .ckpt file")
+    return checkpoint, path
+
+
+def load_config(run: Path) -> DictConfig:
+    """What a run was made of, as its training wrote it.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the run's config says which dataset to test on")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def load_model(checkpoint: Path) -> TwoTower:
+    """The model of a checkpoint.
+
+    Raises:
+        UserError: The file is no checkpoint of a two-tower model.
+    """
+    try:
+        return TwoTower.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{checkpoint}: no checkpoint of a two-tower model ({str(error).splitlines()[0]})"
+        ) from error
+
+
+main = door("evaluate")(evaluate)
+
+if __name__ == "__main__":
+    main()
