@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.ops.build import ABI, library_path
 
 __all__ = ["Operator", "backends", "describe_backends", "kernel_library"]
 
@@ -70,6 +69,9 @@ def kernel_library() -> KernelLibrary:
     Raises:
         UserError: RECSYS_SSM_MAX_ISA is not an instruction set.
     """
+    # Imported here, or `python -m recsys_ssm.ops.build` would find itself imported already.
+    from recsys_ssm.ops.build import ABI, library_path
+
     if os.environ.get("RECSYS_SSM_NO_KERNELS", "0") not in {"", "0"}:
         return KernelLibrary(None, "", "RECSYS_SSM_NO_KERNELS is set")
     limit = os.environ.get("RECSYS_SSM_MAX_ISA", _ISA_ORDER[-1])

@@ -16,13 +16,23 @@ Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states 
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._dispatch import Operator
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
+
+_OPERATOR = Operator(
+    "selective_scan",
+    kernels=("recsys_selective_scan_forward", "recsys_selective_scan_backward"),
+    cuda="mamba_ssm.ops.selective_scan_interface:selective_scan_fn",
+)
 
 
 def selective_scan(
@@ -67,7 +77,15 @@ def selective_scan(
             ``seq_idx``: not an integer), tensors on different devices; it names the argument.
     """
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    y, state = _scan_loop(u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
+    arguments = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
+    if u.is_cuda and seq_idx is None and initial_state is None and _OPERATOR.cuda_function:
+        return _scan_cuda(*arguments[:9], return_final_state)
+    floats = [x for x in (u, dt, A, B, C, D, z, dt_bias, initial_state) if x is not None]
+    if _OPERATOR.takes(*floats):
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
+        y, state = _scan_kernel(*arguments, return_final_state, keep)
+    else:
+        y, state = _scan_loop(*arguments)
     return (y, state) if return_final_state else y
 
 
@@ -241,6 +259,349 @@ def _scan_loop(
         if seq_idx is not None:
             y_BLE = y_BLE.masked_fill(pad_BL1, 0)
         return y_BLE.to(u.dtype), h_BEN
+
+
+def _scan_cuda(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    return_final_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``mamba_ssm``'s kernel, whose layout is (B, E, L) and whose parameters are float32."""
+    function = _OPERATOR.cuda_function
+    assert function is not None
+    rows = [None if x is None else x.transpose(1, 2) for x in (u, dt, B, C, z)]
+    u_BEL, dt_BEL, B_BNL, C_BNL, z_BEL = rows
+    A, D, dt_bias = (None if x is None else x.float() for x in (A, D, dt_bias))
+    out = function(
+        u_BEL, dt_BEL, A, B_BNL, C_BNL, D, z_BEL, dt_bias, dt_softplus, return_final_state
+    )
+    if return_final_state:
+        return out[0].transpose(1, 2), out[1].float()
+    return out.transpose(1, 2)
+
+
+# --- the C++ kernel ------------------------------------------------------------------------------
+#
+# Two operators known to torch.library: torch.compile and torch.export see them as one node each, and
+# autograd's formula for the first is the second.  An output that is not wanted has no elements.
+
+
+class _Strided(ctypes.Structure):
+    """``Strided`` of csrc/selective_scan.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch", "time", "bf16")]
+
+
+_SIZES = ("size", "threads", "batch", "length", "channels", "states", "softplus")
+_INPUTS = ("u", "dt", "z", "B", "C")
+_POINTERS_IN = ("A", "D", "dt_bias", "initial_state", "seq_idx")
+_OUTPUTS = ("y", "ungated")
+_POINTERS_OUT = ("final_state", "checkpoints")
+_GRADIENTS = ("dy", "du", "ddt", "dz", "dB", "dC")
+_POINTERS_GRADIENTS = ("dfinal_state", "dA", "dD", "ddt_bias", "dinitial_state")
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of csrc/selective_scan.cpp; pointers as integers."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, _Strided) for name in _INPUTS),
+        *((name, ctypes.c_int64) for name in _POINTERS_IN),
+        *((name, _Strided) for name in _OUTPUTS),
+        *((name, ctypes.c_int64) for name in _POINTERS_OUT),
+        *((name, _Strided) for name in _GRADIENTS),
+        *((name, ctypes.c_int64) for name in _POINTERS_GRADIENTS),
+    ]
+
+
+_CHUNK = 16  # kChunk and kBlock of csrc/selective_scan.cpp: the shape of the checkpoints
+_BLOCK = 64
+_LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
+_LIBRARY.define(
+    "selective_scan(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, Tensor? seq_idx, Tensor? initial_state, "
+    "bool return_final_state, bool keep_for_backward) "
+    "-> (Tensor y, Tensor final_state, Tensor ungated, Tensor checkpoints)"
+)
+_LIBRARY.define(
+    "selective_scan_backward(Tensor? dy, Tensor? dfinal_state, Tensor u, Tensor dt, Tensor A, "
+    "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? seq_idx, Tensor? initial_state, Tensor ungated, Tensor checkpoints) "
+    "-> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+    "Tensor ddt_bias, Tensor dinitial_state)"
+)
+
+
+def _scan_kernel(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    keep_for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    A, D, dt_bias, initial_state = (
+        x if x is None or x.dtype == torch.float32 else x.float()
+        for x in (A, D, dt_bias, initial_state)
+    )
+    if seq_idx is not None:
+        seq_idx = seq_idx.long()
+    y, final_state, _, _ = torch.ops.recsys_ssm.selective_scan.default(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state,
+        return_final_state, keep_for_backward,
+    )  # fmt: skip
+    return y, final_state
+
+
+def _outputs(
+    u: Tensor, A: Tensor, z: Tensor | None, return_final_state: bool, keep_for_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of the forward operator."""
+    (batch, length, channels), states = u.shape, A.shape[1]
+    chunks = max((length + _CHUNK - 1) // _CHUNK - 1, 0) if keep_for_backward else 0
+    blocks = (channels + _BLOCK - 1) // _BLOCK
+    y = u.new_empty((batch, length, channels))
+    final_state = A.new_empty((batch, channels, states) if return_final_state else (0,))
+    ungated = u.new_empty(
+        (batch, length, channels) if keep_for_backward and z is not None else (0,)
+    )
+    checkpoints = A.new_empty((batch, chunks, blocks, states, _BLOCK))
+    return y, final_state, ungated, checkpoints
+
+
+def _gradients(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
+    return tuple(
+        u.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
+
+
+def _fill(
+    arguments: _Arguments,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> list[Tensor]:
+    """Put the inputs into the structure; returns the tensors that must live until the call ends."""
+    arguments.size = ctypes.sizeof(_Arguments)
+    arguments.threads = torch.get_num_threads()
+    arguments.batch, arguments.length, arguments.channels = u.shape
+    arguments.states = A.shape[1]
+    arguments.softplus = dt_softplus
+    alive = []
+    for name, tensor in (("u", u), ("dt", dt), ("z", z), ("B", B), ("C", C)):
+        if tensor is not None:
+            alive.append(_put(arguments, name, tensor))
+    for name, tensor in (
+        ("A", A),
+        ("D", D),
+        ("dt_bias", dt_bias),
+        ("initial_state", initial_state),
+        ("seq_idx", seq_idx),
+    ):
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            alive.append(tensor)
+            setattr(arguments, name, tensor.data_ptr())
+    return alive
+
+
+def _put(arguments: _Arguments, name: str, tensor: Tensor) -> Tensor:
+    """A (batch, length, width) tensor by its strides; copied only if its last one is not 1."""
+    if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+        tensor = tensor.contiguous()
+    batch, time, _ = tensor.stride()
+    setattr(arguments, name, (tensor.data_ptr(), batch, time, tensor.dtype == torch.bfloat16))
+    return tensor
+
+
+def _forward_cpu(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    keep_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    functions = _OPERATOR.functions
+    assert functions is not None
+    outputs = _outputs(u, A, z, return_final_state, keep_for_backward)
+    y, final_state, ungated, checkpoints = outputs
+    arguments = _Arguments()
+    alive = _fill(arguments, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
+    _put(arguments, "y", y)
+    if keep_for_backward and z is not None:
+        _put(arguments, "ungated", ungated)
+    arguments.final_state = final_state.data_ptr() if return_final_state else 0
+    arguments.checkpoints = checkpoints.data_ptr() if keep_for_backward else 0
+    functions[0](arguments)
+    del alive
+    return outputs
+
+
+def _backward_cpu(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    ungated: Tensor,
+    checkpoints: Tensor,
+) -> tuple[Tensor, ...]:
+    functions = _OPERATOR.functions
+    assert functions is not None
+    gradients = _gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = gradients
+    arguments = _Arguments()
+    alive = _fill(arguments, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
+    if dy is not None:
+        alive.append(_put(arguments, "dy", dy))
+    if z is not None:
+        _put(arguments, "ungated", ungated)
+        _put(arguments, "dz", dz)
+    for name, tensor in (("du", du), ("ddt", ddt), ("dB", dB), ("dC", dC)):
+        _put(arguments, name, tensor)
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.contiguous()
+        arguments.dfinal_state = dfinal_state.data_ptr()
+    arguments.checkpoints = checkpoints.data_ptr()
+    arguments.dA = dA.data_ptr()
+    arguments.dD = dD.data_ptr() if D is not None else 0
+    arguments.ddt_bias = ddt_bias.data_ptr() if dt_bias is not None else 0
+    arguments.dinitial_state = dinitial_state.data_ptr() if initial_state is not None else 0
+    functions[1](arguments)
+    del alive
+    return gradients
+
+
+def _forward_fake(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    keep_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del dt, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state
+    return _outputs(u, A, z, return_final_state, keep_for_backward)
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    ungated: Tensor,
+    checkpoints: Tensor,
+) -> tuple[Tensor, ...]:
+    del dy, dfinal_state, dt_softplus, seq_idx, ungated, checkpoints
+    return _gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, _, kept = inputs
+    _, _, ungated, checkpoints = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ungated, checkpoints)
+    ctx.dt_softplus, ctx.kept = dt_softplus, kept
+    ctx.save_for_backward(
+        u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, ungated, checkpoints
+    )
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None) -> Any:
+    inputs = ctx.saved_tensors
+    u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, ungated, checkpoints = inputs
+    arguments = (u, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, seq_idx, initial_state)
+    if not ctx.kept:
+        _, _, ungated, checkpoints = torch.ops.recsys_ssm.selective_scan.default(
+            *arguments, False, True
+        )
+    gradients = torch.ops.recsys_ssm.selective_scan_backward.default(
+        dy, dfinal_state, *arguments, ungated, checkpoints
+    )
+    given = [
+        None if x is None else gradient
+        for x, gradient in zip(
+            (u, dt, A, B, C, D, z, dt_bias, initial_state), gradients, strict=True
+        )
+    ]
+    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = given
+    return du, ddt, dA, dB, dC, dD, dz, ddt_bias, None, None, dinitial_state, None, None
+
+
+_LIBRARY.impl("selective_scan", _forward_cpu, "CPU")
+_LIBRARY.impl("selective_scan_backward", _backward_cpu, "CPU")
+torch.library.register_fake("recsys_ssm::selective_scan", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("recsys_ssm::selective_scan_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "recsys_ssm::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
 
 
 def _resets(seq_idx: Tensor) -> Tensor:
