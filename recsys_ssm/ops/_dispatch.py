@@ -41,9 +41,10 @@ class KernelLibrary:
     reason: str
 
     def function(self, name: str) -> Callable[[Any], None] | None:
-        """The C function ``name`` of the best instruction set; it takes a ctypes structure.
+        """The C function ``name`` of the best instruction set.
 
-        Returns None where the library is missing or has no such function.
+        It takes its arguments as one ctypes structure, or the address of one.  Returns None where
+        the library is missing or has no such function.
         """
         if self.handle is None:
             return None
@@ -54,8 +55,9 @@ class KernelLibrary:
         entry.argtypes = [ctypes.c_void_p]
         entry.restype = ctypes.c_int
 
-        def call(arguments: ctypes.Structure) -> None:
-            status = entry(ctypes.addressof(arguments))
+        def call(arguments: ctypes.Structure | int) -> None:
+            at = arguments if isinstance(arguments, int) else ctypes.addressof(arguments)
+            status = entry(at)
             if status:
                 raise RuntimeError(f"{name}: {_STATUS.get(status, f'status {status}')}")
 
@@ -136,9 +138,12 @@ class Operator:
 
     def takes(self, *tensors: Tensor) -> bool:
         """Whether the CPU kernel serves a call with these (all its floating-point inputs)."""
-        return self.functions is not None and all(
-            x.dtype in _KERNEL_DTYPES and x.device.type == "cpu" for x in tensors
-        )
+        if self.functions is None:
+            return False
+        for x in tensors:  # noqa: SIM110 - this loop runs in every call; all(...) takes twice as long
+            if not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
+                return False
+        return True
 
     @functools.cached_property
     def cuda_function(self) -> Callable[..., Any] | None:

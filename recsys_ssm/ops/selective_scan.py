@@ -16,8 +16,9 @@ Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states 
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
+from array import array
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
+
+# u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state
+_Inputs: TypeAlias = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool,
+    Tensor | None, Tensor | None,
+]  # fmt: skip
 
 _OPERATOR = Operator(
     "selective_scan",
@@ -76,16 +83,14 @@ def selective_scan(
         UserError: shapes that do not fit together, a dtype that is not floating point (for
             ``seq_idx``: not an integer), tensors on different devices; it names the argument.
     """
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
+    if _fit(inputs) and _OPERATOR.takes(*_floats(inputs)):
+        outputs = _scan_kernel(inputs, return_final_state)
+        return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    arguments = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
     if u.is_cuda and seq_idx is None and initial_state is None and _OPERATOR.cuda_function:
-        return _scan_cuda(*arguments[:9], return_final_state)
-    floats = [x for x in (u, dt, A, B, C, D, z, dt_bias, initial_state) if x is not None]
-    if _OPERATOR.takes(*floats):
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
-        y, state = _scan_kernel(*arguments, return_final_state, keep)
-    else:
-        y, state = _scan_loop(*arguments)
+        return _scan_cuda(inputs, return_final_state)
+    y, state = _scan_loop(*inputs)
     return (y, state) if return_final_state else y
 
 
@@ -123,8 +128,8 @@ def selective_scan_step(
             "selective_scan_step: u must be (B, E) and state (B, E, N), "
             f"got {tuple(u.shape)} and {tuple(state.shape)}"
         )
-    rows = [None if x is None else x.unsqueeze(1) for x in (u, dt, B, C, z)]
-    u_B1E, dt_B1E, B_B1N, C_B1N, z_B1E = rows
+    u_B1E, dt_B1E, B_B1N, C_B1N = (x.unsqueeze(1) for x in (u, dt, B, C))
+    z_B1E = None if z is None else z.unsqueeze(1)
     _check(u_B1E, dt_B1E, A, B_B1N, C_B1N, D, z_B1E, dt_bias, None, state)
     wide = _state_dtype(u, dt, A, B, C)
     dt_BE = dt.to(wide)
@@ -261,23 +266,13 @@ def _scan_loop(
         return y_BLE.to(u.dtype), h_BEN
 
 
-def _scan_cuda(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    return_final_state: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tensor, Tensor]:
     """``mamba_ssm``'s kernel, whose layout is (B, E, L) and whose parameters are float32."""
     function = _OPERATOR.cuda_function
     assert function is not None
-    rows = [None if x is None else x.transpose(1, 2) for x in (u, dt, B, C, z)]
-    u_BEL, dt_BEL, B_BNL, C_BNL, z_BEL = rows
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, _, _ = inputs
+    u_BEL, dt_BEL, B_BNL, C_BNL = (x.transpose(1, 2) for x in (u, dt, B, C))
+    z_BEL = None if z is None else z.transpose(1, 2)
     A, D, dt_bias = (None if x is None else x.float() for x in (A, D, dt_bias))
     out = function(
         u_BEL, dt_BEL, A, B_BNL, C_BNL, D, z_BEL, dt_bias, dt_softplus, return_final_state
@@ -289,319 +284,195 @@ def _scan_cuda(
 
 # --- the C++ kernel ------------------------------------------------------------------------------
 #
-# Two operators known to torch.library: torch.compile and torch.export see them as one node each, and
-# autograd's formula for the first is the second.  An output that is not wanted has no elements.
-
-
-class _Strided(ctypes.Structure):
-    """``Strided`` of csrc/selective_scan.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch", "time", "bf16")]
-
-
-_SIZES = ("size", "threads", "batch", "length", "channels", "states", "softplus")
-_INPUTS = ("u", "dt", "z", "B", "C")
-_POINTERS_IN = ("A", "D", "dt_bias", "initial_state", "seq_idx")
-_OUTPUTS = ("y", "ungated")
-_POINTERS_OUT = ("final_state", "checkpoints")
-_GRADIENTS = ("dy", "du", "ddt", "dz", "dB", "dC")
-_POINTERS_GRADIENTS = ("dfinal_state", "dA", "dD", "ddt_bias", "dinitial_state")
-
-
-class _Arguments(ctypes.Structure):
-    """``Arguments`` of csrc/selective_scan.cpp; pointers as integers."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, _Strided) for name in _INPUTS),
-        *((name, ctypes.c_int64) for name in _POINTERS_IN),
-        *((name, _Strided) for name in _OUTPUTS),
-        *((name, ctypes.c_int64) for name in _POINTERS_OUT),
-        *((name, _Strided) for name in _GRADIENTS),
-        *((name, ctypes.c_int64) for name in _POINTERS_GRADIENTS),
-    ]
-
+# Two operators known to torch.library: torch.compile and torch.export see one node each.  Autograd is
+# a Function of our own under the first operator's Autograd key: torch.library.register_autograd does
+# the same at several times the cost a call, and FT-Mamba makes eight short calls a step.
 
 _CHUNK = 16  # kChunk and kBlock of csrc/selective_scan.cpp: the shape of the checkpoints
 _BLOCK = 64
+_INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "bool dt_softplus, Tensor? seq_idx, Tensor? initial_state"
+)
 _LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
+# -> y; the final state if wanted; if to be kept for backward: y before the gate, checkpoints
 _LIBRARY.define(
-    "selective_scan(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, bool dt_softplus, Tensor? seq_idx, Tensor? initial_state, "
-    "bool return_final_state, bool keep_for_backward) "
-    "-> (Tensor y, Tensor final_state, Tensor ungated, Tensor checkpoints)"
+    f"selective_scan({_INPUTS}, bool return_final_state, bool keep_for_backward) -> Tensor[]"
 )
+# -> the gradients of those floating-point inputs that are given, in their order
 _LIBRARY.define(
-    "selective_scan_backward(Tensor? dy, Tensor? dfinal_state, Tensor u, Tensor dt, Tensor A, "
-    "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "Tensor? seq_idx, Tensor? initial_state, Tensor ungated, Tensor checkpoints) "
-    "-> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
-    "Tensor ddt_bias, Tensor dinitial_state)"
+    f"selective_scan_backward(Tensor? dy, Tensor? dfinal_state, {_INPUTS}, Tensor? ungated, "
+    "Tensor checkpoints) -> Tensor[]"
 )
 
 
-def _scan_kernel(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    keep_for_backward: bool,
-) -> tuple[Tensor, Tensor]:
+def _scan_kernel(inputs: _Inputs, return_final_state: bool) -> list[Tensor]:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state = inputs
     A, D, dt_bias, initial_state = (
         x if x is None or x.dtype == torch.float32 else x.float()
         for x in (A, D, dt_bias, initial_state)
     )
     if seq_idx is not None:
         seq_idx = seq_idx.long()
-    y, final_state, _, _ = torch.ops.recsys_ssm.selective_scan.default(
+    return torch.ops.recsys_ssm.selective_scan.default(
         u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state,
-        return_final_state, keep_for_backward,
+        return_final_state, False,
     )  # fmt: skip
-    return y, final_state
 
 
-def _outputs(
-    u: Tensor, A: Tensor, z: Tensor | None, return_final_state: bool, keep_for_backward: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> list[Tensor]:
     """Uninitialised outputs of the forward operator."""
+    u, _, A, _, _, _, z, _, _, _, _, return_final_state, keep_for_backward = arguments
     (batch, length, channels), states = u.shape, A.shape[1]
-    chunks = max((length + _CHUNK - 1) // _CHUNK - 1, 0) if keep_for_backward else 0
-    blocks = (channels + _BLOCK - 1) // _BLOCK
-    y = u.new_empty((batch, length, channels))
-    final_state = A.new_empty((batch, channels, states) if return_final_state else (0,))
-    ungated = u.new_empty(
-        (batch, length, channels) if keep_for_backward and z is not None else (0,)
-    )
-    checkpoints = A.new_empty((batch, chunks, blocks, states, _BLOCK))
-    return y, final_state, ungated, checkpoints
-
-
-def _gradients(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
-    return tuple(
-        u.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
-
-
-def _fill(
-    arguments: _Arguments,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-) -> list[Tensor]:
-    """Put the inputs into the structure; returns the tensors that must live until the call ends."""
-    arguments.size = ctypes.sizeof(_Arguments)
-    arguments.threads = torch.get_num_threads()
-    arguments.batch, arguments.length, arguments.channels = u.shape
-    arguments.states = A.shape[1]
-    arguments.softplus = dt_softplus
-    alive = []
-    for name, tensor in (("u", u), ("dt", dt), ("z", z), ("B", B), ("C", C)):
-        if tensor is not None:
-            alive.append(_put(arguments, name, tensor))
-    for name, tensor in (
-        ("A", A),
-        ("D", D),
-        ("dt_bias", dt_bias),
-        ("initial_state", initial_state),
-        ("seq_idx", seq_idx),
-    ):
-        if tensor is not None:
-            tensor = tensor.contiguous()
-            alive.append(tensor)
-            setattr(arguments, name, tensor.data_ptr())
-    return alive
-
-
-def _put(arguments: _Arguments, name: str, tensor: Tensor) -> Tensor:
-    """A (batch, length, width) tensor by its strides; copied only if its last one is not 1."""
-    if tensor.stride(2) != 1 and tensor.shape[2] > 1:
-        tensor = tensor.contiguous()
-    batch, time, _ = tensor.stride()
-    setattr(arguments, name, (tensor.data_ptr(), batch, time, tensor.dtype == torch.bfloat16))
-    return tensor
-
-
-def _forward_cpu(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    keep_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    functions = _OPERATOR.functions
-    assert functions is not None
-    outputs = _outputs(u, A, z, return_final_state, keep_for_backward)
-    y, final_state, ungated, checkpoints = outputs
-    arguments = _Arguments()
-    alive = _fill(arguments, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
-    _put(arguments, "y", y)
-    if keep_for_backward and z is not None:
-        _put(arguments, "ungated", ungated)
-    arguments.final_state = final_state.data_ptr() if return_final_state else 0
-    arguments.checkpoints = checkpoints.data_ptr() if keep_for_backward else 0
-    functions[0](arguments)
-    del alive
+    outputs = [_empty_like(u)]
+    if return_final_state:
+        outputs.append(A.new_empty((batch, channels, states)))
+    if keep_for_backward:
+        if z is not None:
+            outputs.append(_empty_like(u))
+        chunks = (length + _CHUNK - 1) // _CHUNK
+        blocks = (channels + _BLOCK - 1) // _BLOCK
+        # The first chunk starts from the initial state.
+        shape = (batch, torch.sym_max(chunks - 1, 0), blocks, states, _BLOCK)
+        outputs.append(A.new_empty(shape))
     return outputs
 
 
-def _backward_cpu(
-    dy: Tensor | None,
-    dfinal_state: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    ungated: Tensor,
-    checkpoints: Tensor,
-) -> tuple[Tensor, ...]:
-    functions = _OPERATOR.functions
-    assert functions is not None
-    gradients = _gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
-    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = gradients
-    arguments = _Arguments()
-    alive = _fill(arguments, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
-    if dy is not None:
-        alive.append(_put(arguments, "dy", dy))
-    if z is not None:
-        _put(arguments, "ungated", ungated)
-        _put(arguments, "dz", dz)
-    for name, tensor in (("du", du), ("ddt", ddt), ("dB", dB), ("dC", dC)):
-        _put(arguments, name, tensor)
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous()
-        arguments.dfinal_state = dfinal_state.data_ptr()
-    arguments.checkpoints = checkpoints.data_ptr()
-    arguments.dA = dA.data_ptr()
-    arguments.dD = dD.data_ptr() if D is not None else 0
-    arguments.ddt_bias = ddt_bias.data_ptr() if dt_bias is not None else 0
-    arguments.dinitial_state = dinitial_state.data_ptr() if initial_state is not None else 0
-    functions[1](arguments)
-    del alive
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
+    u, dt, A, B, C, D, z, dt_bias, _, _, initial_state = arguments[2:13]
+    given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    return [_empty_like(x) for x in given if x is not None]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _CallArguments:
+    """The ``Arguments`` of csrc/selective_scan.cpp, all of them 8-byte integers, in its order.
+
+    Keeps what it points to alive.  A plain array: filling a ctypes structure by name takes longer
+    than a short scan.
+    """
+
+    def __init__(self, inputs: _Inputs) -> None:
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state = inputs
+        self.alive: list[Tensor] = []
+        self.values = [0, torch.get_num_threads(), *u.shape, A.shape[1], dt_softplus]
+        for x in (u, dt, z, B, C):
+            self.strided(x)
+        for x in (A, D, dt_bias, initial_state, seq_idx):
+            self.dense(x)
+
+    def strided(self, x: Tensor | None) -> None:
+        """A (batch, length, width) tensor by its strides; copied only if its last is not 1."""
+        if x is None:
+            self.values += (0, 0, 0, 0)
+            return
+        batch, time, width = x.stride()
+        if width != 1 and x.shape[2] > 1:
+            x = x.contiguous()
+            batch, time, _ = x.stride()
+        self.alive.append(x)
+        self.values += (x.data_ptr(), batch, time, x.dtype == torch.bfloat16)
+
+    def dense(self, x: Tensor | None) -> None:
+        if x is None:
+            self.values.append(0)
+            return
+        x = x.contiguous()
+        self.alive.append(x)
+        self.values.append(x.data_ptr())
+
+    def call(self, function: Callable[[int], None]) -> None:
+        self.values[0] = 8 * _ARGUMENTS
+        block = array("q", self.values)
+        block.extend([0] * (_ARGUMENTS - len(block)))
+        function(block.buffer_info()[0])
+
+
+_ARGUMENTS = 7 + 5 * 4 + 5 + 2 * 4 + 2 + 6 * 4 + 5
+
+
+def _forward_cpu(*arguments: Any) -> list[Tensor]:
+    *inputs, return_final_state, keep_for_backward = arguments
+    z = inputs[6]
+    assert _OPERATOR.functions is not None
+    outputs = _fake(*arguments)
+    left = iter(outputs)
+    call = _CallArguments(tuple(inputs))
+    call.strided(next(left))
+    final_state = next(left) if return_final_state else None
+    call.strided(next(left) if keep_for_backward and z is not None else None)
+    call.dense(final_state)
+    call.dense(next(left) if keep_for_backward else None)
+    call.call(_OPERATOR.functions[0])
+    return outputs
+
+
+def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    dy, dfinal_state, *inputs, ungated, checkpoints = arguments
+    assert _OPERATOR.functions is not None
+    gradients = _backward_fake(*arguments)
+    left = iter(gradients)
+    given = [x for i, x in enumerate(inputs) if i not in (8, 9)]  # floating-point ones
+    spread = [None if x is None else next(left) for x in given]
+    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = spread
+    call = _CallArguments(tuple(inputs))
+    call.strided(None)  # y
+    call.strided(ungated)
+    call.dense(None)  # final state
+    call.dense(checkpoints)
+    for x in (dy, du, ddt, dz, dB, dC):
+        call.strided(x)
+    for x in (dfinal_state, dA, dD, ddt_bias, dinitial_state):
+        call.dense(x)
+    call.call(_OPERATOR.functions[1])
     return gradients
 
 
-def _forward_fake(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    keep_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del dt, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state
-    return _outputs(u, A, z, return_final_state, keep_for_backward)
-
-
-def _backward_fake(
-    dy: Tensor | None,
-    dfinal_state: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    ungated: Tensor,
-    checkpoints: Tensor,
-) -> tuple[Tensor, ...]:
-    del dy, dfinal_state, dt_softplus, seq_idx, ungated, checkpoints
-    return _gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, _, kept = inputs
-    _, _, ungated, checkpoints = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ungated, checkpoints)
-    ctx.dt_softplus, ctx.kept = dt_softplus, kept
-    ctx.save_for_backward(
-        u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, ungated, checkpoints
-    )
-
-
-def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None) -> Any:
-    inputs = ctx.saved_tensors
-    u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, ungated, checkpoints = inputs
-    arguments = (u, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, seq_idx, initial_state)
-    if not ctx.kept:
-        _, _, ungated, checkpoints = torch.ops.recsys_ssm.selective_scan.default(
-            *arguments, False, True
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, return_final_state: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.recsys_ssm.selective_scan.default(*inputs, return_final_state, True)
+        public = 2 if return_final_state else 1
+        *ungated, checkpoints = outputs[public:]
+        u, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, seq_idx, initial_state = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, *(ungated or [None]), checkpoints
         )
-    gradients = torch.ops.recsys_ssm.selective_scan_backward.default(
-        dy, dfinal_state, *arguments, ungated, checkpoints
-    )
-    given = [
-        None if x is None else gradient
-        for x, gradient in zip(
-            (u, dt, A, B, C, D, z, dt_bias, initial_state), gradients, strict=True
+        return tuple(outputs[:public])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None = None) -> Any:
+        if dy is None and dfinal_state is None:
+            return (None,) * 12
+        *scan, seq_idx, initial_state, ungated, checkpoints = ctx.saved_tensors
+        found = torch.ops.recsys_ssm.selective_scan_backward.default(
+            dy, dfinal_state, *scan, ctx.dt_softplus, seq_idx, initial_state, ungated, checkpoints
         )
-    ]
-    du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = given
-    return du, ddt, dA, dB, dC, dD, dz, ddt_bias, None, None, dinitial_state, None, None
+        left = iter(found)
+        *rest, dinitial_state = [None if x is None else next(left) for x in (*scan, initial_state)]
+        return None, *rest, None, None, dinitial_state
+
+
+def _forward_autograd(*arguments: Any) -> list[Tensor]:
+    *inputs, return_final_state, _ = arguments
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return list(_Scan.apply(return_final_state, *inputs))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.recsys_ssm.selective_scan.default(*arguments)
 
 
 _LIBRARY.impl("selective_scan", _forward_cpu, "CPU")
+_LIBRARY.impl("selective_scan", _forward_autograd, "Autograd")
 _LIBRARY.impl("selective_scan_backward", _backward_cpu, "CPU")
-torch.library.register_fake("recsys_ssm::selective_scan", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("recsys_ssm::selective_scan", _fake, lib=_LIBRARY)
 torch.library.register_fake("recsys_ssm::selective_scan_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "recsys_ssm::selective_scan", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
 
 
 def _resets(seq_idx: Tensor) -> Tensor:
@@ -620,6 +491,37 @@ def _state_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: states are never kept in half precision."""
     double = any(x.dtype == torch.float64 for x in tensors)
     return torch.float64 if double else torch.float32
+
+
+def _floats(inputs: _Inputs) -> list[Tensor]:
+    """The floating-point inputs that are given."""
+    *scan, _, _, initial_state = inputs
+    return [x for x in (*scan, initial_state) if x is not None]
+
+
+def _fit(inputs: _Inputs) -> bool:
+    """Whether all shapes fit, at a small part of the cost of :func:`_check`, which can say why not."""
+    u, dt, A, B, C, D, z, dt_bias, _, seq_idx, initial_state = inputs
+    if u.dim() != 3 or A.dim() != 2:
+        return False
+    wide, narrow = u.shape, (u.shape[0], u.shape[1], A.shape[1])
+    return (
+        dt.shape == wide
+        and A.shape[0] == wide[2]
+        and B.shape == narrow
+        and C.shape == narrow
+        and (D is None or D.shape == wide[2:])
+        and (z is None or z.shape == wide)
+        and (dt_bias is None or dt_bias.shape == wide[2:])
+        and (initial_state is None or initial_state.shape == (wide[0], *A.shape))
+        and (
+            seq_idx is None
+            or (seq_idx.shape == wide[:2] and seq_idx.is_cpu and seq_idx.dtype in _INTEGERS)
+        )
+    )
+
+
+_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 
 def _check(
@@ -660,7 +562,7 @@ def _check(
                 f"(u is {tuple(u.shape)}, A {tuple(A.shape)}), got {tuple(tensor.shape)}"
             )
         if name == "seq_idx":
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            if tensor.dtype not in _INTEGERS:
                 raise UserError(f"selective_scan: seq_idx must be an integer, got {tensor.dtype}")
         elif not tensor.is_floating_point():
             raise UserError(f"selective_scan: {name} must be floating point, got {tensor.dtype}")
