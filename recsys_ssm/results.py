@@ -1,0 +1,417 @@
+"""What a run ends with: ``metrics.json``, a table on the terminal, a picture of the curves."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, SupportsFloat
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.metrics import COUNTS, METRICS
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_json(path: Path | str, results: Mapping[str, Any]) -> Path:
+    """Writes results with sorted keys, whole or not at all.
+
+    Floats keep all their digits. NaN and infinities, which JSON does not have, become null. Tensors
+    and NumPy values of one element become numbers, tensors and arrays lists, paths strings.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: the file cannot be written.
+        TypeError: a value is of a type that JSON has no word for.
+    """
+    text = json.dumps(
+        _plain(results), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False
+    )
+    return _write(Path(path), f"{text}\n".encode())
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Writes a text file, whole or not at all; as `write_json`."""
+    return _write(Path(path), text.encode())
+
+
+def _plain(value: Any, where: str = "results") -> Any:
+    """``value`` in the types of JSON."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each, f"{where}.{key}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if hasattr(value, "tolist"):  # tensors, NumPy arrays and scalars
+        return _plain(value.tolist(), where)
+    raise TypeError(f"{where} is of type {type(value).__name__}, which JSON cannot hold")
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Beside the file, then renamed over it: a reader never meets half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); choose another output_dir"
+        ) from error
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on, and the machine's platform."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("recsys-ssm", "torch", "lightning", "torchmetrics", "numpy", "polars"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree, not installed
+            found[package] = "unknown"
+    return found
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
+    """The end-of-run table: a row a metric; this run, what was published, and the baselines.
+
+    Args:
+        results: ``name``, ``metrics`` (this run's, name -> value), and where there are such
+            ``generated`` (True marks the title), ``metrics_all_users`` (the same with zeros for
+            users without a relevant item; shown if there are such users), ``published`` and
+            ``baselines`` (name -> its metrics).
+        width: columns of the terminal; headers are broken at spaces where it does not fit.
+
+    Returns:
+        A table whose columns are as wide as their numbers, also if it then is wider than ``width``.
+    """
+    metrics = results["metrics"]
+    columns: dict[str, Mapping[str, Any]] = {"this run": metrics}
+    if metrics.get("n_users_without_relevant") and results.get("metrics_all_users"):
+        columns["all users"] = results["metrics_all_users"]
+    if results.get("published"):
+        columns["published"] = results["published"]
+    columns |= results.get("baselines") or {}
+
+    title = str(results.get("name", "results"))
+    if results.get("generated"):
+        title += " (generated data)"
+    names = [name for name in metrics if name not in COUNTS]
+    cells = {"metric": list(map(str, names))}
+    for head, values in columns.items():
+        numbers = [_number(values.get(name), exact=head == "published") for name in names]
+        digits = max(map(len, numbers), default=0)
+        cells[head] = [number.rjust(digits) for number in numbers]
+
+    table = _WholeTable(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=Text(title),
+        title_style="bold",
+        title_justify="left",
+    )
+    fits = sum(max(map(len, [head, *cells[head]])) + 2 for head in cells) <= width
+    for head, column in cells.items():
+        table.add_column(
+            Text(head),
+            width=max(map(len, [*([head] if fits else head.split()), *column])),
+            vertical="bottom",
+            style="bold" if head == "this run" else "",
+        )
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*map(Text, row))
+    return table
+
+
+class _WholeTable(Table):
+    """Rich cuts cells and drops columns where a terminal is narrow; a wrapped line loses nothing."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return super().__rich_console__(console, options.update(max_width=10_000))
+
+
+def _number(value: SupportsFloat | None, *, exact: bool = False) -> str:
+    """Four decimals; ``exact`` gives only the digits there are, decimal points still aligned."""
+    number = math.nan if value is None else float(value)
+    if math.isnan(number):
+        return "-"
+    text = f"{number:.4f}"
+    if number and not float(text):
+        return f"{number:.1e}"
+    return text.rstrip("0").rstrip(".").ljust(len(text)) if exact else text
+
+
+def _footnotes(results: Mapping[str, Any]) -> list[str]:
+    notes = []
+    metrics = results["metrics"]
+    if "n_users" in metrics:
+        n_users, n_without = (int(metrics.get(count) or 0) for count in COUNTS)
+        note = f"{n_users:,} test users"
+        if n_without:
+            note += (
+                f", {n_without:,} of them without a relevant item: these are left out of the "
+                "averages"
+            )
+            if results.get("metrics_all_users"):
+                note += ", except in the column 'all users', where they count as zeros"
+        notes.append(f"{note}.")
+    if results.get("generated"):
+        notes.append("Generated data: these figures say nothing about the real data set.")
+    return notes
+
+
+def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints `results_table` and what one has to know to read it.
+
+    Plain text without control codes where the output is no terminal. A table that does not fit the
+    terminal is printed at the width it needs: a number is never cut.
+
+    Args:
+        results: as for `results_table`; without ``metrics`` (no test was run) nothing is printed.
+        console: standard output if None.
+    """
+    if not results.get("metrics"):
+        return
+    console = console or Console(highlight=False)
+    console.print(results_table(results, console.width), crop=False)
+    for note in _footnotes(results):
+        console.print(Text(note, style="dim"))
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+# Told apart by dash and marker as well as by colour: a print in grey stays legible.
+_LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#0b3c5d", "linestyle": "-", "marker": "o"},
+    {"color": "#d55e00", "linestyle": "--", "marker": "s"},
+    {"color": "#009e73", "linestyle": "-.", "marker": "^"},
+    {"color": "#8f8f8f", "linestyle": ":", "marker": "D"},
+)
+_TRAIN_RAW, _TRAIN, _VALIDATION = "#b8c4cf", "#0b3c5d", "#d55e00"
+
+
+def plot_curves(
+    history: Sequence[Mapping[str, SupportsFloat | None]] | Path | str,
+    path: Path | str,
+    *,
+    monitor: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    metrics: Iterable[str] | None = None,
+    title: str = "",
+    loss: str = "loss",
+) -> Path:
+    """Draws training and validation loss, and validation metrics, over the training steps.
+
+    Args:
+        history: records such as ``{"step": 100, "train/loss": 0.3}`` in any order and with any
+            gaps, or a CSV file of them (Lightning's ``metrics.csv``). May be empty.
+        path: the PNG file to write.
+        monitor: the metric whose best step is marked, for example ``"val/ndcg@10"``.
+        mode: what is best for it; by default "min" if it is a loss, else "max".
+        metrics: the validation metrics to draw; by default up to four, the monitored one first.
+        title: above both panels.
+        loss: the axis label of the left panel, with the loss's unit.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: the file cannot be written, or the CSV file cannot be read.
+    """
+    if isinstance(history, str | Path):
+        history = read_history(Path(history))
+    names = list(dict.fromkeys(name for record in history for name in record))
+    drawn = _choose_metrics(names, monitor) if metrics is None else list(metrics)
+
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    # Never empty: at the right of that line the best step is told.
+    figure.suptitle(title or " ", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    left, right = figure.subplots(1, 2, sharex=True)
+    _draw_losses(left, history)
+    for name, line in zip(drawn, itertools.cycle(_LINES), strict=False):
+        _line(right, *_series(history, name), label=name.removeprefix("val/"), **line)
+    if monitor is not None:
+        _mark_best(figure, left, right, history, monitor, mode, is_drawn=monitor in drawn)
+    if right.lines:
+        right.set_ylim(bottom=0)
+    _finish(left, loss, "no loss was recorded")
+    _finish(right, "mean over validation users", "no validation metric was recorded")
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return _write(Path(path), png.getvalue())
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Reads a CSV file with a column ``step`` and a column a metric; empty cells are left out.
+
+    Raises:
+        UserError: no such file, no column ``step``, or a cell that is not a number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the training history {path} ({error})") from error
+    records = []
+    for number, row in enumerate(rows, start=2):
+        record = {}
+        for name, cell in row.items():
+            if cell:
+                try:
+                    record[name] = float(cell)
+                except ValueError:
+                    raise UserError(
+                        f"{path}, line {number}, column {name!r}: {cell!r} is not a number"
+                    ) from None
+        if "step" not in record:
+            raise UserError(f"{path}, line {number}: a training history needs a column 'step'")
+        records.append(record)
+    return records
+
+
+def _series(
+    history: Sequence[Mapping[str, SupportsFloat | None]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, ascending, and the finite values of a metric there; the later of two records wins."""
+    found = {}
+    for record in history:
+        value = record.get(name)
+        if value is not None and math.isfinite(value := float(value)):
+            found[float(record["step"])] = value  # type: ignore[arg-type]
+    steps = np.array(sorted(found))
+    return steps, np.array([found[step] for step in steps])
+
+
+def _choose_metrics(names: Sequence[str], monitor: str | None, limit: int = 4) -> list[str]:
+    """The monitored metric, then one of each other family, at its cut-off where there is one."""
+    ranking = [
+        name
+        for name in names
+        if name.startswith("val/") and name[4:].partition("@")[0] in METRICS and "@" in name
+    ]
+    chosen = [monitor] if monitor in ranking else []
+    cut_off = (monitor or "").partition("@")[2]
+    ranking.sort(key=lambda name: name.partition("@")[2] != cut_off)
+    for name in ranking:
+        if name.partition("@")[0] not in {each.partition("@")[0] for each in chosen}:
+            chosen.append(name)
+    return chosen[:limit]
+
+
+def _draw_losses(axes: Axes, history: Sequence[Mapping[str, SupportsFloat | None]]) -> None:
+    steps, values = _series(history, "train/loss")
+    shown = [values]
+    if len(values) >= 20:
+        smooth = _running_mean(values, window=max(5, len(values) // 25))
+        axes.plot(steps, values, color=_TRAIN_RAW, linewidth=0.8, label="training")
+        axes.plot(steps, smooth, color=_TRAIN, linewidth=1.8, label="training, running mean")
+        shown = [smooth]
+    else:
+        _line(axes, steps, values, color=_TRAIN, linestyle="-", marker="o", label="training")
+    steps, values = _series(history, "val/loss")
+    _line(axes, steps, values, color=_VALIDATION, linestyle="--", marker="s", label="validation")
+    both = np.concatenate([*shown, values])
+    if both.size and both.min() > 0 and both.max() / both.min() > 50:
+        axes.set_yscale("log")
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred, of the values there are towards both ends: it neither lags nor starts late."""
+    total = np.concatenate([[0.0], values.cumsum()])
+    index = np.arange(len(values))
+    start = (index - window // 2).clip(min=0)
+    stop = (index + window // 2 + 1).clip(max=len(values))
+    mean: np.ndarray = (total[stop] - total[start]) / (stop - start)
+    return mean
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, *, marker: str, **line: Any) -> None:
+    if len(steps):
+        every = max(1, len(steps) // 12)
+        axes.plot(
+            steps, values, linewidth=1.8, marker=marker, markersize=5, markevery=every, **line
+        )
+
+
+def _mark_best(
+    figure: Figure,
+    left: Axes,
+    right: Axes,
+    history: Sequence[Mapping[str, SupportsFloat | None]],
+    monitor: str,
+    mode: str | None,
+    *,
+    is_drawn: bool,
+) -> None:
+    steps, values = _series(history, monitor)
+    if not len(steps):
+        return
+    best = int(values.argmin() if (mode or _mode(monitor)) == "min" else values.argmax())
+    for axes in filter(lambda axes: axes.lines, (left, right)):
+        axes.axvline(steps[best], color="black", linewidth=1, linestyle=(0, (1, 2)))
+    said = f"best {monitor}: {_number(values[best])} at step {steps[best]:,.0f} (dotted line)"
+    figure.text(0.99, 0.985, said, ha="right", va="top", fontsize=10)
+    on = left if monitor == "val/loss" else right if is_drawn else None
+    if on is not None:
+        on.plot(steps[best], values[best], marker="*", markersize=15, color="black", zorder=5)
+
+
+def _mode(monitor: str) -> str:
+    return "min" if "loss" in monitor else "max"
+
+
+def _finish(axes: Axes, label: str, if_empty: str) -> None:
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"{label}, log scale" if axes.get_yscale() == "log" else label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
+    if axes.lines:
+        axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(
+            fontsize=9,
+            frameon=False,
+            ncols=4,
+            columnspacing=1.2,
+            handlelength=2.5,
+            borderpad=0,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+        )
+    else:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, if_empty, transform=axes.transAxes, ha="center", color="#666666")
