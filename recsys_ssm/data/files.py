@@ -14,6 +14,7 @@ import polars as pl
 from recsys_ssm.errors import UserError
 
 _UNREADABLE = (pl.exceptions.PolarsError, OSError, UnicodeDecodeError)
+_NOT_UTF8 = "it is not UTF-8 text; save it as CSV in UTF-8"
 _SEPARATORS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
 
 
@@ -48,6 +49,9 @@ def scan_table(
         present = frame.collect_schema().names()
     except _UNREADABLE as error:
         raise UserError(_unreadable(path, separator, error)) from error
+    # Polars decodes a header leniently.
+    if any("\N{REPLACEMENT CHARACTER}" in name or "\0" in name for name in present):
+        raise UserError(f"{path}: not a readable CSV file ({_NOT_UTF8})")
     if absent := [name for name in columns if name not in present]:
         shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
@@ -110,7 +114,7 @@ def _unreadable(path: Path, separator: str, error: BaseException) -> str:
         return f"{path}: not a readable Parquet file ({_first_line(error)})"
     reason = _first_line(error)
     if "utf-8" in reason.lower() or "utf8" in reason.lower():
-        reason = "it is not UTF-8 text; save it as CSV in UTF-8"
+        reason = _NOT_UTF8
     elif isinstance(error, pl.exceptions.ComputeError):
         reason = _broken_line(path, separator) or reason
     return f"{path}: not a readable CSV file ({reason})"

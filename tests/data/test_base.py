@@ -1,0 +1,414 @@
+"""The shared data parts: order, shards, resuming, ranking blocks, negatives."""
+
+import itertools
+import logging
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from recsys_ssm.data.base import (
+    PairLoader,
+    Pairs,
+    Ragged,
+    Ranking,
+    RankingLoader,
+    TwoTowerData,
+    TwoTowerSets,
+    random_scores,
+    sample_negatives,
+    split_users,
+)
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import CategoricalField, Features, FeatureSchema, NumericField
+
+N = 23
+SCHEMA = FeatureSchema((NumericField("x"),), (CategoricalField("c", tuple("abcdefghij" * 3)),))
+
+
+def features(n, offset=0.0):
+    row = torch.arange(n)
+    return Features(row.float().view(n, 1) + offset, row.view(n, 1))
+
+
+def pairs(n=N):
+    """Pair i is of user i and item n - 1 - i, target i / 2: every array tells which pair it is."""
+    row = torch.arange(n)
+    return Pairs(row, n - 1 - row, row / 2)
+
+
+def loader(n=N, **options):
+    defaults = {"batch_size": 4, "shuffle": True, "seed": 0}
+    return PairLoader(features(n), features(n, 100.0), pairs(n), **{**defaults, **options})
+
+
+def users_of(batches):
+    return [batch.user_index.tolist() for batch in batches]
+
+
+def flat(batches):
+    return list(itertools.chain.from_iterable(users_of(batches)))
+
+
+# Order
+
+
+def test_a_batch_is_a_slice_of_the_prepared_arrays():
+    for batch in loader():
+        index = batch.user_index
+        assert torch.equal(batch.target, index / 2)
+        assert torch.equal(batch.item_index, N - 1 - index)
+        assert torch.equal(batch.user.numeric[:, 0], index.float())
+        assert torch.equal(batch.item.numeric[:, 0], batch.item_index + 100.0)
+        assert torch.equal(batch.item.categorical[:, 0], batch.item_index)
+
+
+def test_an_epoch_has_every_pair_once_in_batches_of_the_size_asked_for():
+    one = loader()
+    batches = users_of(one)
+    assert len(batches) == len(one) == 6
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]
+    assert sorted(itertools.chain(*batches)) == list(range(N))
+    assert batches != users_of(loader(shuffle=False))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    one, two, other = loader(), loader(), loader(seed=1)
+    epochs = [users_of(one) for _ in range(3)]
+    assert epochs == [users_of(two) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert users_of(other) != epochs[0]
+    # Not on the global generators either.
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 (the one that must not matter)
+    assert users_of(loader()) == epochs[0]
+    late = loader()
+    late.set_epoch(2)
+    assert users_of(late) == epochs[2]
+
+
+def test_without_shuffling_every_epoch_is_the_same():
+    one = loader(shuffle=False)
+    assert flat(one) == flat(one) == list(range(N))
+
+
+def test_iterating_anew_begins_the_epoch_anew():
+    one = loader()
+    first = next(iter(one)).user_index.tolist()
+    assert next(iter(one)).user_index.tolist() == first
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("given_out", range(14))
+def test_a_killed_run_goes_on_with_the_next_batch(given_out):
+    """Six batches an epoch: killed after each of the first fourteen, ends of epochs among them."""
+    endless = loader()
+    whole = [batch for _ in range(3) for batch in users_of(endless)]
+
+    killed = loader()
+    stream = itertools.chain.from_iterable(killed for _ in range(3))
+    for _ in range(given_out):
+        next(stream)
+    state = killed.state_dict()
+
+    resumed = loader()
+    resumed.load_state_dict(state)
+    rest = []
+    while len(rest) < len(whole) - given_out:
+        rest += users_of(resumed)
+    assert rest == whole[given_out:]
+
+
+def test_an_epoch_ends_with_its_last_batch_not_with_a_request_for_one_more():
+    """Lightning counts a sized loader's batches and never asks for the one after the last."""
+    one, whole = loader(), loader()
+    epochs = [users_of(whole) for _ in range(2)]
+    iterator = iter(one)
+    assert [next(iterator).user_index.tolist() for _ in range(len(one))] == epochs[0]
+    assert one.state_dict() == {"epoch": 1, "position": 0}
+    assert users_of(one) == epochs[1]
+
+
+class _Recorder(L.LightningModule):
+    """Records the users of each training batch; its parameter is touched so that Lightning runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches = []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append((self.current_epoch, batch_idx, batch.user_index.tolist()))
+        return self.weight * batch.target.mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0): ...
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class _Data(TwoTowerData):
+    def __init__(self, n=10, **base):
+        super().__init__(name="tiny", **base)
+        self.n = n
+
+    def build(self):
+        return sets(self.n)
+
+
+def sets(n=10, **changes):
+    user = torch.arange(3)
+    ranking = Ranking(user, Ragged.from_pairs(user, user, 3))
+    parts = {
+        "users": features(n),
+        "items": features(n),
+        "item_ids": [str(i) for i in range(n)],
+        "user_schema": SCHEMA,
+        "item_schema": SCHEMA,
+        "train": pairs(n),
+        "val": pairs(4),
+        "val_ranking": ranking,
+        "test_ranking": ranking,
+    }
+    return TwoTowerSets(**{**parts, **changes})
+
+
+def _fit(folder, ckpt_path=None, **trainer):
+    model = _Recorder()
+    keep_all = L.pytorch.callbacks.ModelCheckpoint(
+        folder, filename="{step}", save_top_k=-1, every_n_train_steps=1
+    )
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[keep_all] if ckpt_path is None else [],
+        enable_checkpointing=ckpt_path is None,
+        **trainer,
+    ).fit(model, _Data(batch_size=3), ckpt_path=ckpt_path, weights_only=True)
+    return model.batches
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"max_epochs": 3},
+        {"max_steps": 11, "max_epochs": -1, "check_val_every_n_epoch": None},
+        {"max_epochs": 3, "limit_train_batches": 2},
+        {"max_epochs": 3, "val_check_interval": 2},
+    ],
+    ids=["epochs", "steps", "limited", "validation within the epoch"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_sees_full_epochs_and_resumes_after_any_step(tmp_path, trainer, caplog):
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
+    whole = _fit(tmp_path, **trainer)
+    batches = trainer.get("limit_train_batches", 4)
+    steps = trainer.get("max_steps", 3 * batches)
+    assert [(epoch, index) for epoch, index, _ in whole] == [
+        (step // batches, step % batches) for step in range(steps)
+    ]
+    reference = loader(10, batch_size=3)
+    for epoch in range(2):
+        got = [users for at, _, users in whole if at == epoch]
+        assert got == users_of(reference)[:batches]
+    for step in (1, 2, batches, batches + 1, steps - 1):
+        rest = _fit(tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", **trainer)
+        assert rest == whole[step:], f"resumed after step {step}"
+
+
+# Shards
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shards_of_a_shuffled_epoch_are_disjoint_and_take_the_same_number_of_steps(world_size):
+    shards = [loader(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(2):
+        given = [flat(shard) for shard in shards]
+        assert len({len(one) for one in given}) == 1
+        together = list(itertools.chain(*given))
+        assert len(together) == len(set(together)) == N - N % world_size
+    assert len({len(shard) for shard in shards}) == 1
+
+
+def test_what_one_epoch_leaves_out_another_has():
+    shards = [loader(rank=rank, world_size=5) for rank in range(5)]
+    seen = {user for _ in range(20) for shard in shards for user in flat(shard)}
+    assert seen == set(range(N))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shards_of_an_unshuffled_pass_are_disjoint_and_complete(world_size):
+    """Validation pairs: none is left out, none is counted twice."""
+    shards = [loader(rank=r, world_size=world_size, shuffle=False) for r in range(world_size)]
+    given = [flat(shard) for shard in shards]
+    assert sorted(itertools.chain(*given)) == list(range(N))
+    assert [len(shard) for shard in shards] == [-(-len(one) // 4) for one in given]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_each_user_is_ranked_once_whatever_the_number_of_processes(world_size):
+    user = torch.arange(17) + 3
+    ranking = Ranking(user, Ragged.from_pairs(torch.arange(17), torch.arange(17) % 7, 17))
+    blocks = [
+        list(RankingLoader(features(N), ranking, 7, batch_size=4, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    batches = list(itertools.chain(*blocks))
+    assert torch.cat([batch.user_index for batch in batches]).tolist() == user.tolist()
+    assert max(batch.user_index.numel() for batch in batches) <= 4
+    relevant = torch.cat([batch.relevant for batch in batches])
+    assert relevant.nonzero().tolist() == [[u, u % 7] for u in range(17)]
+    assert all(batch.seen is None for batch in batches)
+    numeric = torch.cat([batch.user.numeric for batch in batches])
+    assert torch.equal(numeric[:, 0], user.float())
+    lengths = [
+        len(RankingLoader(features(N), ranking, 7, batch_size=4, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert lengths == [len(block) for block in blocks]
+
+
+def test_seen_items_come_with_their_users():
+    user = torch.tensor([2, 5])
+    relevant = Ragged.from_pairs(torch.tensor([0, 1]), torch.tensor([3, 0]), 2)
+    seen = Ragged.from_pairs(torch.tensor([1, 1]), torch.tensor([1, 2]), 2)
+    (batch,) = RankingLoader(features(N), Ranking(user, relevant, seen), 4, batch_size=9)
+    assert batch.relevant.tolist() == [[False, False, False, True], [True, False, False, False]]
+    assert batch.seen.tolist() == [[False] * 4, [False, True, True, False]]
+
+
+# Ragged
+
+
+def test_ragged_groups_by_user_and_keeps_the_order():
+    ragged = Ragged.from_pairs(torch.tensor([2, 0, 2, 2]), torch.tensor([9, 5, 1, 4]), 4)
+    assert ragged.offsets.tolist() == [0, 1, 1, 4, 4]
+    assert ragged.values.tolist() == [5, 9, 1, 4]
+    assert ragged.lengths.tolist() == [1, 0, 3, 0]
+
+
+def test_ragged_and_masks_are_inverse():
+    mask = torch.rand(9, 6, generator=torch.Generator().manual_seed(0)) < 0.4
+    ragged = Ragged.from_mask(mask)
+    assert torch.equal(ragged.mask(0, 9, 6), mask)
+    assert torch.equal(ragged.mask(3, 7, 6), mask[3:7])
+    assert ragged.mask(4, 4, 6).shape == (0, 6)
+
+
+# Negatives
+
+
+def test_negatives_are_uniform_over_exactly_what_a_user_lacks():
+    """Every allowed item turns up as often as another, no other ever: chi-square of 40,000 draws."""
+    generator = np.random.default_rng(0)
+    n_users, n_items, n_draws = 8, 12, 40_000
+    mask = generator.random((n_users, n_items)) < np.linspace(0, 0.9, n_users)[:, None]
+    mask[3], mask[4] = False, True
+    mask[4, 7] = False  # one item left
+    mask[5, [0, 11]] = True  # the ends of the catalogue
+    positives = Ragged.from_mask(torch.from_numpy(mask))
+    # Items in any order within a user.
+    shuffled = [
+        generator.permutation(block)
+        for block in np.split(positives.values.numpy(), positives.offsets.numpy()[1:-1])
+    ]
+    positives = Ragged(torch.from_numpy(np.concatenate(shuffled)), positives.offsets)
+    user = np.repeat(np.arange(n_users), n_draws)
+    generator.shuffle(user)
+    item = sample_negatives(positives, user, n_items, generator)
+    counts = np.zeros((n_users, n_items))
+    np.add.at(counts, (user, item), 1)
+    assert (counts[mask] == 0).all()
+    for u in range(n_users):
+        free = counts[u, ~mask[u]]
+        expected = n_draws / free.size
+        chi_square = ((free - expected) ** 2 / expected).sum()
+        assert chi_square < free.size + 6 * np.sqrt(2 * free.size), f"user {u}: {free}"
+
+
+def test_negatives_are_reproducible_and_may_be_none():
+    positives = Ragged.from_mask(torch.eye(5, dtype=torch.bool))
+    user = np.arange(5).repeat(10)
+    first = sample_negatives(positives, user, 5, np.random.default_rng(3))
+    assert (first == sample_negatives(positives, user, 5, np.random.default_rng(3))).all()
+    assert sample_negatives(positives, user[:0], 5, np.random.default_rng(3)).size == 0
+
+
+def test_a_user_with_the_whole_catalogue_is_an_error():
+    positives = Ragged.from_mask(torch.tensor([[True, False], [True, True]]))
+    assert sample_negatives(positives, np.array([0]), 2, np.random.default_rng(0)).tolist() == [1]
+    with pytest.raises(UserError, match="every item of the catalogue"):
+        sample_negatives(positives, np.array([0, 1]), 2, np.random.default_rng(0))
+
+
+# Users, baselines, the DataModule
+
+
+def test_split_users_gives_disjoint_random_groups():
+    candidates = np.arange(100, 200)
+    test, val = split_users(candidates, (30, 20), np.random.default_rng(0))
+    assert (test.size, val.size) == (30, 20)
+    assert set(test) | set(val) <= set(candidates)
+    assert not set(test) & set(val)
+    assert (np.diff(test) > 0).all()
+    assert test.tolist() != list(range(100, 130))
+    other, _ = split_users(candidates, (30, 20), np.random.default_rng(1))
+    assert test.tolist() != other.tolist()
+    test, val = split_users(candidates[:4], (3, 3), np.random.default_rng(0))
+    assert (test.size, val.size) == (3, 1)
+
+
+def test_random_scores_depend_on_user_and_item_alone_and_look_random():
+    scores = random_scores(torch.arange(2000), 50)
+    assert torch.equal(scores[[7, 3]], random_scores(torch.tensor([7, 3]), 50))
+    assert scores.min() >= 0
+    assert scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.005
+    assert abs(scores.std() - 12**-0.5) < 0.005
+    first = torch.bincount(scores.topk(5).indices.flatten(), minlength=50)  # binomial, mean 200
+    assert (first - 200).abs().max() < 5 * (2000 * 0.1 * 0.9) ** 0.5
+    correlation = torch.corrcoef(scores.T).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / 2000**0.5
+
+
+def test_popularity_counts_positive_training_targets():
+    train = Pairs(
+        torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, 1, 0, -1])
+    )
+    baselines = sets(4, train=train).baselines
+    assert list(baselines) == ["random", "popularity"]
+    assert baselines["popularity"](torch.tensor([5, 6])).tolist() == [[0, 2, 0, 0]] * 2
+    own = sets(4, baselines={"oracle": random_scores, "popularity": random_scores}).baselines
+    assert list(own) == ["random", "popularity", "oracle"]
+    assert own["popularity"] is random_scores
+
+
+def test_nothing_to_train_or_test_on_is_an_error():
+    nobody = Ranking(torch.arange(0), Ragged.from_pairs(torch.arange(0), torch.arange(0), 0))
+    with pytest.raises(UserError, match="no test user is left"):
+        sets(test_ranking=nobody)
+    with pytest.raises(UserError, match="no training pair is left"):
+        sets(train=pairs(0))
+
+
+@pytest.mark.parametrize("option", ["batch_size", "eval_batch_size"])
+def test_batch_sizes_start_at_1(option):
+    with pytest.raises(UserError, match=f"dataset.{option}=0"):
+        _Data(**{option: 0})
+
+
+def test_the_data_module_hands_out_its_loaders_and_builds_once():
+    data = _Data(batch_size=3, eval_batch_size=2, seed=4)
+    data.setup("fit")
+    assert data.sets is data.sets
+    assert users_of(data.train_dataloader()) == users_of(loader(10, batch_size=3, seed=4))
+    of_pairs, of_users = data.val_dataloader()
+    assert users_of(of_pairs) == [[0, 1, 2], [3]]
+    assert users_of(of_users) == users_of(data.test_dataloader()) == [[0, 1], [2]]
+    data = _Data(shuffle=False)
+    assert flat(data.train_dataloader()) == list(range(10))
