@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import os
 import re
@@ -135,6 +136,24 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
         requirement = Requirement(text)
         assert requirement.name in pins, f"constraints.txt does not pin {requirement.name}"
         assert pins[requirement.name] in requirement.specifier, requirement
+
+
+def test_every_import_is_a_declared_dependency(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["cuda"]
+    names = {Requirement(text).name for text in project["dependencies"] + extra}
+    modules = {"hydra" if name == "hydra-core" else name.replace("-", "_") for name in names}
+    known = modules | sys.stdlib_module_names | {"recsys_ssm"}
+    for path in (repository / "recsys_ssm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported = [str(node.module)]
+            else:
+                continue
+            for name in imported:
+                assert name.partition(".")[0] in known, f"{path}:{node.lineno} imports {name}"
 
 
 @pytest.fixture(scope="module")
