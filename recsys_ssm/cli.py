@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def register_resolvers() -> None:
     """Interpolations the configs use beside OmegaConf's own."""
     OmegaConf.register_new_resolver("every", _every, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def quiet_dependencies() -> None:
+    """Leave out what Lightning says to everyone and nobody here can act upon."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡 Tip", "TPU available", "`Trainer.fit` stopped"))
+    )
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # Batches are slices of arrays in memory: there are no worker processes to add.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
 
 
 def _every(max_steps: int, times: int) -> int:
@@ -81,6 +92,7 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
         def main() -> None:
             register_resolvers()
+            quiet_dependencies()
             try:
                 with _raw_hydra_errors():
                     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()

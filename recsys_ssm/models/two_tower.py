@@ -50,7 +50,7 @@ class Tower(nn.Module):
         """Embeddings of a whole table, in blocks."""
         blocks = [
             self(features.rows(slice(start, start + ENCODE_ROWS)))
-            for start in range(0, features.n_rows, ENCODE_ROWS)
+            for start in range(0, max(features.n_rows, 1), ENCODE_ROWS)  # no row: one empty block
         ]
         return torch.cat(blocks)
 

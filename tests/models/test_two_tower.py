@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import polars as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.models.two_tower import TwoTower
+
+BACKBONE = {"_target_": "recsys_ssm.models.backbones.mamba.Mamba", "d_model": 16, "n_layers": 1, "d_conv": 2}
+ADAM = {"_target_": "torch.optim.Adam", "lr": 3e-3}
+
+
+def model_of(data, **options) -> TwoTower:
+    torch.manual_seed(0)
+    return TwoTower.for_data(data, **{"backbone": BACKBONE, "optimizer": ADAM, **options})
+
+
+def trainer_in(folder: Path, **options) -> L.Trainer:
+    settings = {"max_steps": 60, "max_epochs": -1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(default_root_dir=folder, accelerator="cpu", num_sanity_val_steps=0, **{**settings, **options})
+
+
+def test_a_score_is_the_inner_product_of_the_towers(tiny_data) -> None:
+    model = model_of(tiny_data)
+    sets = tiny_data.sets
+    user, item = sets.users.rows(torch.arange(4)), sets.items.rows(torch.arange(4))
+    expected = [model.user_tower(user)[i] @ model.item_tower(item)[i] for i in range(4)]
+    torch.testing.assert_close(model(user, item), torch.stack(expected))
+
+
+def test_the_last_token_stands_for_the_row_and_the_mean_without_mixing(tiny_data) -> None:
+    features = tiny_data.sets.users
+    tower = model_of(tiny_data).user_tower
+    torch.testing.assert_close(tower(features), tower.head(tower.backbone(tower.tokenizer(features))[:, -1]))
+    tower = model_of(tiny_data, backbone={"_target_": "recsys_ssm.models.backbones.identity.Identity", "d_model": 16}).user_tower
+    torch.testing.assert_close(tower(features), tower.head(tower.tokenizer(features).mean(1)))
+
+
+def test_the_towers_share_no_parameter_and_start_apart(tiny_data) -> None:
+    model = model_of(tiny_data)
+    users = {id(p) for p in model.user_tower.parameters()}
+    assert not users & {id(p) for p in model.item_tower.parameters()}
+    a, b = (t.backbone.layers[0].mixer.in_proj.weight for t in (model.user_tower, model.item_tower))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "softmax"])
+def test_it_learns(tiny_data, tmp_path: Path, loss: str) -> None:
+    model = model_of(tiny_data, head={"loss": loss})
+    before = model.predict(users_frame()).clone()
+    trainer_in(tmp_path, max_steps=300, check_val_every_n_epoch=None, val_check_interval=100).fit(model, datamodule=tiny_data)
+    [metrics] = trainer_in(tmp_path).test(model, datamodule=tiny_data, verbose=False)
+    assert metrics["test/p@1"] == 1.0 and metrics["test/ndcg@5"] > 0.95
+    assert (model.predict(users_frame()) - before).abs().max() > 0.01
+
+
+def users_frame() -> pl.DataFrame:
+    return pl.DataFrame({"age": [0.0, 1.0, 30.0, None], "colour": ["red", "blue", "never seen", None]})
+
+
+def test_the_published_optimizer_spec_is_used(tiny_data) -> None:
+    optimizer = model_of(tiny_data, optimizer={"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.1}).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["lr"] == 0.5 and optimizer.defaults["momentum"] == 0.1
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model_of(tiny_data).parameters())
+
+
+def test_a_checkpoint_is_complete_in_itself(tiny_data, tmp_path: Path) -> None:
+    model = model_of(tiny_data, head={"output": 8, "loss": "bce"})
+    trainer = trainer_in(tmp_path, max_steps=5, enable_checkpointing=False)
+    trainer.fit(model, datamodule=tiny_data)
+    path = tmp_path / "model.ckpt"
+    trainer.save_checkpoint(path)
+    users_frame().write_parquet(tmp_path / "users.parquet")
+    # Another process, in an empty folder, that never imports Hydra or the data's files.
+    code = (
+        "import sys, torch, polars as pl; from recsys_ssm.models.two_tower import TwoTower\n"
+        f"model = TwoTower.load_from_checkpoint({str(path)!r}, weights_only=True)\n"
+        f"scores = model.predict(pl.read_parquet({str(tmp_path / 'users.parquet')!r}))\n"
+        "assert 'hydra' not in sys.modules and 'recsys_ssm.data.base' not in sys.modules\n"
+        f"torch.save(scores, {str(tmp_path / 'scores.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    scores = torch.load(tmp_path / "scores.pt", weights_only=True)
+    torch.testing.assert_close(scores, model.predict(users_frame()))
+    loaded = TwoTower.load_from_checkpoint(path, weights_only=True)
+    assert loaded.user_schema == model.user_schema and loaded.item_ids == model.item_ids
+
+
+def test_a_checkpoint_cannot_make_us_import_code(tiny_data, tmp_path: Path) -> None:
+    hostile = {"_target_": "antigravity.fly"}
+    with pytest.raises(UserError, match="import antigravity first"):
+        model_of(tiny_data, backbone=hostile)
+    assert "antigravity" not in sys.modules
+
+
+def test_predict_scores_new_items(tiny_data) -> None:
+    model = model_of(tiny_data)
+    items = pl.DataFrame({"price": [1.0, 99.0], "colour": ["red", "new"]})
+    scores = model.predict(users_frame(), items)
+    assert scores.shape == (4, 2)
+    torch.testing.assert_close(scores[:, 0], model.predict(users_frame())[:, 0])
+
+
+def test_recommend(tiny_data) -> None:
+    model = model_of(tiny_data)
+    scores = model.predict(users_frame())
+    top = model.recommend(users_frame(), k=3)
+    assert top.columns == ["user", "rank", "item", "score"] and top.height == 12
+    first = top.filter(pl.col("rank") == 1)["item"].to_list()
+    assert first == [f"i{i}" for i in scores.argmax(1).tolist()]
+    exclude = torch.zeros(4, 6, dtype=torch.bool)
+    exclude[0, :5] = True
+    assert model.recommend(users_frame(), k=3, exclude=exclude).filter(pl.col("user") == 0)["item"].to_list() == ["i5"]
+
+
+def test_predict_leaves_the_mode_alone_and_ignores_dropout(tiny_data) -> None:
+    model = model_of(tiny_data, backbone={**BACKBONE, "dropout": 0.5}).train()
+    torch.testing.assert_close(model.predict(users_frame()), model.predict(users_frame()))
+    assert model.training
+
+
+def test_encoding_in_blocks_changes_nothing(tiny_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(tiny_data)
+    whole = model.user_tower.encode(tiny_data.sets.users)
+    monkeypatch.setattr("recsys_ssm.models.two_tower.ENCODE_ROWS", 5)
+    torch.testing.assert_close(model.user_tower.encode(tiny_data.sets.users), whole)
+
+
+def test_seen_items_are_not_ranked(tiny_data, tmp_path: Path) -> None:
+    sets = tiny_data.sets
+    seen_all_relevant = copy.copy(sets.test_ranking)
+    object.__setattr__(seen_all_relevant, "seen", sets.test_ranking.relevant)
+    sets.test_ranking = seen_all_relevant
+    [metrics] = trainer_in(tmp_path).test(model_of(tiny_data), datamodule=tiny_data, verbose=False)
+    assert metrics["test/hr@5"] == 0.0
+
+
+def test_killed_in_the_middle_and_resumed_is_as_if_never_killed(tiny_data, tmp_path: Path) -> None:
+    def run(ckpt: Path | None = None) -> TwoTower:
+        model = model_of(tiny_data)
+        keep = ModelCheckpoint(tmp_path, "step{step}", every_n_train_steps=13, save_top_k=-1, auto_insert_metric_name=False)
+        trainer = trainer_in(tmp_path, max_steps=25, limit_val_batches=0, callbacks=[keep])
+        data = type(tiny_data)(name="tiny", batch_size=8)  # 9 batches an epoch: 13 is in the middle of the second
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        return model
+
+    whole, resumed = run(), run(tmp_path / "step13.ckpt")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bfloat16_keeps_the_recurrence_and_the_metrics_exact(tiny_data, tmp_path: Path) -> None:
+    model = model_of(tiny_data)
+    trainer = trainer_in(tmp_path, max_steps=10, precision="bf16-mixed", enable_checkpointing=False)
+    trainer.fit(model, datamodule=tiny_data)
+    assert model.user_tower.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": {"loss": "hinge"}}, "head.loss='hinge': expected one of mse, bce, softmax"),
+        ({"head": {"hiden": 3}}, "head.hiden: no such option; did you mean 'hidden'"),
+        ({"tokenizer": {"init": "zeros"}}, "tokenizer.init='zeros': expected one of normal, uniform"),
+        ({"backbone": {**BACKBONE, "d_modle": 3}}, "backbone.d_modle: no such option; did you mean 'd_model'"),
+        ({"backbone": {**BACKBONE, "d_model": "big"}}, "backbone.d_model='big': expected int, got str"),
+        ({"backbone": {"_target_": "torch.optim.Adam"}}, "not a Backbone"),
+        ({"tokenizer": {"d_model": 5}}, "tokenizer.d_model=5, backbone.d_model=16"),
+        ({"metrics": ["hits@5"]}, "hits@5"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(tiny_data, options: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        model_of(tiny_data, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_predict_names_what_is_missing(tiny_data) -> None:
+    with pytest.raises(UserError, match="users: no column 'colour'"):
+        model_of(tiny_data).predict(pl.DataFrame({"age": [1.0]}))
+
+
+def test_no_user_gives_no_score(tiny_data) -> None:
+    assert model_of(tiny_data).predict(users_frame().clear()).shape == (0, 6)
