@@ -407,7 +407,7 @@ class _Side:
             )
         if not features and not self.id_feature:
             raise UserError(
-                f"a {kind} has no feature: name columns in dataset.{kind}_numeric or "
+                f"{'an' if kind == 'item' else 'a'} {kind} has no feature: name columns in dataset.{kind}_numeric or "
                 f"dataset.{kind}_categorical, or set {kind}_id_feature=true"
             )
 
