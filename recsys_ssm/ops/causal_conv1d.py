@@ -335,7 +335,7 @@ def _arguments(
     bias = None if bias is None else bias.float().contiguous()
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     state = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()
-    blocks = -(-E // 64)
+    blocks = -(-E // 128)  # kBlock in csrc/causal_conv1d.cpp
     args = _Args(
         threads=torch.get_num_threads(),
         batch=B,

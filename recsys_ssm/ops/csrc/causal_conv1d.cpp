@@ -8,8 +8,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // channels a task; a multiple of every Vec::size
-constexpr int kVecs = kBlock / Vec::size;
+constexpr int64_t kBlock = 128;  // channels a task; a multiple of every Vec::size
 
 }  // namespace
 
@@ -61,57 +60,48 @@ RECSYS_INLINE void write_row(const float* from, int64_t count, T* to) {
 
 void fill_zero(float* to, int64_t count) { std::memset(to, 0, sizeof(float) * count); }
 
-// Rows of kBlock floats: out(t) = start + sum_k taps(k) * in(t + k), t = 0 … count - 1, one vector of
-// channels. `finish(t, out)` stores.
+// Rows of kBlock floats: out(t) = start + sum_k taps(k) * in(t + k), t = 0 … length - 1, for `count`
+// channels; `step` floats lie between two taps. finish(t, c, out) stores the vector at channel c. All
+// channels of a few positions come before the next positions: what is written is then adjacent.
 template <class F>
 RECSYS_INLINE void convolve(const float* in, const float* taps, int64_t step, int64_t width,
-                            Vec start, int64_t count, const F& finish) {
+                            const float* start, int64_t length, int64_t count, const F& finish) {
   constexpr int kTile = 8;
   int64_t t = 0;
-  for (; t + kTile <= count; t += kTile) {
-    Vec sum[kTile];
-    for (int j = 0; j < kTile; ++j) sum[j] = start;
-    const float* at = in + t * kBlock;
-    for (int64_t k = 0; k < width; ++k) {
-      const Vec tap = Vec::load(taps + k * step);
-      for (int j = 0; j < kTile; ++j)
-        sum[j] = Vec::fma(tap, Vec::load(at + (j + k) * kBlock), sum[j]);
+  for (; t + kTile <= length; t += kTile) {
+    for (int64_t c = 0; c < count; c += Vec::size) {
+      Vec sum[kTile];
+      const Vec first = start == nullptr ? Vec::zero() : Vec::load(start + c);
+      for (int j = 0; j < kTile; ++j) sum[j] = first;
+      const float* at = in + t * kBlock + c;
+      for (int64_t k = 0; k < width; ++k) {
+        const Vec tap = Vec::load(taps + k * step + c);
+        for (int j = 0; j < kTile; ++j)
+          sum[j] = Vec::fma(tap, Vec::load(at + (j + k) * kBlock), sum[j]);
+      }
+      for (int j = 0; j < kTile; ++j) finish(t + j, c, sum[j]);
     }
-    for (int j = 0; j < kTile; ++j) finish(t + j, sum[j]);
   }
-  for (; t < count; ++t) {
-    Vec sum = start;
-    for (int64_t k = 0; k < width; ++k)
-      sum = Vec::fma(Vec::load(taps + k * step), Vec::load(in + (t + k) * kBlock), sum);
-    finish(t, sum);
+  for (; t < length; ++t) {
+    for (int64_t c = 0; c < count; c += Vec::size) {
+      Vec sum = start == nullptr ? Vec::zero() : Vec::load(start + c);
+      for (int64_t k = 0; k < width; ++k)
+        sum = Vec::fma(Vec::load(taps + k * step + c), Vec::load(in + (t + k) * kBlock + c), sum);
+      finish(t, c, sum);
+    }
   }
 }
 
-// sums(k) += sum_t a(t) * b(t + k), t = 0 … count - 1, one vector of channels.
-RECSYS_INLINE void correlate(const float* a, const float* b, int64_t width, int64_t count,
-                             float* sums) {
-  constexpr int kTile = 8;
-  int64_t k = 0;
-  for (; k + kTile <= width; k += kTile) {
-    Vec sum[kTile];
-    for (int j = 0; j < kTile; ++j) sum[j] = Vec::load(sums + (k + j) * kBlock);
-    for (int64_t t = 0; t < count; ++t) {
-      const Vec at = Vec::load(a + t * kBlock);
-      for (int j = 0; j < kTile; ++j)
-        sum[j] = Vec::fma(at, Vec::load(b + (t + k + j) * kBlock), sum[j]);
-    }
-    for (int j = 0; j < kTile; ++j) sum[j].store(sums + (k + j) * kBlock);
+// sums(k) += sum_t a(t) * b(t + k), t = 0 … count - 1, one vector of channels, kTaps taps.
+template <int kTaps>
+RECSYS_INLINE void correlate(const float* a, const float* b, int64_t count, float* sums) {
+  Vec sum[kTaps];
+  for (int j = 0; j < kTaps; ++j) sum[j] = Vec::load(sums + j * kBlock);
+  for (int64_t t = 0; t < count; ++t) {
+    const Vec at = Vec::load(a + t * kBlock);
+    for (int j = 0; j < kTaps; ++j) sum[j] = Vec::fma(at, Vec::load(b + (t + j) * kBlock), sum[j]);
   }
-  for (; k < width; ++k) {
-    Vec even = Vec::load(sums + k * kBlock), odd = Vec::zero();
-    int64_t t = 0;
-    for (; t + 2 <= count; t += 2) {
-      even = Vec::fma(Vec::load(a + t * kBlock), Vec::load(b + (t + k) * kBlock), even);
-      odd = Vec::fma(Vec::load(a + (t + 1) * kBlock), Vec::load(b + (t + 1 + k) * kBlock), odd);
-    }
-    if (t < count) even = Vec::fma(Vec::load(a + t * kBlock), Vec::load(b + (t + k) * kBlock), even);
-    (even + odd).store(sums + k * kBlock);
-  }
+  for (int j = 0; j < kTaps; ++j) sum[j].store(sums + j * kBlock);
 }
 
 // What one task works on: the channels [first, first + count) with their taps, rows of kBlock.
@@ -184,7 +174,19 @@ struct Block {
   }
 
   // Where the window of the first position begins in `in`.
-  const float* window(int v) const { return in + kBlock * args.ahead + v * Vec::size; }
+  const float* window() const { return in + kBlock * args.ahead; }
+
+  // A vector of channels from c on into a row of the block's channels.
+  template <class T>
+  RECSYS_INLINE void write(Vec v, int64_t c, T* row) const {
+    if (c + Vec::size <= count) {
+      store(v, row + c);
+    } else {
+      float lanes[Vec::size];
+      v.store(lanes);
+      write_row(lanes, count - c, row + c);
+    }
+  }
 
   template <class T>
   void forward(int64_t b) {
@@ -195,20 +197,11 @@ struct Block {
         [&](int64_t start, int64_t length, const float* state, float*) {
           read(x + start * args.x_time, length, state);
           T* to = y + start * args.channels;
-          for (int v = 0; v < kVecs && v * Vec::size < count; ++v) {
-            const int64_t at = v * Vec::size, lanes = min64(Vec::size, count - at);
-            convolve(window(v), taps + at, kBlock, width, Vec::load(bias + at), length,
-                     [&](int64_t t, Vec sum) {
-                       if (args.silu) sum = sum * sigmoid(sum);
-                       if (lanes == Vec::size) {
-                         store(sum, to + t * args.channels + at);
-                       } else {
-                         float row[Vec::size];
-                         sum.store(row);
-                         write_row(row, lanes, to + t * args.channels + at);
-                       }
-                     });
-          }
+          convolve(window(), taps, kBlock, width, bias, length, count,
+                   [&](int64_t t, int64_t c, Vec sum) {
+                     if (args.silu) sum = sum * sigmoid(sum);
+                     write(sum, c, to + t * args.channels);
+                   });
         },
         [&](int64_t t) { std::memset(y + t * args.channels, 0, sizeof(T) * count); });
   }
@@ -232,44 +225,40 @@ struct Block {
           for (int64_t t = 0; t < length; ++t)
             read_row(dy + (start + t) * args.dy_time, count, dsum + t * kBlock);
           fill_zero(dsum + length * kBlock, kBlock * (width - 1));
-          const Vec one = Vec::all(1.f);
-          for (int v = 0; v < kVecs && v * Vec::size < count; ++v) {
-            const int64_t at = v * Vec::size;
-            Vec dbias = Vec::load(sums + width * kBlock + at);
-            if (args.silu) {
-              convolve(window(v), taps + at, kBlock, width, Vec::load(bias + at), length,
-                       [&](int64_t t, Vec sum) {
-                         float* here = dsum + t * kBlock + at;
-                         const Vec s = sigmoid(sum);
-                         const Vec slope = s * Vec::fma(sum, one - s, one);
-                         (Vec::load(here) * slope).store(here);
-                       });
-            }
-            for (int64_t t = 0; t < length; ++t) dbias = dbias + Vec::load(dsum + t * kBlock + at);
-            dbias.store(sums + width * kBlock + at);
-            correlate(dsum + at, window(v), width, length, sums + at);
-            // The input at t is met by the last tap at t - ahead and by the first at t + back.
-            const float* before = dsum - args.ahead * kBlock + at;
-            const float* last_tap = taps + (width - 1) * kBlock + at;
-            const int64_t lanes = min64(Vec::size, count - at);
-            T* to = dx + start * args.channels + at;
-            convolve(before, last_tap, -kBlock, width, Vec::zero(), length, [&](int64_t t, Vec sum) {
-              if (lanes == Vec::size) {
-                store(sum, to + t * args.channels);
-              } else {
-                float row[Vec::size];
-                sum.store(row);
-                write_row(row, lanes, to + t * args.channels);
-              }
-            });
-            if (dstate != nullptr) {
-              convolve(before - (width - 1) * kBlock, last_tap, -kBlock, width, Vec::zero(),
-                       width - 1, [&](int64_t t, Vec sum) {
-                         float row[Vec::size];
-                         sum.store(row);
-                         write_row(row, lanes, dstate + t * args.channels + at);
-                       });
-            }
+          if (args.silu) {
+            const Vec one = Vec::all(1.f);
+            convolve(window(), taps, kBlock, width, bias, length, count,
+                     [&](int64_t t, int64_t c, Vec sum) {
+                       float* here = dsum + t * kBlock + c;
+                       const Vec s = sigmoid(sum);
+                       (Vec::load(here) * s * Vec::fma(sum, one - s, one)).store(here);
+                     });
+          }
+          for (int64_t c = 0; c < count; c += Vec::size) {
+            float* sum = sums + c;
+            const float* b_at = window() + c;
+            int64_t k = 0;
+            for (; k + 8 <= width; k += 8)
+              correlate<8>(dsum + c, b_at + k * kBlock, length, sum + k * kBlock);
+            for (; k + 4 <= width; k += 4)
+              correlate<4>(dsum + c, b_at + k * kBlock, length, sum + k * kBlock);
+            for (; k < width; ++k)
+              correlate<1>(dsum + c, b_at + k * kBlock, length, sum + k * kBlock);
+            Vec dbias = Vec::load(sum + width * kBlock);
+            for (int64_t t = 0; t < length; ++t) dbias = dbias + Vec::load(dsum + t * kBlock + c);
+            dbias.store(sum + width * kBlock);
+          }
+          // The input at t is met by the last tap at t - ahead and by the first at t + back.
+          const float* before = dsum - args.ahead * kBlock;
+          const float* last_tap = taps + (width - 1) * kBlock;
+          T* to = dx + start * args.channels;
+          convolve(before, last_tap, -kBlock, width, nullptr, length, count,
+                   [&](int64_t t, int64_t c, Vec sum) { write(sum, c, to + t * args.channels); });
+          if (dstate != nullptr) {
+            convolve(before - (width - 1) * kBlock, last_tap, -kBlock, width, nullptr, width - 1,
+                     count, [&](int64_t t, int64_t c, Vec sum) {
+                       write(sum, c, dstate + t * args.channels);
+                     });
           }
         },
         [&](int64_t t) { std::memset(dx + t * args.channels, 0, sizeof(T) * count); });
