@@ -1,0 +1,310 @@
+"""``dataset=vaccine``: people and the messages that might move them to get a COVID-19 vaccine; synthetic.
+
+Shapes: N points, D numbers a point, K clusters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from recsys_ssm.data.base import Baseline, Pairs, Ragged, Ranking, TwoTowerData, TwoTowerSets
+from recsys_ssm.data.files import read_table
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import FeatureSchema
+
+ASSETS = Path(__file__).parent / "assets"
+MESSAGES_FILE = "vaccine_messages.csv"
+EMBEDDINGS_FILE = "vaccine_embeddings.npy"
+N_MESSAGES = 100
+
+MIN_AGE, MAX_AGE = 18, 90
+CATEGORIES = {
+    "gender": ("female", "male", "nonbinary"),
+    # The stages of the transtheoretical model: how far a person is on the way to being vaccinated.
+    "progression": ("precontemplation", "contemplation", "preparation", "action", "maintenance"),
+    "education": ("none", "high school", "some college", "bachelor", "graduate"),
+    "insurance": ("private", "employer", "medicare", "medicaid", "none"),
+    "race": ("asian", "black", "hispanic", "indigenous", "pacific islander", "white", "several"),
+    "language": ("english", "spanish", "chinese", "vietnamese", "arabic", "other"),
+    "religion": (
+        "buddhist",
+        "catholic",
+        "hindu",
+        "jewish",
+        "muslim",
+        "protestant",
+        "other",
+        "none",
+    ),
+}
+"""Values of each categorical feature; all equally likely, independent of one another and of age."""
+
+ClusterFeatures = Literal["raw", "raw_onehot", "standardized", "onehot"]
+MessageFeatures = Literal["index", "embedding"]
+
+
+class VaccineData(TwoTowerData):
+    """People with an age and seven categorical features; messages by their index or embedding.
+
+    Args:
+        n_users: Training users.
+        n_train: Training pairs, each a random training user and a random message.
+        n_val: Validation pairs, of the validation users.
+        n_val_users: Held-out users the messages are ranked for during validation.
+        n_test_users: Held-out users they are ranked for in the test.
+        k: Clusters of users, and of messages.
+        n_messages: Messages, sampled from the 100 that ship.
+        p_same: Probability of target 1 where the clusters' numbers are equal.
+        p_different: Probability of target 1 where they are not.
+        cluster_features: What K-means sees of the users: ``raw``, age in years and the number of
+            each category; ``standardized``, the same with mean 0 and deviation 1; ``onehot``,
+            standardised age and a 0/1 column a category.
+        message_features: What the model sees of a message: ``index``, one categorical feature;
+            ``embedding``, 384 numeric ones.
+        age_bands: Bands of equal width of the ``age_band`` baseline.
+        **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_users: int = 50_000,
+        n_train: int = 160_000,
+        n_val: int = 1_000,
+        n_val_users: int = 500,
+        n_test_users: int = 100,
+        k: int = 25,
+        n_messages: int = 25,
+        p_same: float = 1.0,
+        p_different: float = 0.0,
+        cluster_features: ClusterFeatures = "raw",
+        message_features: MessageFeatures = "index",
+        age_bands: int = 25,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        sizes = {
+            "n_users": n_users,
+            "n_train": n_train,
+            "n_val": n_val,
+            "n_val_users": n_val_users,
+            "n_test_users": n_test_users,
+            "k": k,
+            "n_messages": n_messages,
+            "age_bands": age_bands,
+        }
+        for option, size in sizes.items():
+            if size < 1:
+                raise UserError(f"dataset.{option}={size}: give at least 1")
+        if n_messages > N_MESSAGES:
+            raise UserError(f"dataset.n_messages={n_messages}: {N_MESSAGES} messages are there")
+        if k > n_messages:
+            raise UserError(
+                f"dataset.k={k}: {n_messages} messages cannot make more than {n_messages} clusters; "
+                f"lower it or raise dataset.n_messages={n_messages}"
+            )
+        if k > n_users:
+            raise UserError(f"dataset.k={k}: more clusters than users, dataset.n_users={n_users}")
+        for option, p in {"p_same": p_same, "p_different": p_different}.items():
+            if not 0 <= p <= 1:
+                raise UserError(f"dataset.{option}={p}: a probability, from 0 to 1")
+        for option, choice, choices in (
+            ("cluster_features", cluster_features, get_args(ClusterFeatures)),
+            ("message_features", message_features, get_args(MessageFeatures)),
+        ):
+            if choice not in choices:
+                raise UserError(f"dataset.{option}={choice}: choose from {', '.join(choices)}")
+        self.n_users, self.n_train, self.n_val = n_users, n_train, n_val
+        self.n_val_users, self.n_test_users = n_val_users, n_test_users
+        self.k, self.n_messages = k, n_messages
+        self.p_same, self.p_different = p_same, p_different
+        self.cluster_features, self.message_features = cluster_features, message_features
+        self.age_bands = age_bands
+
+    def build(self) -> TwoTowerSets:
+        # One stream a part: a seed's test users are the same whatever the other parts' sizes.
+        streams = np.random.SeedSequence(self.seed).spawn(6)
+        train, val, test, sample, user_clusters, message_clusters = (
+            np.random.default_rng(stream) for stream in streams
+        )
+        parts = [(self.n_users, train), (self.n_val_users, val), (self.n_test_users, test)]
+        people = pl.concat([_sample_people(n, rng) for n, rng in parts])
+        messages, embeddings_ME = _sample_messages(self.n_messages, sample)
+
+        points_UD = self._cluster_points(people)
+        centres_KD = kmeans(points_UD[: self.n_users], self.k, user_clusters)
+        centres_KE = kmeans(embeddings_ME, self.k, message_clusters, n_init=10)
+        user_cluster = torch.from_numpy(nearest(points_UD, centres_KD))
+        message_cluster = torch.from_numpy(nearest(embeddings_ME, centres_KE))
+
+        def match(user: Tensor) -> Tensor:
+            return user_cluster[user, None] == message_cluster
+
+        def pairs(among: Tensor, n: int, rng: np.random.Generator) -> Pairs:
+            user = among[torch.from_numpy(rng.integers(0, among.numel(), n))]
+            item = torch.from_numpy(rng.integers(0, self.n_messages, n))
+            same = user_cluster[user] == message_cluster[item]
+            p = torch.where(same, self.p_same, self.p_different)
+            return Pairs(user, item, (torch.from_numpy(rng.random(n)) < p).float())
+
+        def ranking(user: Tensor) -> Ranking:
+            return Ranking(user, Ragged.from_mask(match(user)))
+
+        train_users, val_users, test_users = torch.arange(people.height).split(
+            [n for n, _ in parts]
+        )
+        train_pairs = pairs(train_users, self.n_train, train)
+        user_schema = FeatureSchema.fit(
+            people[: self.n_users], numeric=["age"], categorical=list(CATEGORIES)
+        )
+        by_index = self.message_features == "index"
+        item_schema = FeatureSchema.fit(
+            messages,
+            numeric=[] if by_index else messages.columns[1:],
+            categorical=["message"] if by_index else [],
+        )
+        age = torch.from_numpy(people["age"].to_numpy())
+        return TwoTowerSets(
+            users=user_schema.encode(people),
+            items=item_schema.encode(messages),
+            item_ids=messages["message"].to_list(),
+            user_schema=user_schema,
+            item_schema=item_schema,
+            train=train_pairs,
+            val=pairs(val_users, self.n_val, val),
+            val_ranking=ranking(val_users),
+            test_ranking=ranking(test_users),
+            baselines={
+                "oracle": lambda user: match(user).float(),
+                "age_band": age_band_rates(age, train_pairs, self.n_messages, self.age_bands),
+            },
+            notes=[f"users and {self.n_train:,} training pairs sampled, k={self.k}"],
+        )
+
+    def _cluster_points(self, people: pl.DataFrame) -> np.ndarray:
+        """(U, D) float64: what K-means sees; scaled by the training users, who come first."""
+        age = people["age"].to_numpy().astype(np.float64)[:, None]
+        codes = [
+            (people[name].cast(pl.Enum(values)).to_physical().to_numpy(), len(values))
+            for name, values in CATEGORIES.items()
+        ]
+        numbers = np.column_stack([age, *(code for code, _ in codes)])
+        indicators = np.column_stack([np.eye(n)[code] for code, n in codes])
+        train = slice(self.n_users)
+        scaled = (numbers - numbers[train].mean(axis=0)) / numbers[train].std(axis=0)
+        points: dict[str, np.ndarray] = {
+            "raw": numbers,
+            "raw_onehot": np.column_stack([age, indicators]),
+            "standardized": scaled,
+            "onehot": np.column_stack([scaled[:, :1], indicators]),
+        }
+        return points[self.cluster_features]
+
+
+def age_band_rates(age: Tensor, train: Pairs, n_messages: int, n_bands: int) -> Baseline:
+    """A model that knows nothing but the user's age: the rate of target 1 by age band and message.
+
+    A cell's rate is drawn towards the message's own with the weight of one pair, so that an empty
+    cell has that.
+
+    Args:
+        age: (U,) years of every user.
+        train: Pairs the rates are estimated on.
+        n_bands: Bands of equal width from the least to the greatest age.
+    """
+    width = MAX_AGE + 1 - MIN_AGE
+    band = (age - MIN_AGE) * n_bands // width
+    cell = band[train.user] * n_messages + train.item
+    size = n_bands * n_messages
+    pairs = torch.bincount(cell, minlength=size).view(n_bands, n_messages)
+    ones = torch.bincount(cell, train.target, minlength=size).view(n_bands, n_messages)
+    overall = ones.sum(0) / pairs.sum(0).clamp(min=1)
+    rates = (ones + overall) / (pairs + 1)
+    return lambda user: rates[band[user]]
+
+
+def kmeans(
+    points_ND: np.ndarray,
+    k: int,
+    rng: np.random.Generator,
+    *,
+    n_init: int = 1,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+) -> np.ndarray:
+    """Centres (k, D) of Lloyd's algorithm, begun by k-means++; the best of ``n_init`` runs.
+
+    Args:
+        points_ND: (N, D) float64.
+        k: Clusters, at most N. Their numbers carry no meaning: they follow the random beginning.
+        n_init: Runs; the one with the least sum of squared distances is kept.
+        max_iter: Steps a run.
+        tol: A run ends when the centres' squared shift is below this share of the mean variance.
+    """
+    best, least = points_ND[:k], np.inf
+    enough = tol * points_ND.var(axis=0).mean()
+    for _ in range(n_init):
+        centres_KD = _spread_out(points_ND, k, rng)
+        for _ in range(max_iter):
+            moved_KD = _means(points_ND, nearest(points_ND, centres_KD), centres_KD)
+            shift = np.square(moved_KD - centres_KD).sum()
+            centres_KD = moved_KD
+            if shift <= enough:
+                break
+        inertia = np.square(points_ND - centres_KD[nearest(points_ND, centres_KD)]).sum()
+        if inertia < least:
+            best, least = centres_KD, inertia
+    return best
+
+
+def nearest(points_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """(N,) int64: the number of the centre nearest to each point."""
+    # |x - c|² is least where x·c - |c|²/2 is greatest; |x|² is the same for every centre.
+    affinity_NK = points_ND @ centres_KD.T - np.square(centres_KD).sum(axis=1) / 2
+    return affinity_NK.argmax(axis=1)
+
+
+def _means(points_ND: np.ndarray, label_N: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """The mean of each cluster's points; an empty cluster keeps its centre."""
+    k = len(centres_KD)
+    size_K1 = np.bincount(label_N, minlength=k)[:, None]
+    sums_KD = np.column_stack([np.bincount(label_N, x_N, minlength=k) for x_N in points_ND.T])
+    return np.where(size_K1 > 0, sums_KD / np.maximum(size_K1, 1), centres_KD)
+
+
+def _spread_out(points_ND: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k-means++: each next centre a random point, likelier the farther it is from those chosen."""
+    chosen = [int(rng.integers(len(points_ND)))]
+    distance_N = np.square(points_ND - points_ND[chosen[0]]).sum(axis=1)
+    while len(chosen) < k:
+        cumulative_N = distance_N.cumsum()
+        # searchsorted's right side never lands on a point at distance 0 unless all are.
+        drawn = np.searchsorted(cumulative_N, rng.random() * cumulative_N[-1], side="right")
+        chosen.append(min(int(drawn), len(points_ND) - 1))
+        distance_N = np.minimum(
+            distance_N, np.square(points_ND - points_ND[chosen[-1]]).sum(axis=1)
+        )
+    return points_ND[chosen]
+
+
+def _sample_people(n: int, rng: np.random.Generator) -> pl.DataFrame:
+    """``age`` and the columns of :data:`CATEGORIES`, every value equally likely."""
+    columns: dict[str, Any] = {"age": rng.integers(MIN_AGE, MAX_AGE + 1, n)}
+    for name, values in CATEGORIES.items():
+        columns[name] = np.asarray(values)[rng.integers(0, len(values), n)]
+    return pl.DataFrame(columns)
+
+
+def _sample_messages(n: int, rng: np.random.Generator) -> tuple[pl.DataFrame, np.ndarray]:
+    """``n`` of the shipped messages: their names and embedding columns; the embeddings (n, E)."""
+    names = read_table(ASSETS / MESSAGES_FILE)["message"]
+    embeddings = np.load(ASSETS / EMBEDDINGS_FILE, allow_pickle=False).astype(np.float64)
+    rows = np.sort(rng.choice(len(names), n, replace=False))
+    columns = {f"embedding_{j}": embeddings[rows, j] for j in range(embeddings.shape[1])}
+    return pl.DataFrame({"message": names[rows], **columns}), embeddings[rows]
