@@ -74,15 +74,23 @@ def read_table(
     return collect(frame, path, separator=separator)
 
 
-def collect(frame: pl.LazyFrame, path: str | Path, *, separator: str = ",") -> pl.DataFrame:
+def collect(
+    frame: pl.LazyFrame, path: str | Path, *, separator: str = ",", streaming: bool = False
+) -> pl.DataFrame:
     """Collect a lazy frame that reads ``path``, with its errors named after that file.
+
+    Args:
+        frame: Of :func:`scan_table`, and what was done to it.
+        path: What messages name.
+        separator: As given to :func:`scan_table`.
+        streaming: In pieces, the file never in memory as a whole.
 
     Raises:
         UserError: A line is broken, or no row is left.
     """
     path = Path(path).expanduser()
     try:
-        table = frame.collect()
+        table = frame.collect(engine="streaming" if streaming else "auto")
     except _UNREADABLE as error:
         raise UserError(_unreadable(path, separator, error)) from error
     if table.height == 0:

@@ -1,0 +1,437 @@
+"""``dataset=hm``: H&M Personalized Fashion, the second experiment of FT-Mamba.
+
+Starnes and Webster, *Mamba for Scalable and Efficient Personalized Recommendations*, section III.B.
+From the three official files (kaggle.com/c/h-and-m-personalized-fashion-recommendations):
+
+- ``articles.csv``: the catalogue is the 100 articles bought most often, an article its own id as
+  the one categorical feature. It is ordered by id, so that ties in a ranking are not resolved by
+  popularity; ties at the border of the 100 go to the lower id.
+- ``customers.csv``: age (numeric), FN, Active, club_member_status, fashion_news_frequency
+  (categorical; an empty cell is a category of its own). Buyers absent from the file are kept,
+  nothing about them known.
+- ``transactions_train.csv``: a row is a purchase. Each purchase of a catalogue article is a pair of
+  target 1 and comes with one of target 0: a random catalogue article that customer never bought.
+
+Test users are customers with 5 or more *different* catalogue articles, which are what is relevant
+to them. (The paper says "at least 5 purchases"; its R@5 and P@5 imply about 6.5 relevant articles a
+user, which counting repeat purchases towards the 5 would not give.) Validation users have as many;
+where too few are left the least number is lowered. No purchase of either is in training.
+
+Ids are compared without leading zeros, which exports lose easily, and shown with ten digits.
+
+Where there are no files, :mod:`recsys_ssm.data.hm_generate` makes some and the same code reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from recsys_ssm.data.base import (
+    Pairs,
+    Ragged,
+    Ranking,
+    TwoTowerData,
+    TwoTowerSets,
+    sample_negatives,
+    split_users,
+)
+from recsys_ssm.data.files import collect, read_table, scan_table
+from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, cache_folder, generate
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import FeatureSchema, numeric_column
+from recsys_ssm.specs import check_arguments
+
+log = logging.getLogger(__name__)
+
+ARTICLES, CUSTOMERS, TRANSACTIONS = "articles.csv", "customers.csv", "transactions_train.csv"
+NUMERIC = ("age",)
+CATEGORICAL = ("FN", "Active", "club_member_status", "fashion_news_frequency")
+
+
+class HmData(TwoTowerData):
+    """Customers and the articles bought most often.
+
+    Args:
+        root: Folder of the three files; None: ``$RECSYS_SSM_DATA/hm`` (``../shared/data/hm``).
+        source: ``files`` reads them, ``generated`` makes a stand-in, ``auto`` reads ``root`` where
+            it is given or there, and makes a stand-in otherwise.
+        n_items: Articles in the catalogue.
+        item_features: Columns of ``articles.csv``, all categorical.
+        n_train: Training pairs, half purchases; fewer purchases are repeated, each time with a new
+            negative. None: every purchase once.
+        n_val: Validation pairs (fewer where there are not that many), for the loss.
+        n_val_users: Customers the catalogue is ranked for during validation; at most a tenth of
+            those the test leaves.
+        n_test_users: Customers it is ranked for in the test; all, where there are fewer.
+        min_relevant: Different catalogue articles a test user bought, at least.
+        on_unknown_article: What a transaction of an article ``articles.csv`` lacks is: an
+            ``error``, or left out (``drop``) and counted.
+        generated_root: Where stand-ins are kept; None: the user's cache folder.
+        generator: What :class:`~recsys_ssm.data.hm_generate.GeneratorSettings` takes.
+        **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        source: Literal["auto", "files", "generated"] = "auto",
+        n_items: int = 100,
+        item_features: Sequence[str] = ("article_id",),
+        n_train: int | None = 160_000,
+        n_val: int = 1_000,
+        n_val_users: int = 100,
+        n_test_users: int = 100,
+        min_relevant: int = 5,
+        on_unknown_article: Literal["error", "drop"] = "error",
+        generated_root: str | None = None,
+        generator: Mapping[str, Any] | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        least = {
+            "n_items": (n_items, 2),
+            "n_train": (2 if n_train is None else n_train, 2),
+            "n_val": (n_val, 2),
+            "n_val_users": (n_val_users, 1),
+            "n_test_users": (n_test_users, 1),
+            "min_relevant": (min_relevant, 1),
+        }
+        for option, (value, minimum) in least.items():
+            if value < minimum:
+                raise UserError(f"dataset.{option}={value}: give at least {minimum}")
+        if not item_features:
+            raise UserError("dataset.item_features=[]: name at least one column of articles.csv")
+        check_arguments(GeneratorSettings, generator or {}, "dataset.generator")
+        self.generator = GeneratorSettings(**(generator or {}))
+        self.root, self.source, self.generated_root = root, source, generated_root
+        self.n_items, self.item_features = n_items, tuple(item_features)
+        self.n_train, self.n_val = n_train, n_val
+        self.n_val_users, self.n_test_users = n_val_users, n_test_users
+        self.min_relevant, self.on_unknown_article = min_relevant, on_unknown_article
+
+    def build(self) -> TwoTowerSets:
+        root, notes = self._find()
+        shop = Shop.of(root)
+        tables = _read(
+            root,
+            n_items=self.n_items,
+            item_columns=self.item_features,
+            drop_unknown=self.on_unknown_article == "drop",
+            notes=notes,
+        )
+        purchases, n_users = tables.purchases, tables.customers.height
+        n_items = tables.articles.height
+        bought = purchases.unique(maintain_order=True)
+        positives = Ragged.from_pairs(bought["user"].to_torch(), bought["item"].to_torch(), n_users)
+
+        # One stream a part: the test users are the same whatever the other parts' sizes.
+        streams = np.random.SeedSequence(self.seed).spawn(3)
+        splits, train, val = (np.random.default_rng(stream) for stream in streams)
+        test_users, val_users = self._split(positives.lengths.numpy(), splits, notes)
+
+        # Nothing can be told from the choice of one who bought everything: no negative is left.
+        has_negative = (positives.lengths < n_items).numpy()
+        if n_full := int((~has_negative).sum()):
+            notes.append(f"{n_full:,} customers bought the whole catalogue: no pairs of theirs")
+        user, item = purchases["user"].to_numpy(), purchases["item"].to_numpy()
+        held_out = np.zeros(n_users, dtype=bool)
+        held_out[test_users] = held_out[val_users] = True
+        in_val = np.isin(user, val_users) & has_negative[user]
+        in_train = ~held_out[user] & has_negative[user]
+
+        def pairs(rows: np.ndarray, n: int, rng: np.random.Generator) -> Pairs:
+            index = _cycle(np.flatnonzero(rows), n, rng)
+            negative = sample_negatives(positives, user[index], n_items, rng)
+            # A purchase and its negative side by side: the start of unshuffled pairs has both.
+            return Pairs(
+                torch.from_numpy(np.repeat(user[index], 2)),
+                torch.from_numpy(np.column_stack([item[index], negative]).ravel()),
+                torch.tensor([1.0, 0.0]).repeat(index.size),
+            )
+
+        def ranking(users: np.ndarray) -> Ranking:
+            relevant = [positives.values[slice(*positives.offsets[u : u + 2])] for u in users]
+            owner = torch.arange(users.size).repeat_interleave(positives.lengths[users])
+            return Ranking(
+                torch.from_numpy(users),
+                Ragged.from_pairs(owner, torch.cat([*relevant, owner[:0]]), users.size),
+            )
+
+        available = int(in_train.sum())
+        wanted = available if self.n_train is None else self.n_train // 2
+        train_pairs = pairs(in_train, wanted, train)
+        val_pairs = pairs(in_val, min(self.n_val // 2, int(in_val.sum())), val)
+        notes.append(
+            f"training pairs: {train_pairs.user.numel():,}, one half purchases, one half random "
+            f"articles not bought; {available:,} purchases"
+            + (
+                f" repeated {wanted / available:.1f} times, each time with a new negative"
+                if available < wanted
+                else f", {wanted:,} of them drawn"
+                if wanted < available
+                else ""
+            )
+        )
+        notes.append(
+            f"validation pairs: {val_pairs.user.numel():,}, of {int(in_val.sum()):,} purchases"
+        )
+
+        item_schema = FeatureSchema.fit(
+            tables.articles, categorical=self.item_features, where=str(root / ARTICLES)
+        )
+        user_schema = FeatureSchema.fit(
+            tables.customers[np.unique(user[in_train])],
+            numeric=NUMERIC,
+            categorical=CATEGORICAL,
+            where=str(root / CUSTOMERS),
+        )
+        item_ids = tables.articles["article_id"].to_list()
+
+        def oracle(users: Tensor) -> Tensor:
+            assert shop is not None
+            rows = tables.customers[users.numpy()]
+            return torch.from_numpy(shop.log_probability(rows, item_ids))
+
+        return TwoTowerSets(
+            users=user_schema.encode(tables.customers, where=str(root / CUSTOMERS)),
+            items=item_schema.encode(tables.articles, where=str(root / ARTICLES)),
+            item_ids=item_ids,
+            user_schema=user_schema,
+            item_schema=item_schema,
+            train=train_pairs,
+            val=val_pairs,
+            val_ranking=ranking(val_users),
+            test_ranking=ranking(test_users),
+            baselines={} if shop is None else {"oracle": oracle},
+            notes=notes,
+            generated=shop is not None,
+        )
+
+    def _find(self) -> tuple[Path, list[str]]:
+        """The folder to read and what to say about it; it is made first where that is needed."""
+        usual = Path(os.environ.get("RECSYS_SSM_DATA") or "../shared/data") / "hm"
+        root = Path(self.root) if self.root is not None else usual
+        # A folder that was named is read or complained about, never silently replaced.
+        if self.source != "generated" and (self.root is not None or root.is_dir()):
+            return root, [f"files of {root}"]
+        if self.source == "files":
+            raise UserError(
+                f"dataset.source=files, but there is no folder {usual}: name the folder of "
+                f"{ARTICLES}, {CUSTOMERS} and {TRANSACTIONS} with dataset.root="
+            )
+        why = "" if self.source == "generated" else f"no H&M files (looked in {usual}); "
+        text = f"GENERATED DATA: {why}purchases are made up, results say nothing about H&M"
+        log.warning("\n%s\n%s\n  real files: dataset.root=FOLDER\n%s", *_BAR, text, *_BAR)
+        folder = Path(self.generated_root).expanduser() if self.generated_root else cache_folder()
+        return generate(self.generator, folder), [text]
+
+    def _split(
+        self, n_distinct: np.ndarray, rng: np.random.Generator, notes: list[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the test users and of the validation users."""
+        eligible = np.flatnonzero(n_distinct >= self.min_relevant)
+        if not eligible.size:
+            raise UserError(
+                f"no test user is left: the most different articles of the catalogue one customer "
+                f"bought are {n_distinct.max()}; lower dataset.min_relevant={self.min_relevant} or "
+                f"raise dataset.n_items={self.n_items}"
+            )
+        (test,) = split_users(eligible, [self.n_test_users], rng)
+        rest = np.setdiff1d(np.arange(n_distinct.size), test)
+        n_val = min(self.n_val_users, -(-rest.size // 10))
+        # The n_val-th largest: with it as the least number, n_val customers remain.
+        lowered = int(np.sort(n_distinct[rest])[-n_val]) if n_val else self.min_relevant
+        least = min(self.min_relevant, lowered)
+        (val,) = split_users(rest[n_distinct[rest] >= least], [n_val], rng)
+        notes.append(
+            f"test users: {test.size:,} of the {eligible.size:,} with at least {self.min_relevant} "
+            f"different articles of the catalogue"
+            + (
+                f" (all there are; {self.n_test_users:,} were asked for)"
+                if test.size < self.n_test_users
+                else ""
+            )
+        )
+        notes.append(f"validation users: {val.size:,} with at least {least}")
+        return test, val
+
+
+_BAR = ("!" * 88,)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    articles: pl.DataFrame
+    """The catalogue in its order: article_id (ten digits) and the feature columns, as text."""
+    customers: pl.DataFrame
+    """Who bought from it, by customer_id: the feature columns."""
+    purchases: pl.DataFrame
+    """user, item (Int64): rows of the two; sorted, repeat purchases kept."""
+
+
+def _read(
+    root: Path,
+    *,
+    n_items: int,
+    item_columns: Sequence[str],
+    drop_unknown: bool,
+    notes: list[str],
+) -> _Tables:
+    """The three files, reduced to the catalogue; what was read and left out goes to ``notes``.
+
+    Raises:
+        UserError: A file is missing, unreadable, lacks a column or holds a wrong value.
+    """
+    articles_path, customers_path = root / ARTICLES, root / CUSTOMERS
+    articles = read_table(
+        articles_path, columns=list(dict.fromkeys(["article_id", *item_columns]))
+    ).with_columns(_canonical("article_id"))
+    _check_key(articles, "article_id", articles_path)
+    customers = read_table(customers_path, columns=["customer_id", *NUMERIC, *CATEGORICAL])
+    _check_key(customers, "customer_id", customers_path)
+    customers = _numbers(customers, customers_path)
+    notes.append(f"{ARTICLES}: {articles.height:,} articles read")
+
+    catalogue, purchases = _read_purchases(
+        root / TRANSACTIONS, articles, n_items, drop_unknown, notes
+    )
+    # Sorted as text: categories and streamed rows come in an order that is not told.
+    buyers = purchases.select(pl.col("customer_id").unique().cast(pl.String)).sort("customer_id")
+    known = buyers.join(customers, on="customer_id", how="left", maintain_order="left")
+    n_known = customers.join(buyers, on="customer_id", how="semi").height
+    notes.append(
+        f"{CUSTOMERS}: {customers.height:,} customers read, "
+        f"{customers.height - n_known:,} left out: bought nothing of the catalogue"
+    )
+    if absent := buyers.height - n_known:
+        notes.append(
+            f"{absent:,} of {buyers.height:,} buyers are not in {CUSTOMERS}: kept, features unknown"
+        )
+    rows = (
+        purchases.join(buyers.cast(pl.Categorical).with_row_index("user"), on="customer_id")
+        .join(catalogue.select("article_id").with_row_index("item"), on="article_id")
+        .select(pl.col("user", "item").cast(pl.Int64))
+        .sort("user", "item")
+    )
+    return _Tables(catalogue, known.drop("customer_id"), rows)
+
+
+def _read_purchases(
+    path: Path, articles: pl.DataFrame, n_items: int, drop_unknown: bool, notes: list[str]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The catalogue, and (customer_id, article_id) of each purchase from it.
+
+    The official file has 31.8 million rows, so it is read twice and never held: once to count
+    articles, once for the rows of the catalogue's.
+    """
+    rows = scan_table(path, columns=["customer_id", "article_id"])
+    is_known = pl.col("customer_id").is_not_null()
+    counts = collect(
+        rows.group_by(pl.col("article_id").alias("written")).agg(
+            pl.len().alias("rows"), is_known.sum().alias("n")
+        ),
+        path,
+        streaming=True,
+    ).with_columns(_canonical("written").alias("article_id"))
+    unknown = counts.join(articles, on="article_id", how="anti")
+    if unknown.height and not drop_unknown:
+        wrong = pl.col("article_id").is_null() | pl.col("article_id").is_in(
+            unknown["written"].drop_nulls().to_list()
+        )
+        first = collect(rows.with_row_index("row", offset=1).filter(wrong).head(1), path)
+        raise UserError(
+            f"{path}, row {first['row'][0]}, column 'article_id': {first['article_id'][0]!r} is in "
+            f"no row of {ARTICLES} (nor are {int(unknown['rows'].sum()) - 1:,} more); correct it, "
+            "or leave such rows out with dataset.on_unknown_article=drop"
+        )
+    counts = counts.join(articles.select("article_id"), on="article_id", how="semi")
+    ranked = (
+        counts.group_by("article_id")
+        .agg(pl.col("n").sum())
+        .filter(pl.col("n") > 0)
+        .sort(["n", "article_id"], descending=[True, False])
+        .head(n_items)
+    )
+    if ranked.height < 2:
+        raise UserError(f"{path}: purchases of {ranked.height} articles; at least 2 are needed")
+    catalogue = articles.join(ranked, on="article_id", how="semi").sort("article_id")
+    written = counts.join(ranked, on="article_id", how="semi")["written"].to_list()
+    purchases = collect(
+        rows.filter(is_known & pl.col("article_id").is_in(written)).select(
+            # A category holds an id once; filtered text would keep every id it was filtered from.
+            pl.col("customer_id").cast(pl.Categorical),
+            _canonical("article_id"),
+        ),
+        path,
+        streaming=True,
+    )
+
+    n_unknown, n_all = int(unknown["rows"].sum()), int(counts["rows"].sum())
+    n_anonymous = n_all - int(counts["n"].sum())
+    left_out = {
+        f"of articles {ARTICLES} lacks": n_unknown,
+        "without a customer_id": n_anonymous,
+        f"not of the {catalogue.height} articles bought most": n_all
+        - n_anonymous
+        - purchases.height,
+    }
+    notes.append(
+        f"{TRANSACTIONS}: {n_all + n_unknown:,} purchases read, {purchases.height:,} kept; left out: "
+        + ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n or "not of" in why)
+    )
+    return catalogue, purchases
+
+
+def _canonical(column: str) -> pl.Expr:
+    """An article id with ten digits, whatever became of its leading zeros."""
+    return pl.col(column).str.strip_chars().str.strip_chars_start("0").str.zfill(10)
+
+
+def _check_key(table: pl.DataFrame, column: str, path: Path) -> None:
+    key = table[column]
+    wrong = key.is_null() | ~key.is_first_distinct()
+    if wrong.any():
+        row = wrong.arg_max()
+        assert row is not None
+        what = "is empty" if key[row] is None else f"{key[row]!r} stands in an earlier row too"
+        raise UserError(f"{path}, row {row + 1}, column {column!r}: {what}; keep one row for each")
+
+
+def _numbers(customers: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Age, FN and Active as numbers, null where the cell is empty.
+
+    FN and Active are flags written 1.0: as numbers they are the same category for a new customer
+    however a user's own table stores them.
+    """
+    numbers = {
+        name: pl.Series(name, numeric_column(customers, name, str(path))).fill_nan(None)
+        for name in ("age", "FN", "Active")
+    }
+    negative = (numbers["age"] < 0).fill_null(value=False)
+    if negative.any():
+        row = negative.arg_max()
+        assert row is not None
+        raise UserError(
+            f"{path}, row {row + 1}, column 'age': {customers['age'][row]!r} is negative; "
+            "correct it, or leave it empty if it is unknown"
+        )
+    return customers.with_columns(**numbers)
+
+
+def _cycle(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``n`` of ``values`` in random order, each as often as any other (give or take one)."""
+    if not values.size:
+        return values
+    rounds = -(-n // values.size)
+    return np.concatenate([values[:0], *(rng.permutation(values) for _ in range(rounds))])[:n]

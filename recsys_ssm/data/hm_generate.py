@@ -1,0 +1,367 @@
+"""An H&M-shaped stand-in: the three official files from measured aggregates and a known rule.
+
+P(article | customer) ∝ weight_a · exp(strength · x_u · b_a): x_u are traits read off the customer's
+features, b_a is what an article appeals to, and the weights are fitted so that overall popularity
+is that of the real files. The rule is known, so the best possible ranking (the oracle) is too.
+
+The aggregates (``assets/hm_marginals.json``) were measured on a slice of the real files by
+``scripts/measure_hm_marginals.py``: shares, histograms, counts of counts; no row is copied.
+
+Legend: U customers, A articles, K traits, P profiles (distinct rows of traits).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+
+from recsys_ssm.errors import UserError
+
+SETTINGS_FILE = "generator.json"
+"""Lies beside the generated CSV files and says what made them; real data has no such file."""
+
+# Of the rule below; part of the fingerprint, so that a changed rule never reads old files.
+_VERSION = 1
+
+_FIRST_DAY, _DAYS = date(2018, 9, 20), 734  # the official files' span
+
+# An article's appeal comes from its index group, its type (name, product group) and itself.
+_INDEX_GROUPS = ("Women", "Men", "Young", "Children", "Sport")
+_TYPES = (
+    ("T-shirt", "Tops"),
+    ("Sweater", "Tops"),
+    ("Blouse", "Tops"),
+    ("Trousers", "Bottoms"),
+    ("Skirt", "Bottoms"),
+    ("Dress", "Full body"),
+    ("Jacket", "Outerwear"),
+    ("Socks", "Accessories"),
+)
+_COLOURS = ("Black", "White", "Blue", "Red", "Green", "Beige", "Pink")
+_PATTERNS = ("Solid", "Stripe", "Dotted", "Print")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSettings:
+    """Size and rule of the stand-in.
+
+    Args:
+        n_customers: Rows of ``customers.csv``.
+        n_articles: Rows of ``articles.csv``.
+        n_transactions: Rows of ``transactions_train.csv``.
+        feature_strength: How much a customer's features decide; 0: popularity alone does.
+        seed: Another one is another shop, with the same marginals.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    n_customers: int = 40_000
+    n_articles: int = 2_000
+    n_transactions: int = 400_000
+    feature_strength: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, least in {
+            "n_customers": 1,
+            "n_articles": 1,
+            "n_transactions": 1,
+            "feature_strength": 0,
+            "seed": 0,
+        }.items():
+            if not least <= (value := getattr(self, option)) < math.inf:
+                raise UserError(f"dataset.generator.{option}={value}: give at least {least}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the folder: equal when settings, rule and aggregates are."""
+        text = json.dumps([_VERSION, asdict(self), _marginals()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def _marginals() -> dict[str, Any]:
+    path = Path(__file__).parent / "assets" / "hm_marginals.json"
+    marginals: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return marginals
+
+
+class Shop:
+    """The customers, the articles and who buys what: a pure function of the settings."""
+
+    def __init__(self, settings: GeneratorSettings) -> None:
+        self.settings = settings
+        self.articles, self._appeal_AK = _make_articles(settings)
+        self.customers = _make_customers(settings)
+        self._row_of = {article: row for row, article in enumerate(self.articles["article_id"])}
+        traits_UK = traits(self.customers)
+        self._traits_PK, self._profile_U, size_P = np.unique(
+            traits_UK, axis=0, return_inverse=True, return_counts=True
+        )
+        self._log_weight_A = self._fit_weights(size_P / size_P.sum())
+
+    @classmethod
+    def of(cls, root: Path) -> Self | None:
+        """The shop whose files lie in ``root``; None where nothing says that they were generated.
+
+        Raises:
+            UserError: The settings beside the files are damaged or another version's.
+        """
+        path = root / SETTINGS_FILE
+        if not path.is_file():
+            return None
+        try:
+            plain = json.loads(path.read_text(encoding="utf-8"))
+            settings = GeneratorSettings(**plain["settings"])
+            current = plain["fingerprint"] == settings.fingerprint
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete the folder {root}") from error
+        if not current:
+            raise UserError(f"{path}: made by another version; delete the folder {root}")
+        return cls(settings)
+
+    def log_probability(self, customers: pl.DataFrame, article_ids: Sequence[str]) -> np.ndarray:
+        """Logarithm of P(article | customer), the oracle's scores.
+
+        Args:
+            customers: The feature columns of ``customers.csv``; null is unknown.
+            article_ids: Which articles, as in ``articles.csv``.
+
+        Returns:
+            (len(customers), len(article_ids)) float32.
+        """
+        # Many customers share a profile: the normaliser over all articles is computed once each.
+        traits_PK, profile = np.unique(traits(customers), axis=0, return_inverse=True)
+        log_p_PA = self._log_probability(traits_PK)
+        columns = [self._row_of[article] for article in article_ids]
+        return log_p_PA[:, columns].astype(np.float32)[profile]
+
+    def purchases(self) -> tuple[np.ndarray, np.ndarray]:
+        """(customer row, article row) of each transaction, two (n_transactions,) arrays."""
+        rng = _stream(self.settings, "purchases")
+        shape = _marginals()["purchases_cv"] ** -2
+        activity = rng.gamma(shape, size=self.settings.n_customers)
+        count_U = rng.multinomial(self.settings.n_transactions, activity / activity.sum())
+        customer = np.repeat(np.arange(self.settings.n_customers), count_U)
+        profile = self._profile_U[customer]
+        order = np.argsort(profile, kind="stable")
+        bounds = np.searchsorted(profile[order], np.arange(len(self._traits_PK) + 1))
+        cumulative_PA = np.exp(self._log_probability(self._traits_PK)).cumsum(axis=1)
+        draw = rng.random(customer.size)
+        article = np.empty(customer.size, dtype=np.int64)
+        for cumulative_A, (start, stop) in zip(cumulative_PA, pairwise(bounds), strict=True):
+            rows = order[start:stop]
+            article[rows] = np.searchsorted(cumulative_A[:-1], draw[rows] * cumulative_A[-1])
+        return customer, article
+
+    def _log_probability(self, traits_PK: np.ndarray) -> np.ndarray:
+        logit_PA = self._affinity(traits_PK) + self._log_weight_A
+        logit_PA -= logit_PA.max(axis=1, keepdims=True)
+        return logit_PA - np.log(np.exp(logit_PA).sum(axis=1, keepdims=True))
+
+    def _affinity(self, traits_PK: np.ndarray) -> np.ndarray:
+        return self.settings.feature_strength * traits_PK @ self._appeal_AK.T
+
+    def _fit_weights(self, share_P: np.ndarray) -> np.ndarray:
+        """Log weights (A,) that give each article its measured share overall: iterative scaling."""
+        times, articles = np.array(_marginals()["article_sales"]).T
+        quantile_A = (np.arange(self.settings.n_articles) + 0.5) / self.settings.n_articles
+        sold_A = times[np.searchsorted(articles.cumsum() / articles.sum(), quantile_A)]
+        target_A = _stream(self.settings, "popularity").permutation(sold_A / sold_A.sum())
+        odds_PA = np.exp(self._affinity(self._traits_PK))
+        weight_A = target_A
+        for _ in range(50):
+            share_A = weight_A * (odds_PA.T @ (share_P / (odds_PA @ weight_A)))
+            weight_A = weight_A * target_A / share_A
+        return np.log(weight_A)
+
+
+def traits(customers: pl.DataFrame) -> np.ndarray:
+    """What purchases depend on, (U, 7) float64, each of about unit scale.
+
+    Age and its square, news by post (FN), activity without news, news read regularly, club
+    membership begun, age unknown. A customer nobody knows has an empty cell everywhere.
+    """
+    age = customers["age"].cast(pl.Float64)
+    z = ((age - 36.0) / 14.0).clip(-2.0, 2.5)
+    fn, active = (customers[name].cast(pl.Float64).fill_null(0.0) for name in ("FN", "Active"))
+    columns = (
+        z.fill_null(0.0),
+        (z**2 - 1.0).fill_null(0.0) / 1.5,
+        fn,
+        active - fn,
+        (customers["fashion_news_frequency"] == "Regularly").fill_null(value=False),
+        (customers["club_member_status"] == "PRE-CREATE").fill_null(value=False),
+        age.is_null(),
+    )
+    return np.column_stack([column.cast(pl.Float64).to_numpy() for column in columns])
+
+
+def generate(settings: GeneratorSettings, root: Path) -> Path:
+    """The folder of the generated files under ``root``, written unless it is there already.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    folder = root / f"hm-{settings.fingerprint}"
+    if folder.is_dir():
+        return folder
+    unfinished = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=root, prefix=".hm-"))
+        _write(Shop(settings), unfinished)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another run was first, with the same files
+                raise
+        return folder
+    except OSError as error:
+        raise UserError(
+            f"{root}: the generated H&M files cannot be written there ({error.strerror or error}); "
+            "name another folder with dataset.generated_root="
+        ) from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where generated files go unless told otherwise: the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "recsys_ssm"
+
+
+def _write(shop: Shop, folder: Path) -> None:
+    shop.articles.write_csv(folder / "articles.csv")
+    shop.customers.write_csv(folder / "customers.csv")
+    customer, article = shop.purchases()
+    rng = _stream(shop.settings, "transactions")
+    price_A = np.interp(
+        rng.random(shop.settings.n_articles), np.linspace(0, 1, 11), _marginals()["price_deciles"]
+    )
+    days = pl.Series([_FIRST_DAY + timedelta(days=d) for d in range(_DAYS)])
+    pl.DataFrame(
+        {
+            "t_dat": days.gather(rng.integers(_DAYS, size=customer.size)),
+            "customer_id": shop.customers["customer_id"].gather(customer),
+            "article_id": shop.articles["article_id"].gather(article),
+            "price": price_A[article],
+            "sales_channel_id": 1 + (rng.random(customer.size) < _marginals()["online_share"]),
+        }
+    ).sort("t_dat", "customer_id", "article_id").write_csv(folder / "transactions_train.csv")
+    made_by = {"fingerprint": shop.settings.fingerprint, "settings": asdict(shop.settings)}
+    (folder / SETTINGS_FILE).write_text(json.dumps(made_by, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_customers(settings: GeneratorSettings) -> pl.DataFrame:
+    """The official columns; shares are filled by quota, so they hold at any size and seed."""
+    rng = _stream(settings, "customers")
+    marginals, n = _marginals(), settings.n_customers
+    profiles = marginals["profiles"]
+    profile_U = rng.permutation(_quota([row[-1] for row in profiles], n))
+    unknown = marginals["age_missing"] * marginals["customers"]
+    ages = [None, *(age for age, _ in marginals["ages"])]
+    age_U = rng.permutation(_quota([unknown, *(count for _, count in marginals["ages"])], n))
+    columns = {
+        name: pl.Series([row[j] for row in profiles], dtype=pl.String).gather(profile_U)
+        for j, name in enumerate(marginals["profile_columns"])
+    }
+    areas = _hex_ids(rng, -(-n // 4))
+    return pl.DataFrame(
+        {
+            "customer_id": _hex_ids(rng, n),
+            **columns,
+            "age": pl.Series(ages, dtype=pl.Float64).gather(age_U),
+            "postal_code": pl.Series(areas).gather(rng.integers(len(areas), size=n)),
+        }
+    )
+
+
+def _make_articles(settings: GeneratorSettings) -> tuple[pl.DataFrame, np.ndarray]:
+    """The official columns, and what each article appeals to, (A, K)."""
+    rng = _stream(settings, "articles")
+    n = settings.n_articles
+    product = np.sort(rng.choice(np.arange(100_000, 1_000_000), size=-(-n // 2), replace=False))
+    codes = np.repeat(product, 2)[:n]  # two variants a product
+    group = np.repeat(rng.integers(len(_INDEX_GROUPS), size=product.size), 2)[:n]
+    kind = np.repeat(rng.integers(len(_TYPES), size=product.size), 2)[:n]
+    colour, pattern = rng.integers(len(_COLOURS), size=n), rng.integers(len(_PATTERNS), size=n)
+    n_traits = 7
+    appeal_AK = (
+        0.5 * rng.standard_normal((len(_INDEX_GROUPS), n_traits))[group]
+        + 0.5 * rng.standard_normal((len(_TYPES), n_traits))[kind]
+        + 0.5 * rng.standard_normal((n, n_traits))
+    )
+
+    def names(values: Sequence[str], index: np.ndarray) -> pl.Series:
+        return pl.Series(values).gather(index)
+
+    types, type_groups = zip(*_TYPES, strict=True)
+    type_names, group_names = names(types, kind), names(_INDEX_GROUPS, group)
+    colour_names, pattern_names = names(_COLOURS, colour), names(_PATTERNS, pattern)
+    section = names([f"{g} {t}" for g in _INDEX_GROUPS for t in types], group * len(types) + kind)
+    frame = pl.DataFrame(
+        {
+            "article_id": [f"0{code}{1 + i % 2:03d}" for i, code in enumerate(codes)],
+            "product_code": [f"0{code}" for code in codes],
+            "prod_name": section,
+            "product_type_no": 100 + kind,
+            "product_type_name": type_names,
+            "product_group_name": names(type_groups, kind),
+            "graphical_appearance_no": 1_010_001 + pattern,
+            "graphical_appearance_name": pattern_names,
+            "colour_group_code": 1 + colour,
+            "colour_group_name": colour_names,
+            "perceived_colour_value_id": 1 + colour,
+            "perceived_colour_value_name": colour_names,
+            "perceived_colour_master_id": 1 + colour,
+            "perceived_colour_master_name": colour_names,
+            "department_no": 1_000 + group * len(types) + kind,
+            "department_name": section,
+            "index_code": names(tuple("ABCDE"), group),
+            "index_name": group_names,
+            "index_group_no": 1 + group,
+            "index_group_name": group_names,
+            "section_no": 1 + group * len(types) + kind,
+            "section_name": section,
+            "garment_group_no": 1_001 + kind,
+            "garment_group_name": type_names,
+            "detail_desc": colour_names + " " + pattern_names + " " + type_names,
+        }
+    )
+    return frame, appeal_AK
+
+
+def _stream(settings: GeneratorSettings, part: str) -> np.random.Generator:
+    """A stream of its own for each part: more customers do not change the articles."""
+    return np.random.default_rng([settings.seed, *part.encode()])
+
+
+def _quota(weights: Sequence[float], n: int) -> np.ndarray:
+    """Categories in proportion to ``weights``, (n,) sorted; the largest remainders fill up."""
+    exact = np.asarray(weights, dtype=float) * n / sum(weights)
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: n - counts.sum()]] += 1
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _hex_ids(rng: np.random.Generator, n: int) -> list[str]:
+    text = rng.bytes(32 * n).hex()
+    return [text[i : i + 64] for i in range(0, 64 * n, 64)]
