@@ -18,13 +18,23 @@ the second Q of a pair of positions written S.
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops.selective_scan import _resets, _state_dtype
 
 __all__ = ["ssd", "ssd_reference", "ssd_step"]
+
+_OPERATOR = Operator(
+    "ssd",
+    kernels=("recsys_ssd_forward", "recsys_ssd_backward"),
+    cuda="mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined",
+)
 
 
 def ssd(
@@ -72,6 +82,18 @@ def ssd(
         TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
     """
     _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
+    floats = [t for t in (x, dt, A, B, C, D, dt_bias, initial_state) if t is not None]
+    if x.numel() > 0 and B.numel() > 0 and _OPERATOR.takes(*floats):
+        return _by_kernel(
+            x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, return_final_state
+        )
+    if x.is_cuda and seq_idx is None and initial_state is None:
+        combined = _OPERATOR.cuda_function
+        if combined is not None and x.dtype != torch.float64:
+            return combined(
+                x, dt, A, B, C, chunk_size or 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
+                return_final_states=return_final_state,
+            )  # fmt: skip
     y, state = _chunked(x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size)
     return (y, state) if return_final_state else y
 
@@ -314,6 +336,245 @@ def _segment_sums(x: Tensor) -> Tensor:
 def _sums_after(x: Tensor) -> Tensor:
     """(…, Q): the sum of x[q+1 …] at q."""
     return F.pad(x[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+# --- the C++ kernel ------------------------------------------------------------------------------
+#
+# Two operators known to torch.library, registered as in selective_scan.py. Step sizes are small beside
+# the rest: their bias and softplus are left to PyTorch.
+
+
+class _Args(ctypes.Structure):
+    """``SsdArgs`` in csrc/ssd.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "length", "groups", "heads")),
+        *((name, ctypes.c_int64) for name in ("headdim", "states", "chunk", "bf16")),
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_time", "b_batch", "b_time")),
+        *((name, ctypes.c_int64) for name in ("c_batch", "c_time", "dy_batch", "dy_time")),
+        *((name, ctypes.c_void_p) for name in ("x", "b", "c", "dt", "a", "d", "seq_idx", "state")),
+        *((name, ctypes.c_void_p) for name in ("y", "yo", "final_state", "dy", "dfinal")),
+        *((name, ctypes.c_void_p) for name in ("dx", "db", "dc", "ddt", "da", "dd", "dstate")),
+    )
+
+
+_LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? seq_idx, "
+    "Tensor? initial_state"
+)
+# -> y; the final state if wanted; if to be kept for backward: y without each position's own input
+_LIBRARY.define(f"ssd({_INPUTS}, bool return_final_state, bool keep_for_backward) -> Tensor[]")
+# -> the gradients of those floating-point inputs that are given, in their order
+_LIBRARY.define(
+    f"ssd_backward(Tensor? dy, Tensor? dfinal_state, {_INPUTS}, Tensor others) -> Tensor[]"
+)
+
+
+def _by_kernel(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = x.dtype
+    if not x.dtype == B.dtype == C.dtype:
+        x, B, C = x.float(), B.float(), C.float()
+    with torch.autocast("cpu", enabled=False):
+        dt = dt.float()
+        if seq_idx is not None:
+            dt = dt.masked_fill((seq_idx < 0).unsqueeze(-1), 0)
+            seq_idx = seq_idx.to(torch.int32)
+        if dt_bias is not None:
+            dt = dt + dt_bias.float()
+        if dt_softplus:
+            dt = F.softplus(dt)
+    A, D, initial_state = (None if t is None else t.float() for t in (A, D, initial_state))
+    y, *state = torch.ops.recsys_ssm.ssd.default(
+        x, dt, A, B, C, D, seq_idx, initial_state, return_final_state, False
+    )
+    y = y.to(dtype)
+    return (y, *state) if return_final_state else y
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    """Uninitialised outputs of the forward operator."""
+    x, _, A, B, *_, return_final_state, keep_for_backward = arguments
+    outputs = [_empty_like(x)]
+    if return_final_state:
+        batch, _, heads, headdim = x.shape
+        outputs.append(A.new_empty((batch, heads, headdim, B.shape[3])))
+    if keep_for_backward:
+        outputs.append(A.new_empty(x.shape))
+    return outputs
+
+
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
+    x, dt, A, B, C, D, _, initial_state = arguments[2:10]
+    return [_empty_like(t) for t in (x, dt, A, B, C, D, initial_state) if t is not None]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _forward_cpu(*arguments: Any) -> list[Tensor]:
+    *inputs, return_final_state, keep_for_backward = arguments
+    outputs = _fake(*arguments)
+    left = iter(outputs)
+    args, _alive = _arguments(*inputs)
+    args.y = next(left).data_ptr()
+    if return_final_state:
+        args.final_state = next(left).data_ptr()
+    if keep_for_backward:
+        args.yo = next(left).data_ptr()
+    assert _OPERATOR.functions is not None
+    _OPERATOR.functions[0](args)
+    return outputs
+
+
+def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    dy, dfinal_state, *inputs, others = arguments
+    x, D, initial_state = inputs[0], inputs[5], inputs[7]
+    batch, _, heads, headdim = x.shape
+    gradients = _backward_fake(*arguments)
+    left = iter(gradients)
+    args, _alive = _arguments(*inputs)
+    dy = _dense_rows(torch.zeros_like(x) if dy is None else dy.to(x.dtype))
+    dfinal_state = None if dfinal_state is None else dfinal_state.float().contiguous()
+    # Sums over the batch come after the kernel, in one order whatever the number of threads.
+    dA_BH = x.new_empty(batch, heads, dtype=torch.float32)
+    dD_BHP = x.new_empty(batch, heads, headdim, dtype=torch.float32)
+    args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
+    args.dfinal = None if dfinal_state is None else dfinal_state.data_ptr()
+    args.yo = others.data_ptr()
+    args.dx, args.ddt = next(left).data_ptr(), next(left).data_ptr()
+    dA = next(left)
+    args.db, args.dc = next(left).data_ptr(), next(left).data_ptr()
+    dD = None if D is None else next(left)
+    args.dstate = None if initial_state is None else next(left).data_ptr()
+    args.da, args.dd = dA_BH.data_ptr(), dD_BHP.data_ptr()
+    assert _OPERATOR.functions is not None
+    _OPERATOR.functions[1](args)
+    torch.sum(dA_BH, 0, out=dA)
+    if dD is not None:
+        torch.sum(dD_BHP, (0, 2), out=dD)
+    return gradients
+
+
+def _arguments(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[_Args, list[Tensor | None]]:
+    """What both directions need, and the tensors that must live until the kernel is done."""
+    batch, length, heads, headdim = x.shape
+    groups, states = B.shape[2:]
+    x, B, C = _dense_rows(x), _dense_rows(B), _dense_rows(C)
+    dense = [None if t is None else t.contiguous() for t in (dt, A, D, seq_idx, initial_state)]
+    at = [None if t is None else t.data_ptr() for t in dense]
+    args = _Args(
+        threads=torch.get_num_threads(),
+        batch=batch,
+        length=length,
+        groups=groups,
+        heads=heads // groups,
+        headdim=headdim,
+        states=states,
+        chunk=_kernel_chunk(length, heads // groups * headdim, states),
+        bf16=x.dtype == torch.bfloat16,
+        x_batch=x.stride(0),
+        x_time=x.stride(1),
+        b_batch=B.stride(0),
+        b_time=B.stride(1),
+        c_batch=C.stride(0),
+        c_time=C.stride(1),
+        x=x.data_ptr(),
+        b=B.data_ptr(),
+        c=C.data_ptr(),
+        dt=at[0],
+        a=at[1],
+        d=at[2],
+        seq_idx=at[3],
+        state=at[4],
+    )
+    return args, [x, B, C, *dense]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """With all that belongs to one position side by side, as the kernel reads it."""
+    strides, (heads, width) = x.stride(), x.shape[2:]
+    dense = (width == 1 or strides[3] == 1) and (heads == 1 or strides[2] == width)
+    return x if dense else x.contiguous()
+
+
+_BLOCK = 16  # kT in csrc/ssd.cpp
+
+
+def _kernel_chunk(length: int, channels: int, states: int) -> int:
+    """The chunk with the fewest multiplications, forward and backward, that stays in the cache."""
+    best, least = _BLOCK, float("inf")
+    for chunks in range(1, -(-length // _BLOCK) + 1):
+        chunk = -(-length // (chunks * _BLOCK)) * _BLOCK
+        within = chunk / 2 * (3 * channels + 4 * states)
+        between = 6 * states * channels * (1 - 1 / chunks)
+        if chunk <= _LONGEST_CHUNK and within + between < least:
+            best, least = chunk, within + between
+    return best
+
+
+_LONGEST_CHUNK = 256
+
+
+class _Ssd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, return_final_state: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            *public, others = torch.ops.recsys_ssm.ssd.default(*inputs, return_final_state, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, others)
+        return tuple(public)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None = None) -> Any:
+        if dy is None and dfinal_state is None:
+            return (None,) * 9
+        *inputs, others = ctx.saved_tensors
+        found = torch.ops.recsys_ssm.ssd_backward.default(dy, dfinal_state, *inputs, others)
+        left = iter(found)
+        seq_idx_at = 6
+        return None, *(
+            None if x is None or i == seq_idx_at else next(left) for i, x in enumerate(inputs)
+        )
+
+
+def _forward_autograd(*arguments: Any) -> list[Tensor]:
+    *inputs, return_final_state, _ = arguments
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return list(_Ssd.apply(return_final_state, *inputs))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.recsys_ssm.ssd.default(*arguments)
+
+
+_LIBRARY.impl("ssd", _forward_cpu, "CPU")
+_LIBRARY.impl("ssd", _forward_autograd, "Autograd")
+_LIBRARY.impl("ssd_backward", _backward_cpu, "CPU")
+torch.library.register_fake("recsys_ssm::ssd", _fake, lib=_LIBRARY)
+torch.library.register_fake("recsys_ssm::ssd_backward", _backward_fake, lib=_LIBRARY)
 
 
 def _check(

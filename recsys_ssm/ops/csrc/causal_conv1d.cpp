@@ -4,7 +4,7 @@
 // every packed sequence in it as a row of its own: the sequence is copied into scratch memory as
 // float, with width - 1 rows of zeros (or the initial state) before and of zeros after it, so that no
 // loop below has an edge to look at. The copies stay in the second-level cache for the usual lengths.
-#include "simd.h"
+#include "rows.h"
 
 namespace {
 
@@ -34,31 +34,6 @@ extern "C" struct CausalConv1dArgs {
 namespace {
 
 using Args = CausalConv1dArgs;
-
-RECSYS_INLINE Vec load(const float* p) { return Vec::load(p); }
-RECSYS_INLINE Vec load(const uint16_t* p) { return Vec::load_bf16(p); }
-RECSYS_INLINE void store(Vec v, float* p) { v.store(p); }
-RECSYS_INLINE void store(Vec v, uint16_t* p) { v.store_bf16(p); }
-RECSYS_INLINE float to_float(float x) { return x; }
-RECSYS_INLINE float to_float(uint16_t x) { return bf16_to_float(x); }
-RECSYS_INLINE void from_float(float x, float* p) { *p = x; }
-RECSYS_INLINE void from_float(float x, uint16_t* p) { *p = float_to_bf16(x); }
-
-// One row of `count` channels into a row of kBlock floats, and back.
-template <class T>
-RECSYS_INLINE void read_row(const T* from, int64_t count, float* to) {
-  int64_t c = 0;
-  for (; c + Vec::size <= count; c += Vec::size) load(from + c).store(to + c);
-  for (; c < count; ++c) to[c] = to_float(from[c]);
-}
-template <class T>
-RECSYS_INLINE void write_row(const float* from, int64_t count, T* to) {
-  int64_t c = 0;
-  for (; c + Vec::size <= count; c += Vec::size) store(Vec::load(from + c), to + c);
-  for (; c < count; ++c) from_float(from[c], to + c);
-}
-
-void fill_zero(float* to, int64_t count) { std::memset(to, 0, sizeof(float) * count); }
 
 // Rows of kBlock floats: out(t) = start + sum_k taps(k) * in(t + k), t = 0 … length - 1, for `count`
 // channels; `step` floats lie between two taps. finish(t, c, out) stores the vector at channel c. All
