@@ -46,11 +46,15 @@ def write_json(path: Path | str, results: Mapping[str, Any]) -> Path:
     text = json.dumps(
         _plain(results), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False
     )
-    return _write(Path(path), f"{text}\n".encode())
+    return write_text(path, f"{text}\n")
 
 
 def write_text(path: Path | str, text: str) -> Path:
-    """Writes a text file, whole or not at all; as `write_json`."""
+    """Writes a UTF-8 file, whole or not at all, and returns ``path``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     return _write(Path(path), text.encode())
 
 

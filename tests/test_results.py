@@ -20,6 +20,7 @@ from recsys_ssm.results import (
     results_table,
     versions,
     write_json,
+    write_text,
 )
 
 
@@ -49,7 +50,8 @@ class TestWriteJson:
         path = write_json(tmp_path / "metrics.json", {"p@5": 1})
 
         def disk_full(self, content):
-            self.touch()
+            with self.open("wb") as file:
+                file.write(content[:3])
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_bytes", disk_full)
@@ -57,6 +59,17 @@ class TestWriteJson:
             write_json(path, {"p@5": 2})
         assert [each.name for each in tmp_path.iterdir()] == ["metrics.json"]
         assert json.loads(path.read_text()) == {"p@5": 1}
+
+    def test_who_reads_meanwhile_reads_the_old_file_whole(self, tmp_path):
+        path = write_json(tmp_path / "metrics.json", {"p@5": 1})
+        with path.open(encoding="utf-8") as reader:
+            write_json(path, {"p@5": 2})
+            assert json.load(reader) == {"p@5": 1}
+        assert json.loads(path.read_text(encoding="utf-8")) == {"p@5": 2}
+
+    def test_text(self, tmp_path):
+        path = write_text(tmp_path / "config.yaml", "name: café\n")
+        assert path.read_bytes() == "name: café\n".encode()
 
     def test_a_value_without_a_word_in_json_is_named(self, tmp_path):
         with pytest.raises(TypeError, match=r"results\.a\[1\] is of type object"):
@@ -118,6 +131,8 @@ class TestTable:
         rows = [line for line in lines if line.startswith(("p@5", "r@5"))]
         assert rows[0].rindex(".") == rows[1].rindex(".")
         assert cells("\n".join(lines), "map@12") == ["0.0342", "1"]
+        (small,) = [line for line in lines if "1.0e-05" in line]
+        assert small.index("1.0e-05") + 7 == rows[0].index("0.9671") + 6
 
     def test_footnotes_give_the_users_and_the_rule(self):
         text = " ".join(printed(RESULTS).split())
@@ -159,10 +174,15 @@ class TestTable:
         assert b"0.9671" in raw.getvalue()
 
     def test_names_are_not_markup(self):
-        results = {"name": "[red]run", "metrics": METRICS, "baselines": {"[bold]x": METRICS}}
+        results = {
+            "name": "[red]run",
+            "metrics": {**METRICS, "[i]loss": 1.0},
+            "baselines": {"[bold]x": METRICS},
+        }
         text = printed(results)
         assert "[red]run" in text
         assert "[bold]x" in text
+        assert cells(text, "[i]loss") == ["1.0000", "-"]
 
     def test_nan_and_null_are_a_dash(self):
         metrics = {"p@5": math.nan, "r@5": None, "map@12": 0.0}
@@ -230,6 +250,9 @@ class TestCurves:
         names = [text.get_text() for text in right.get_legend().get_texts()]
         assert names == ["ndcg@9", "p@9", "r@9", "mrr@9"]
         assert (left.get_ylabel(), left.get_xlabel()) == ("MSE, log scale", "training step")
+        assert left.get_xlim() == right.get_xlim()
+        assert left.get_xlim()[0] == 0
+        assert right.get_ylim()[0] == 0
         assert right.get_ylabel() == "mean over validation users"
         texts = [text.get_text() for text in figure.texts]
         assert "best val/ndcg@9: 0.1000 at step 60 (dotted line)" in texts
@@ -243,6 +266,13 @@ class TestCurves:
     def test_mode(self, tmp_path, drawn, monitor, mode, step):
         plot_curves(HISTORY, tmp_path / "c.png", monitor=monitor, mode=mode)
         assert any(f"at step {step} " in text.get_text() for text in drawn[0].texts)
+        stars = [
+            (panel, line.get_xdata()[0])
+            for panel, axes in enumerate(drawn[0].axes)
+            for line in axes.lines
+            if line.get_marker() == "*"
+        ]
+        assert stars == ([(0, step)] if monitor == "val/loss" else [(1, step)])
 
     def test_the_running_mean_is_centred_and_ends_with_the_values(self, tmp_path, drawn):
         history = [{"step": step, "train/loss": float(step)} for step in range(1, 201)]
