@@ -1,0 +1,235 @@
+"""Mamba-2: state space duality (Dao and Gu 2024, arXiv 2405.21060).
+
+Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, H heads of P = headdim channels, G groups of heads
+that share B and C, N = d_state, W = d_conv, X = E + 2·G·N channels that are convolved: x, B and C.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_ssm.models.backbones.base import Mixer, Stack
+from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from recsys_ssm.ops.ssd import ssd, ssd_step
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(y · SiLU(z)), or RMSNorm(y) · SiLU(z) where ``norm_before_gate``; over ``groups`` groups of channels."""
+
+    def __init__(
+        self, d: int, *, eps: float = 1e-5, groups: int = 1, norm_before_gate: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        wide = torch.promote_types(
+            y.dtype, torch.float32
+        )  # half precision is normalised in float32
+        gate = F.silu(z.to(wide))
+        x = y.to(wide)
+        if not self.norm_before_gate:
+            x = x * gate
+        grouped = x.unflatten(-1, (self.groups, -1))
+        x = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+        if self.norm_before_gate:
+            x = x * gate
+        return x.to(y.dtype)
+
+
+def initial_dt_bias(heads: int, dt_min: float, dt_max: float, dt_init_floor: float) -> nn.Parameter:
+    """(H,): softplus of it is log-uniform between ``dt_min`` and ``dt_max``."""
+    dt = torch.exp(torch.rand(heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+    dt = dt.clamp(min=dt_init_floor)
+    return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The parameters of the recurrence stay in (at least) float32 whatever the precision of the rest."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Mamba2State(NamedTuple):
+    """What a Mamba-2 block remembers of the tokens so far."""
+
+    conv: Tensor
+    """(B, X, W - 1), the last inputs of the convolution."""
+    ssm: Tensor
+    """(B, H, P, N) float32."""
+
+
+class Mamba2Block(Mixer):
+    """One Mamba-2 block; names, shapes and initialisation of its parameters are the public implementation's.
+
+    Args:
+        d_model: D.
+        d_state: N.
+        d_conv: W.
+        expand: E / D.
+        headdim: P.
+        ngroups: G.
+        A_init_range: Range the heads' initial decay rates -A are drawn from, uniformly.
+        dt_min, dt_max: Range the initial step sizes are drawn from, log-uniformly.
+        dt_init_floor: Lower bound of the initial step sizes.
+        norm_before_gate: RMSNorm(y) · SiLU(z) in place of RMSNorm(y · SiLU(z)).
+        conv_bias, bias: Whether the convolution, the projections in and out, have a bias.
+
+    Raises:
+        ValueError: E is no multiple of ``headdim``, or H none of ``ngroups``.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        norm_before_gate: bool = False,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        if self.d_inner % headdim:
+            raise ValueError(
+                f"headdim={headdim} does not divide expand * d_model = {expand} * {d_model} = {self.d_inner}"
+            )
+        self.heads = self.d_inner // headdim
+        if self.heads % ngroups:
+            raise ValueError(
+                f"ngroups={ngroups} does not divide the {self.heads} heads of headdim={headdim}"
+            )
+        self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
+        self.d_conved = self.d_inner + 2 * ngroups * d_state
+
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conved + self.heads, bias=bias)
+        # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
+        self.conv1d = nn.Conv1d(
+            self.d_conved,
+            self.d_conved,
+            d_conv,
+            groups=self.d_conved,
+            padding=d_conv - 1,
+            bias=conv_bias,
+        )
+        self.dt_bias = initial_dt_bias(self.heads, dt_min, dt_max, dt_init_floor)
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedRMSNorm(self.d_inner, groups=ngroups, norm_before_gate=norm_before_gate)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        z_BLE, xBC_BLX, dt_BLH = self._split(x_BLD)
+        xBC_BLX = causal_conv1d(
+            xBC_BLX,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            seq_idx=seq_idx,
+        )
+        x_BLHP, B_BLGN, C_BLGN = self._selection(xBC_BLX)
+        y_BLHP = ssd(
+            x_BLHP,
+            dt_BLH,
+            -at_least_float32(self.A_log).exp(),
+            B_BLGN,
+            C_BLGN,
+            at_least_float32(self.D),
+            at_least_float32(self.dt_bias),
+            dt_softplus=True,
+            seq_idx=seq_idx,
+        )
+        return self.out_proj(self.norm(y_BLHP.flatten(2), z_BLE))
+
+    def init_state(self, batch_size: int) -> Mamba2State:
+        ssm = at_least_float32(self.A_log).new_zeros(
+            batch_size, self.heads, self.headdim, self.d_state
+        )
+        return Mamba2State(
+            self.in_proj.weight.new_zeros(batch_size, self.d_conved, self.d_conv - 1), ssm
+        )
+
+    def step(self, x_BD: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        z_BE, xBC_BX, dt_BH = self._split(x_BD)
+        xBC_BX, conv = causal_conv1d_step(
+            xBC_BX, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        x_BHP, B_BGN, C_BGN = self._selection(xBC_BX)
+        y_BHP, ssm = ssd_step(
+            state.ssm,
+            x_BHP,
+            dt_BH,
+            -at_least_float32(self.A_log).exp(),
+            B_BGN,
+            C_BGN,
+            at_least_float32(self.D),
+            at_least_float32(self.dt_bias),
+            dt_softplus=True,
+        )
+        return self.out_proj(self.norm(y_BHP.flatten(1), z_BE)), Mamba2State(conv, ssm)
+
+    def _split(self, x_D: Tensor) -> tuple[Tensor, ...]:
+        """z, what is convolved, dt before its bias and softplus."""
+        return self.in_proj(x_D).split([self.d_inner, self.d_conved, self.heads], dim=-1)
+
+    def _selection(self, xBC_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What of the recurrence depends on the input: x by heads, B and C by groups."""
+        states = self.ngroups * self.d_state
+        x_E, B_S, C_S = xBC_X.split([self.d_inner, states, states], dim=-1)
+        by_group = (self.ngroups, self.d_state)
+        return (
+            x_E.unflatten(-1, (self.heads, self.headdim)),
+            B_S.unflatten(-1, by_group),
+            C_S.unflatten(-1, by_group),
+        )
+
+
+class Mamba2(Stack):
+    """Mamba-2 blocks in a stack. d_model 64, one layer, headdim 4 is the mixer of 2Mamba4Rec."""
+
+    causal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        d_model: int = 128,
+        n_layers: int = 4,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        norm: Literal["post", "pre", "none"] = "post",
+        residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            [
+                Mamba2Block(
+                    d_model=d_model,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    headdim=headdim,
+                    ngroups=ngroups,
+                )
+                for _ in range(n_layers)
+            ],
+            d_model=d_model,
+            norm=norm,
+            residual=residual,
+            dropout=dropout,
+        )
