@@ -34,9 +34,9 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from recsys_ssm.data.base import (
+    Baseline,
     Pairs,
     Ragged,
     Ranking,
@@ -110,6 +110,8 @@ class HmData(TwoTowerData):
         for option, (value, minimum) in least.items():
             if value < minimum:
                 raise UserError(f"dataset.{option}={value}: give at least {minimum}")
+        if isinstance(item_features, str):
+            item_features = (item_features,)
         if not item_features:
             raise UserError("dataset.item_features=[]: name at least one column of articles.csv")
         check_arguments(GeneratorSettings, generator or {}, "dataset.generator")
@@ -121,8 +123,15 @@ class HmData(TwoTowerData):
         self.min_relevant, self.on_unknown_article = min_relevant, on_unknown_article
 
     def build(self) -> TwoTowerSets:
-        root, notes = self._find()
+        root, found = self._find()
+        notes = [found]
         shop = Shop.of(root)
+        if shop is not None:
+            if self.source == "files":
+                raise UserError(f"dataset.source=files, but the files of {root} are generated")
+            notes = [f"GENERATED DATA: {found}; purchases are made up, results say nothing of H&M"]
+            bar = "!" * 88
+            log.warning("\n%s\n%s\nReal files: dataset.root=FOLDER\n%s", bar, notes[0], bar)
         tables = _read(
             root,
             n_items=self.n_items,
@@ -130,111 +139,85 @@ class HmData(TwoTowerData):
             drop_unknown=self.on_unknown_article == "drop",
             notes=notes,
         )
-        purchases, n_users = tables.purchases, tables.customers.height
-        n_items = tables.articles.height
-        bought = purchases.unique(maintain_order=True)
-        positives = Ragged.from_pairs(bought["user"].to_torch(), bought["item"].to_torch(), n_users)
+        n_users, n_items = tables.customers.height, tables.articles.height
+        user, item = (tables.purchases[side].to_numpy() for side in ("user", "item"))
+        different = tables.purchases.unique(maintain_order=True)
+        positives = Ragged.from_pairs(
+            different["user"].to_torch(), different["item"].to_torch(), n_users
+        )
 
         # One stream a part: the test users are the same whatever the other parts' sizes.
         streams = np.random.SeedSequence(self.seed).spawn(3)
         splits, train, val = (np.random.default_rng(stream) for stream in streams)
         test_users, val_users = self._split(positives.lengths.numpy(), splits, notes)
 
-        # Nothing can be told from the choice of one who bought everything: no negative is left.
-        has_negative = (positives.lengths < n_items).numpy()
-        if n_full := int((~has_negative).sum()):
-            notes.append(f"{n_full:,} customers bought the whole catalogue: no pairs of theirs")
-        user, item = purchases["user"].to_numpy(), purchases["item"].to_numpy()
-        held_out = np.zeros(n_users, dtype=bool)
-        held_out[test_users] = held_out[val_users] = True
-        in_val = np.isin(user, val_users) & has_negative[user]
-        in_train = ~held_out[user] & has_negative[user]
+        # Who bought the whole catalogue leaves no negative to set beside a purchase.
+        bought_all = (positives.lengths == n_items).numpy()
+        if n_all := int(bought_all.sum()):
+            notes.append(f"{n_all:,} customers bought the whole catalogue: no pairs of theirs")
+        part = np.full(n_users, "train")
+        part[test_users], part[val_users], part[bought_all] = "test", "val", ""
+        # Repeating purchases would add nothing to a loss.
+        n_val = min(self.n_val, 2 * int((part[user] == "val").sum()))
 
-        def pairs(rows: np.ndarray, n: int, rng: np.random.Generator) -> Pairs:
-            index = _cycle(np.flatnonzero(rows), n, rng)
+        def sample(name: str, n: int | None, rng: np.random.Generator) -> Pairs:
+            rows = np.flatnonzero(part[user] == name)
+            index = rng.permutation(rows) if n is None else _cycle(rows, n // 2, rng)
             negative = sample_negatives(positives, user[index], n_items, rng)
-            # A purchase and its negative side by side: the start of unshuffled pairs has both.
+            notes.append(f"{name} pairs: " + _describe(index.size, rows.size))
+            # Side by side, so that the first of unshuffled pairs are of both kinds.
             return Pairs(
-                torch.from_numpy(np.repeat(user[index], 2)),
+                torch.from_numpy(user[index].repeat(2)),
                 torch.from_numpy(np.column_stack([item[index], negative]).ravel()),
                 torch.tensor([1.0, 0.0]).repeat(index.size),
             )
 
-        def ranking(users: np.ndarray) -> Ranking:
-            relevant = [positives.values[slice(*positives.offsets[u : u + 2])] for u in users]
-            owner = torch.arange(users.size).repeat_interleave(positives.lengths[users])
-            return Ranking(
-                torch.from_numpy(users),
-                Ragged.from_pairs(owner, torch.cat([*relevant, owner[:0]]), users.size),
-            )
-
-        available = int(in_train.sum())
-        wanted = available if self.n_train is None else self.n_train // 2
-        train_pairs = pairs(in_train, wanted, train)
-        val_pairs = pairs(in_val, min(self.n_val // 2, int(in_val.sum())), val)
-        notes.append(
-            f"training pairs: {train_pairs.user.numel():,}, one half purchases, one half random "
-            f"articles not bought; {available:,} purchases"
-            + (
-                f" repeated {wanted / available:.1f} times, each time with a new negative"
-                if available < wanted
-                else f", {wanted:,} of them drawn"
-                if wanted < available
-                else ""
-            )
+        where = str(root / CUSTOMERS)
+        user_schema = FeatureSchema.fit(
+            tables.customers.filter(pl.Series(part == "train")),
+            numeric=NUMERIC,
+            categorical=CATEGORICAL,
+            where=where,
         )
-        notes.append(
-            f"validation pairs: {val_pairs.user.numel():,}, of {int(in_val.sum()):,} purchases"
-        )
-
         item_schema = FeatureSchema.fit(
             tables.articles, categorical=self.item_features, where=str(root / ARTICLES)
         )
-        user_schema = FeatureSchema.fit(
-            tables.customers[np.unique(user[in_train])],
-            numeric=NUMERIC,
-            categorical=CATEGORICAL,
-            where=str(root / CUSTOMERS),
-        )
         item_ids = tables.articles["article_id"].to_list()
-
-        def oracle(users: Tensor) -> Tensor:
-            assert shop is not None
-            rows = tables.customers[users.numpy()]
-            return torch.from_numpy(shop.log_probability(rows, item_ids))
-
+        baselines: dict[str, Baseline] = {}
+        if shop is not None:
+            baselines["oracle"] = lambda users: torch.from_numpy(
+                shop.log_probability(tables.customers[users.cpu().numpy()], item_ids)
+            )
         return TwoTowerSets(
-            users=user_schema.encode(tables.customers, where=str(root / CUSTOMERS)),
+            users=user_schema.encode(tables.customers, where=where),
             items=item_schema.encode(tables.articles, where=str(root / ARTICLES)),
             item_ids=item_ids,
             user_schema=user_schema,
             item_schema=item_schema,
-            train=train_pairs,
-            val=val_pairs,
-            val_ranking=ranking(val_users),
-            test_ranking=ranking(test_users),
-            baselines={} if shop is None else {"oracle": oracle},
+            train=sample("train", self.n_train, train),
+            val=sample("val", n_val, val),
+            val_ranking=_ranking(val_users, positives),
+            test_ranking=_ranking(test_users, positives),
+            baselines=baselines,
             notes=notes,
             generated=shop is not None,
         )
 
-    def _find(self) -> tuple[Path, list[str]]:
-        """The folder to read and what to say about it; it is made first where that is needed."""
+    def _find(self) -> tuple[Path, str]:
+        """The folder to read, generated first where that is needed, and how it was come by."""
         usual = Path(os.environ.get("RECSYS_SSM_DATA") or "../shared/data") / "hm"
-        root = Path(self.root) if self.root is not None else usual
+        root = usual if self.root is None else Path(self.root).expanduser()
         # A folder that was named is read or complained about, never silently replaced.
         if self.source != "generated" and (self.root is not None or root.is_dir()):
-            return root, [f"files of {root}"]
+            return root, f"files of {root}"
         if self.source == "files":
             raise UserError(
                 f"dataset.source=files, but there is no folder {usual}: name the folder of "
                 f"{ARTICLES}, {CUSTOMERS} and {TRANSACTIONS} with dataset.root="
             )
-        why = "" if self.source == "generated" else f"no H&M files (looked in {usual}); "
-        text = f"GENERATED DATA: {why}purchases are made up, results say nothing about H&M"
-        log.warning("\n%s\n%s\n  real files: dataset.root=FOLDER\n%s", *_BAR, text, *_BAR)
         folder = Path(self.generated_root).expanduser() if self.generated_root else cache_folder()
-        return generate(self.generator, folder), [text]
+        why = "as asked for" if self.source == "generated" else f"no folder {usual}"
+        return generate(self.generator, folder), why
 
     def _split(
         self, n_distinct: np.ndarray, rng: np.random.Generator, notes: list[str]
@@ -265,9 +248,6 @@ class HmData(TwoTowerData):
         )
         notes.append(f"validation users: {val.size:,} with at least {least}")
         return test, val
-
-
-_BAR = ("!" * 88,)
 
 
 @dataclass(frozen=True)
@@ -431,7 +411,21 @@ def _numbers(customers: pl.DataFrame, path: Path) -> pl.DataFrame:
 
 def _cycle(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """``n`` of ``values`` in random order, each as often as any other (give or take one)."""
-    if not values.size:
-        return values
-    rounds = -(-n // values.size)
+    rounds = -(-n // values.size) if values.size else 0
     return np.concatenate([values[:0], *(rng.permutation(values) for _ in range(rounds))])[:n]
+
+
+def _describe(n: int, available: int) -> str:
+    text = f"{2 * n:,}, {n:,} purchases and as many random articles not bought"
+    if n > available:
+        return f"{text}; {available:,} purchases repeated {n / available:.1f} times, negatives anew"
+    return text + (f"; drawn of {available:,} purchases" if n < available else "")
+
+
+def _ranking(users: np.ndarray, positives: Ragged) -> Ranking:
+    place = torch.full((positives.lengths.numel(),), -1)
+    place[users] = torch.arange(users.size)
+    owner = place.repeat_interleave(positives.lengths)
+    mine = owner >= 0
+    relevant = Ragged.from_pairs(owner[mine], positives.values[mine], users.size)
+    return Ranking(torch.from_numpy(users), relevant)

@@ -1,0 +1,690 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from recsys_ssm.data import hm_generate
+from recsys_ssm.data.base import Pairs, Ranking, TwoTowerSets
+from recsys_ssm.data.hm import CATEGORICAL, HmData
+from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, generate
+from recsys_ssm.errors import UserError
+
+SMALL = {"n_customers": 3_000, "n_articles": 500, "n_transactions": 30_000}
+OFFICIAL_ARTICLES = [
+    "article_id",
+    "product_code",
+    "prod_name",
+    "product_type_no",
+    "product_type_name",
+    "product_group_name",
+    "graphical_appearance_no",
+    "graphical_appearance_name",
+    "colour_group_code",
+    "colour_group_name",
+    "perceived_colour_value_id",
+    "perceived_colour_value_name",
+    "perceived_colour_master_id",
+    "perceived_colour_master_name",
+    "department_no",
+    "department_name",
+    "index_code",
+    "index_name",
+    "index_group_no",
+    "index_group_name",
+    "section_no",
+    "section_name",
+    "garment_group_no",
+    "garment_group_name",
+    "detail_desc",
+]
+
+# Customer u buys what PURCHASES[u] says, articles by letter; a capital one is not in the catalogue
+# of five. Sales: b 7, c 6, a 5, d 5, e 4, Y 3, Z 3.
+PURCHASES = {
+    "u1": "abcd",
+    "u2": "abcde",
+    "u3": "aabb",
+    "u4": "bcY",
+    "u5": "cd",
+    "u6": "abZ",
+    "u7": "deY",
+    "u8": "bce",
+    "u9": "cdeZ",
+    "v1": "YZ",
+}
+ARTICLE = {name: f"0{100 + i}" for i, name in enumerate("Yabcde")} | {"Z": "0200"}
+CUSTOMERS = """customer_id,FN,Active,club_member_status,fashion_news_frequency,age,postal_code
+u1,1.0,1.0,ACTIVE,Regularly,20.0,x
+u2,,,ACTIVE,NONE,40.0,x
+u3,,,,,,x
+u4,,,PRE-CREATE,NONE,30.0,x
+u5,1.0,,ACTIVE,Regularly,50.0,x
+u6,,,ACTIVE,NONE,60.0,x
+u7,,1.0,ACTIVE,NONE,25.0,x
+u8,,,ACTIVE,NONE,35.0,x
+v1,,,ACTIVE,NONE,35.0,x
+v2,,,ACTIVE,NONE,35.0,x
+"""
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """The three files with ten customers; u9 is not in the customer file."""
+    root = tmp_path / "hm"
+    root.mkdir()
+    lines = [f"{ARTICLE[name]},{name},Colour {ord(name) % 2}\n" for name in "ZedcbaY"]
+    (root / "articles.csv").write_text("article_id,prod_name,colour_group_name\n" + "".join(lines))
+    (root / "customers.csv").write_text(CUSTOMERS)
+    bought = [(user, ARTICLE[name]) for user, names in PURCHASES.items() for name in names]
+    lines = [f"2020-01-01,{user},{article},0.01,2\n" for user, article in bought]
+    header = "t_dat,customer_id,article_id,price,sales_channel_id\n"
+    (root / "transactions_train.csv").write_text(header + "".join(lines))
+    return root
+
+
+def data(root: Path | None, **options: Any) -> HmData:
+    few = {"n_items": 5, "n_train": None, "n_test_users": 1, "n_val_users": 1, "min_relevant": 4}
+    return HmData(**{"name": "hm", "root": root and str(root), **few, **options})
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text()))
+
+
+def letters(sets: TwoTowerSets) -> str:
+    """The catalogue by the letters of the hand-written files."""
+    name = {article.zfill(10): letter for letter, article in ARTICLE.items()}
+    return "".join(name[item] for item in sets.item_ids)
+
+
+def people(sets: TwoTowerSets) -> list[str]:
+    """Whom a row of the user table is: buyers by id."""
+    return sorted(user for user, names in PURCHASES.items() if set(names) & set(letters(sets)))
+
+
+def bought(sets: TwoTowerSets, pairs: Pairs, target: float) -> dict[str, str]:
+    """Articles with ``target`` by customer, sorted."""
+    catalogue, users = letters(sets), people(sets)
+    found: dict[str, list[str]] = {}
+    for user, item, value in zip(*(part.tolist() for part in pairs), strict=True):
+        if value == target:
+            found.setdefault(users[user], []).append(catalogue[item])
+    return {user: "".join(sorted(names)) for user, names in found.items()}
+
+
+def note(sets: TwoTowerSets, start: str) -> str:
+    (line,) = [line for line in sets.notes if line.startswith(start)]
+    return line
+
+
+def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
+    return ranking.relevant.mask(0, ranking.user.numel(), len(sets.item_ids))
+
+
+# --- the reader, on files written by hand ---------------------------------------------------------
+
+
+def test_catalogue_is_what_is_bought_most_in_order_of_id(official: Path) -> None:
+    # By popularity (b 7, c 6, a 5, …) the order would be another.
+    assert letters(data(official).sets) == "abcde"
+    assert letters(data(official, n_items=3, min_relevant=3).sets) == "abc"
+
+
+def test_ties_at_the_border_of_the_catalogue_go_to_the_lower_id(official: Path) -> None:
+    # Y and Z were sold as often; Z stands first in articles.csv, Y first in the order of ids.
+    assert letters(data(official, n_items=6).sets) == "Yabcde"
+
+
+def test_a_pair_for_every_purchase_and_one_for_something_not_bought(official: Path) -> None:
+    for seed in range(5):
+        sets = data(official, seed=seed).sets
+        positives, negatives = (bought(sets, sets.train, target) for target in (1.0, 0.0))
+        held_out = {people(sets)[u] for u in (*sets.test_ranking.user, *sets.val_ranking.user)}
+        assert len(held_out) == 2
+        assert set(positives) == set(people(sets)) - held_out - {"u2"}
+        for user, names in positives.items():
+            assert names == "".join(sorted(n for n in PURCHASES[user] if n.islower()))
+            assert len(negatives[user]) == len(names)
+            assert not set(negatives[user]) & set(PURCHASES[user])
+        assert sets.train.target.tolist() == [1.0, 0.0] * (sets.train.target.numel() // 2)
+
+
+def test_who_bought_everything_gives_no_pairs(official: Path) -> None:
+    sets = data(official, seed=1).sets
+    assert "u2" not in bought(sets, sets.train, 1.0)
+    assert note(sets, "1 customers bought the whole catalogue")
+
+
+def test_test_users_have_enough_different_articles(official: Path) -> None:
+    # u3 bought four pieces, of two articles; only u1 and u2 have four different ones.
+    sets = data(official, n_test_users=10).sets
+    assert [people(sets)[u] for u in sets.test_ranking.user] == ["u1", "u2"]
+    assert relevant(sets, sets.test_ranking).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert sets.test_ranking.seen is None
+    assert note(sets, "test users") == (
+        "test users: 2 of the 2 with at least 4 different articles of the catalogue "
+        "(all there are; 10 were asked for)"
+    )
+
+
+def test_held_out_purchases_are_not_in_training(official: Path) -> None:
+    for seed in range(8):
+        sets = data(official, n_test_users=2, n_val_users=3, seed=seed).sets
+        test, val = set(sets.test_ranking.user.tolist()), set(sets.val_ranking.user.tolist())
+        assert not test & val
+        assert not (test | val) & set(sets.train.user.tolist())
+        assert set(sets.val.user.tolist()) <= val
+
+
+def test_validation_takes_the_next_best_where_too_few_have_enough(official: Path) -> None:
+    # Both with four articles are test users; u8 and u9 are the ones with three.
+    taken: dict[str, str] = {}
+    for seed in range(10):
+        sets = data(official, n_test_users=2, seed=seed).sets
+        assert note(sets, "validation users") == "validation users: 1 with at least 3"
+        taken |= bought(sets, sets.val, 1.0)
+    assert taken == {"u8": "bce", "u9": "cde"}
+
+
+def test_validation_takes_at_most_a_tenth_of_who_is_left(official: Path) -> None:
+    sets = data(official, n_val_users=100).sets
+    assert sets.val_ranking.user.numel() == 1
+
+
+def test_an_empty_cell_is_a_category_of_its_own_and_an_unknown_age_the_mean(official: Path) -> None:
+    sets = data(official, seed=0, min_relevant=5).sets  # u2 is tested
+    schema = sets.user_schema
+    assert [field.name for field in schema.categorical] == list(CATEGORICAL)
+    assert schema.categorical[0].values == ("1",)
+    u1, u3, u9 = (
+        sets.users.rows(torch.tensor([people(sets).index(user)])) for user in ("u1", "u3", "u9")
+    )
+    assert u3.categorical.tolist() == u9.categorical.tolist() == [[0, 0, 0, 0]]
+    assert u3.numeric.tolist() == u9.numeric.tolist() == [[0.0]]
+    known = [
+        field.values[code - 1]
+        for field, code in zip(schema.categorical, u1.categorical[0].tolist(), strict=True)
+    ]
+    assert known == ["1", "1", "ACTIVE", "Regularly"]
+
+
+def test_ages_are_scaled_by_those_of_training_alone(official: Path) -> None:
+    sets = data(official, min_relevant=5).sets
+    ages = {"u1": 20, "u2": 40, "u4": 30, "u5": 50, "u6": 60, "u7": 25, "u8": 35}
+    train = {people(sets)[u] for u in sets.train.user.unique()}
+    known = [age for user, age in ages.items() if user in train]
+    (field,) = sets.user_schema.numeric
+    assert field.mean == pytest.approx(np.mean(known))
+    assert field.std == pytest.approx(np.std(known))
+    row = people(sets).index("u6")
+    assert sets.users.numeric[row].item() == pytest.approx((60 - field.mean) / field.std)
+
+
+def test_what_was_read_and_left_out_is_told(official: Path) -> None:
+    rewrite(official / "transactions_train.csv", lambda text: text + "2020-01-01,,0101,0.01,2\n")
+    sets = data(official).sets
+    assert sets.notes[0] == f"files of {official}"
+    assert sets.notes[1] == "articles.csv: 7 articles read"
+    assert sets.notes[2] == (
+        "transactions_train.csv: 34 purchases read, 27 kept; left out: 1 without a customer_id, "
+        "6 not of the 5 articles bought most"
+    )
+    assert sets.notes[3] == (
+        "customers.csv: 10 customers read, 2 left out: bought nothing of the catalogue"
+    )
+    assert sets.notes[4] == "1 of 9 buyers are not in customers.csv: kept, features unknown"
+    assert not sets.generated
+    assert set(sets.baselines) == {"random", "popularity"}
+
+
+def test_ids_without_leading_zeros_and_an_index_column(official: Path) -> None:
+    plain = data(official).sets
+
+    def strip(text: str) -> str:
+        header, *rows = text.splitlines()
+        return "\n".join([f",{header}", *(f"{i},{row[1:]}" for i, row in enumerate(rows))]) + "\n"
+
+    rewrite(official / "articles.csv", strip)
+    # Some with, some without: as after joining exports.
+    rewrite(official / "transactions_train.csv", lambda text: text.replace("0102,", "102,", 3))
+    assert plain.item_ids == [ARTICLE[name].zfill(10) for name in "abcde"]
+    again = data(official).sets
+    assert again.item_ids == plain.item_ids
+    for a, b in zip(again.train, plain.train, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_order_of_the_rows_does_not_matter(official: Path) -> None:
+    plain = data(official).sets
+
+    def reverse(text: str) -> str:
+        header, *rows = text.splitlines()
+        return "\n".join([header, *reversed(rows)]) + "\n"
+
+    for name in ("articles.csv", "customers.csv", "transactions_train.csv"):
+        rewrite(official / name, reverse)
+    again = data(official).sets
+    assert torch.equal(again.test_ranking.user, plain.test_ranking.user)
+    assert torch.equal(again.train.item, plain.train.item)
+    assert torch.equal(again.users.numeric, plain.users.numeric)
+
+
+def test_training_pairs_are_drawn_or_repeated(official: Path) -> None:
+    fewer = data(official, n_train=8).sets
+    assert fewer.train.user.numel() == 8
+    assert "drawn of" in note(fewer, "train pairs")
+    more = data(official, n_train=1_000).sets
+    positive = more.train.target == 1
+    assert more.train.user.numel() == 1_000
+    assert int(positive.sum()) == 500
+    purchase, times = torch.stack([*more.train[:2]])[:, positive].unique(dim=1, return_counts=True)
+    once = data(official).sets
+    available = int((once.train.target == 1).sum())
+    assert f"{available} purchases repeated {500 / available:.1f} times" in note(
+        more, "train pairs"
+    )
+    # Repeat purchases (u3's) count as often as they were made, all others once a round.
+    twice = torch.tensor([people(more)[u] == "u3" for u in purchase[0]])
+    assert times[~twice].min() >= 500 // available
+    assert times[~twice].max() <= 500 // available + 1
+    # The negatives are drawn anew: over 500, everything a customer never bought turns up.
+    negatives = bought(more, more.train, 0.0)
+    for user, names in bought(more, more.train, 1.0).items():
+        assert set(negatives[user]) == set("abcde") - set(names)
+
+
+def test_seed(official: Path) -> None:
+    a, b, c = (data(official, seed=seed, n_train=100).sets for seed in (0, 0, 1))
+    assert torch.equal(a.train.item, b.train.item)
+    assert torch.equal(a.test_ranking.user, b.test_ranking.user)
+    assert not torch.equal(a.train.item, c.train.item)
+
+
+def test_article_columns_as_features(official: Path) -> None:
+    sets = data(official, item_features=["colour_group_name"]).sets
+    (field,) = sets.item_schema.categorical
+    assert field.values == ("Colour 0", "Colour 1")
+    assert sets.items.categorical[:, 0].tolist() == [ord(name) % 2 + 1 for name in "abcde"]
+    with pytest.raises(UserError, match=r"articles\.csv: no column 'color'"):
+        _ = data(official, item_features="color").sets
+
+
+# --- mistakes in the files ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("customers.csv", ",40.0,", ",-40.0,", r"row 2, column 'age': '-40.0' is negative"),
+        ("customers.csv", ",40.0,", ",NaN,", r"row 2, column 'age': 'NaN' is not a finite number"),
+        ("customers.csv", ",40.0,", ",old,", r"row 2, column 'age': 'old' is not a finite number"),
+        ("customers.csv", "u1,1.0", "u1,yes", r"row 1, column 'FN': 'yes' is not a finite number"),
+        ("customers.csv", "\nu3,", "\nu1,", r"row 3, column 'customer_id': 'u1' stands in an earl"),
+        ("customers.csv", "\nu3,", "\n,", r"row 3, column 'customer_id': is empty"),
+        ("customers.csv", "Active", "active", r"no column 'Active'; its columns are customer_id"),
+        ("articles.csv", "0104,", "103,", r"row 4, column 'article_id': '0000000103' stands in"),
+        ("articles.csv", "article_id", "id", r"no column 'article_id'; its columns are id"),
+        ("transactions_train.csv", "customer_id", "customer", r"no column 'customer_id'"),
+        (
+            "transactions_train.csv",
+            "u2,0101",
+            "u2,0777",
+            r"row 5, column 'article_id': '0777' is in no row of articles.csv \(nor are 0 more\)",
+        ),
+        ("transactions_train.csv", "u2,0101", "u2,", r"row 5, column 'article_id': None is in no"),
+    ],
+)
+def test_mistake_is_named_with_file_row_and_column(
+    official: Path, name: str, old: str, new: str, message: str
+) -> None:
+    assert old in (official / name).read_text()
+    rewrite(official / name, lambda text: text.replace(old, new, 1))
+    with pytest.raises(UserError, match=message) as caught:
+        _ = data(official).sets
+    assert str(caught.value).startswith(str(official / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["articles.csv", "customers.csv", "transactions_train.csv"])
+def test_file_that_is_no_table(official: Path, name: str) -> None:
+    path = official / name
+    header = path.read_text().splitlines()[0]
+    for content, message in {
+        b"": "the file is empty",
+        f"{header}\n".encode(): "no row below the header line",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR": "no column|not a readable CSV",
+        f'{header}\n"a,b,c\n'.encode(): "not a readable CSV",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            _ = data(official).sets
+        assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        _ = data(official).sets
+
+
+def test_unknown_articles_can_be_left_out(official: Path) -> None:
+    rewrite(official / "transactions_train.csv", lambda text: text.replace("u2,0101", "u2,0777"))
+    sets = data(official, on_unknown_article="drop").sets
+    assert "1 of articles articles.csv lacks" in note(sets, "transactions_train.csv: 33 purchases")
+
+
+def test_nobody_left_to_test(official: Path) -> None:
+    with pytest.raises(UserError, match=r"no test user is left: .* are 5; lower dataset\.min_rel"):
+        _ = data(official, min_relevant=6).sets
+
+
+def test_nobody_left_to_train_on(official: Path) -> None:
+    with pytest.raises(UserError, match="no training pair is left"):
+        _ = data(official, n_test_users=100, min_relevant=1).sets
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_items": 1}, r"dataset\.n_items=1: give at least 2"),
+        ({"n_train": 1}, r"dataset\.n_train=1: give at least 2"),
+        ({"min_relevant": 0}, r"dataset\.min_relevant=0: give at least 1"),
+        ({"item_features": []}, r"dataset\.item_features=\[\]"),
+        ({"generator": {"n_customers": 0}}, r"dataset\.generator\.n_customers=0: give at least 1"),
+        ({"generator": {"feature_strength": -1.0}}, r"feature_strength=-1\.0: give at least 0"),
+        ({"generator": {"n_customers": "x"}}, r"generator\.n_customers='x': expected int"),
+        ({"generator": {"customers": 5}}, r"generator\.customers: no such option"),
+    ],
+)
+def test_wrong_option(options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        HmData(name="hm", **options)
+
+
+# --- the real slice -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample(shared_data: Path) -> Path:
+    root = shared_data / "hm-sample"
+    if not root.is_dir():
+        pytest.skip(f"no slice of the H&M files at {root}")
+    return root
+
+
+def test_real_slice(sample: Path) -> None:
+    sets = HmData(name="hm", root=str(sample)).sets
+    # Counted apart, with nothing of the reader.
+    rows = pl.read_csv(sample / "transactions_train.csv").select("customer_id", "article_id")
+    sales = rows.group_by("article_id").len().sort(["len", "article_id"], descending=[True, False])
+    top = sales["article_id"].head(100).sort()
+    assert [int(item) for item in sets.item_ids] == top.to_list()
+    assert all(len(item) == 10 for item in sets.item_ids)
+    kept = rows.filter(pl.col("article_id").is_in(top.to_list()))
+    distinct = kept.unique().group_by("customer_id").len()["len"]
+    assert sets.users.n_rows == distinct.len()
+    eligible = int((distinct >= 5).sum())
+    assert 5 < eligible < 50
+    assert sets.test_ranking.user.numel() == eligible
+    assert f"test users: {eligible} of the {eligible}" in note(sets, "test users")
+    lengths = distinct.filter(distinct >= 5).sort().to_list()
+    assert sorted(sets.test_ranking.relevant.lengths.tolist()) == lengths
+    known = pl.read_csv(sample / "customers.csv").join(kept, on="customer_id", how="semi").height
+    assert note(sets, f"{distinct.len() - known} of {distinct.len()} buyers are not in")
+    assert int((sets.users.categorical != 0).any(dim=1).sum()) == known
+    assert f"10,000 purchases read, {kept.height:,} kept" in note(sets, "transactions_train.csv")
+    assert sets.train.user.numel() == 160_000
+    assert sets.train.target.mean() == 0.5
+    assert not set(sets.train.user.tolist()) & set(sets.test_ranking.user.tolist())
+
+
+def script() -> Any:
+    path = Path(__file__).parents[2] / "scripts" / "measure_hm_marginals.py"
+    spec = importlib.util.spec_from_file_location("measure_hm_marginals", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_shipped_aggregates_are_what_the_script_measures(sample: Path) -> None:
+    path = Path(hm_generate.__file__).parent / "assets" / "hm_marginals.json"
+    shipped, measured = json.loads(path.read_text()), script().measure(sample)
+    rounded = ("price_deciles", "purchases_cv", "gini_articles_sold", "gini_top_100")
+    for name in rounded:
+        assert measured.pop(name) == pytest.approx(shipped.pop(name), rel=1e-9)
+    assert measured == shipped
+
+
+# --- the stand-in ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(GeneratorSettings(), tmp_path_factory.mktemp("generated"))
+
+
+def test_stand_in_has_the_official_columns(stand_in: Path) -> None:
+    headers = {p.name: p.read_text().split("\n", 1)[0].split(",") for p in stand_in.glob("*.csv")}
+    assert headers == {
+        "articles.csv": OFFICIAL_ARTICLES,
+        "customers.csv": CUSTOMERS.splitlines()[0].split(","),
+        "transactions_train.csv": [
+            "t_dat",
+            "customer_id",
+            "article_id",
+            "price",
+            "sales_channel_id",
+        ],
+    }
+    first = pl.read_csv(stand_in / "transactions_train.csv", infer_schema=False).row(0, named=True)
+    assert len(first["customer_id"]) == 64
+    assert len(first["article_id"]) == 10
+    assert first["article_id"][0] == "0"
+    assert first["t_dat"] == "2018-09-20"
+
+
+def test_stand_in_has_the_marginals_of_the_slice(stand_in: Path, sample: Path) -> None:
+    made, real = (
+        pl.read_csv(root / "customers.csv", infer_schema=False).with_columns(
+            pl.col("age").cast(pl.Float64)
+        )
+        for root in (stand_in, sample)
+    )
+
+    def shares(column: pl.Series) -> dict[str | None, float]:
+        counts = column.rename("v").to_frame().group_by("v").len()
+        return {value: n / column.len() for value, n in counts.iter_rows()}
+
+    for name in CATEGORICAL:
+        expected = shares(real[name])  # the missing share among them
+        assert shares(made[name]).keys() == expected.keys()
+        assert shares(made[name]) == pytest.approx(expected, abs=0.01)
+    assert shares(made["age"].is_null()) == pytest.approx(shares(real["age"].is_null()), abs=0.01)
+    bands = [15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 100]
+    expected, found = (
+        np.histogram(table["age"].drop_nulls().to_numpy(), bands)[0] / table["age"].count()
+        for table in (real, made)
+    )
+    assert found == pytest.approx(expected, abs=0.01)
+    assert made["age"].mean() == pytest.approx(real["age"].mean(), abs=1)
+
+
+def test_stand_in_has_the_popularity_of_the_slice(stand_in: Path, sample: Path) -> None:
+    gini = script().gini
+    made, real = (
+        pl.read_csv(root / "transactions_train.csv", infer_schema=False)
+        .group_by("article_id")
+        .len()["len"]
+        .sort(descending=True)
+        .to_numpy()
+        .astype(np.int64)
+        for root in (stand_in, sample)
+    )
+    assert gini(np.array([1, 1, 1, 1])) == 0
+    assert gini(np.array([0, 0, 0, 4])) == 0.75
+    assert gini(made) == pytest.approx(gini(real), abs=0.05)  # of all articles sold
+    assert gini(made[:100]) == pytest.approx(gini(real[:100]), abs=0.05)  # of the catalogue
+
+
+def test_stand_in_gives_enough_to_train_and_test_on(
+    stand_in: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        sets = HmData(name="hm", root=str(stand_in)).sets
+    assert sets.generated
+    assert sets.notes[0].startswith("GENERATED DATA")
+    assert "GENERATED DATA" in caplog.text
+    assert sets.train.user.numel() == 160_000
+    assert "drawn of" in note(sets, "train pairs")
+    assert sets.test_ranking.user.numel() == sets.val_ranking.user.numel() == 100
+    assert "validation users: 100 with at least 5" in sets.notes
+
+
+def test_purchases_depend_on_features_and_the_oracle_knows_how(stand_in: Path) -> None:
+    """Popularity < a table of age and news learnt from the training pairs < oracle."""
+    sets = HmData(name="hm", root=str(stand_in), n_test_users=3_000, n_train=None).sets
+    hits = relevant(sets, sets.test_ranking).float()
+
+    def precision(scores: torch.Tensor) -> float:
+        return hits.gather(1, scores.topk(5, dim=1).indices).mean().item()
+
+    test = sets.test_ranking.user
+    group = (sets.users.numeric[:, 0] * 2).round().long().clamp(-3, 4) + 3
+    group = group * 2 + (sets.users.categorical[:, 0] > 0)
+    bought = sets.train.target == 1
+    table = torch.zeros(16, 100)
+    table.index_put_(
+        (group[sets.train.user[bought]], sets.train.item[bought]),
+        torch.ones(int(bought.sum())),
+        accumulate=True,
+    )
+    popularity = precision(sets.baselines["popularity"](test))
+    oracle = precision(sets.baselines["oracle"](test))
+    learnt = precision(table[group[test]])
+    assert popularity + 0.02 < learnt < oracle
+    assert oracle > 1.3 * popularity
+
+
+def test_oracle_is_the_share_of_purchases() -> None:
+    """Probabilities sum to one, and what is bought follows them."""
+    settings = GeneratorSettings(**{**SMALL, "n_articles": 20, "n_transactions": 200_000})
+    shop = Shop(settings)
+    log_p = shop.log_probability(shop.customers, shop.articles["article_id"].to_list())
+    p = np.exp(log_p.astype(float))
+    assert p.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    customer, article = shop.purchases()
+    assert customer.size == 200_000
+    # Of customers under 25: how often each article was expected, and how often it was bought.
+    young = (shop.customers["age"] < 25).fill_null(value=False).to_numpy()[customer]
+    expected = p[customer[young]].sum(axis=0)
+    found = np.bincount(article[young], minlength=20)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max())
+    everyone = np.bincount(article, minlength=20) / 200_000
+    assert np.abs(found / young.sum() - everyone).max() > 0.01
+
+
+def test_features_can_be_made_to_matter_not_at_all() -> None:
+    shop = Shop(GeneratorSettings(**SMALL, feature_strength=0.0))
+    log_p = shop.log_probability(shop.customers, shop.articles["article_id"].to_list())
+    assert np.ptp(log_p, axis=0).max() == pytest.approx(0, abs=1e-6)
+
+
+def test_stand_in_is_a_function_of_its_settings(tmp_path: Path) -> None:
+    small = GeneratorSettings(**SMALL)
+    first = generate(small, tmp_path / "a")
+    again = generate(small, tmp_path / "b")
+    other = generate(GeneratorSettings(**SMALL, seed=1), tmp_path / "a")
+    assert first.name == again.name != other.name
+    for name in ("articles.csv", "customers.csv", "transactions_train.csv"):
+        content = (first / name).read_bytes()
+        assert content == (again / name).read_bytes()
+        assert content != (other / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted([first.name, other.name])
+
+
+def test_stand_in_is_written_once(tmp_path: Path) -> None:
+    folder = generate(GeneratorSettings(**SMALL), tmp_path)
+    before = (folder / "customers.csv").stat().st_mtime_ns
+    assert generate(GeneratorSettings(**SMALL), tmp_path) == folder
+    assert (folder / "customers.csv").stat().st_mtime_ns == before
+
+
+def test_interrupted_generation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Shop) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shop, "purchases", fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(GeneratorSettings(**SMALL), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_files_a_stand_in_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        sets = HmData(name="hm", generator=SMALL).sets
+    assert sets.generated
+    assert f"no folder {tmp_path / 'nothing' / 'hm'}" in sets.notes[0]
+    assert "GENERATED DATA" in caplog.text
+    assert set(sets.baselines) == {"random", "popularity", "oracle"}
+    assert list((tmp_path / "cache" / "recsys_ssm").glob("hm-*/generator.json"))
+    with pytest.raises(UserError, match=r"dataset\.source=files, but there is no folder"):
+        _ = HmData(name="hm", source="files").sets
+
+
+def test_files_in_the_usual_place_are_read(
+    official: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RECSYS_SSM_DATA", str(official.parent))
+    assert not data(None).sets.generated
+    made = data(
+        None, source="generated", generated_root=str(tmp_path / "made"), generator=SMALL
+    ).sets
+    assert made.generated
+    assert "as asked for" in made.notes[0]
+
+
+def test_a_folder_that_was_named_is_never_replaced(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"articles\.csv: no such file"):
+        _ = HmData(name="hm", root=str(tmp_path / "mistyped")).sets
+
+
+def test_generated_files_do_not_pass_for_real(tmp_path: Path) -> None:
+    folder = generate(GeneratorSettings(**SMALL), tmp_path)
+    assert HmData(name="hm", root=str(folder)).sets.generated
+    with pytest.raises(UserError, match="are generated"):
+        _ = HmData(name="hm", root=str(folder), source="files").sets
+    settings = folder / "generator.json"
+    rewrite(settings, lambda text: text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"made by another version; delete the folder"):
+        _ = HmData(name="hm", root=str(folder)).sets
+    settings.write_text("{")
+    with pytest.raises(UserError, match=r"generator\.json: damaged"):
+        _ = HmData(name="hm", root=str(folder)).sets
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind")
+def test_folder_without_write_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"Permission denied.*dataset\.generated_root="):
+        generate(GeneratorSettings(**SMALL), tmp_path / "new")
+
+
+def test_generated_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"cannot be written there .*dataset\.generated_root="):
+        generate(GeneratorSettings(**SMALL), tmp_path / "taken")
