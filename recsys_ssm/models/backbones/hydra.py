@@ -5,7 +5,7 @@ Each position mixes what the tokens before it and, by a second scan with its own
 up to; its own token enters through a third, diagonal term.
 
 Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, H heads of P = headdim channels, G groups of heads
-that share B and C, N = d_state, W = d_conv, X = E + 4·G·N channels that are convolved: x, and B and C of both directions.
+that share B and C, N = d_state, W = d_conv, X = E + 4·G·N channels that are convolved: x, B and C of both directions.
 """
 
 from __future__ import annotations
