@@ -43,11 +43,19 @@ class Progress(ProgressBar):
         self._start_step = trainer.global_step
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
-                total=self._total(trainer), initial=trainer.global_step, unit="step", dynamic_ncols=True
+                total=self._total(trainer),
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
             )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if self._bar is not None:
             if trainer.global_step % 10 == 0 or trainer.global_step == self._bar.total:
@@ -74,13 +82,21 @@ class Progress(ProgressBar):
     def _tell(self, trainer: L.Trainer) -> None:
         done, total = trainer.global_step, self._total(trainer)
         rate = (done - self._start_step) / max(time.monotonic() - self._start, 1e-9)
-        left = f", {(total - done) / rate / 60:.1f} min left" if total and rate and done < total else ""
+        left = (
+            f", {(total - done) / rate / 60:.1f} min left"
+            if total and rate and done < total
+            else ""
+        )
         values = "".join(f", {name} {value}" for name, value in self._values(trainer).items())
-        log.info("step %d%s%s, %.1f steps/s%s", done, f" of {total}" if total else "", values, rate, left)
+        log.info(
+            "step %d%s%s, %.1f steps/s%s", done, f" of {total}" if total else "", values, rate, left
+        )
 
     def _values(self, trainer: L.Trainer) -> dict[str, str]:
         metrics = trainer.callback_metrics
-        return {name: f"{metrics[name]:.4f}" for name in ("train/loss", self.monitor) if name in metrics}
+        return {
+            name: f"{metrics[name]:.4f}" for name in ("train/loss", self.monitor) if name in metrics
+        }
 
     def _total(self, trainer: L.Trainer) -> int | None:
         total = trainer.estimated_stepping_batches
@@ -88,17 +104,30 @@ class Progress(ProgressBar):
 
 
 class History(L.Callback):
-    """Keeps what the curves are drawn from: training loss and validation metrics by step, across a resume."""
+    """Keeps what the curves are drawn from: training loss and validation metrics by step, across a resume.
 
-    def __init__(self) -> None:
+    Args:
+        every_n_steps: How often the training loss is kept.
+    """
+
+    def __init__(self, *, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
         self.records: list[dict[str, float]] = []
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == 1:
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == 1:
             self.records.append(
-                {"step": trainer.global_step, "train/loss": float(trainer.callback_metrics["train/loss"])}
+                {
+                    "step": trainer.global_step,
+                    "train/loss": float(trainer.callback_metrics["train/loss"]),
+                }
             )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
+import functools
 import logging
 import os
 import re
@@ -17,6 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,9 +38,19 @@ def register_resolvers() -> None:
 
 
 def quiet_dependencies() -> None:
-    """Leave out what Lightning says to everyone and nobody here can act upon."""
+    """Lightning's messages once and in the run's log too, without those that nobody here can act upon."""
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(("💡 Tip", "TPU available", "`Trainer.fit` stopped"))
+        lambda record: (
+            not record.getMessage().startswith(("💡 Tip", "TPU available", "`Trainer.fit` stopped"))
+        )
     )
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # Batches are slices of arrays in memory: there are no worker processes to add.
@@ -45,17 +59,20 @@ def quiet_dependencies() -> None:
 
 def _every(max_steps: int, times: int) -> int:
     """Steps between ``times`` validations spread over ``max_steps``."""
-    return max(1, int(max_steps) // max(1, int(times))) if _is_int(max_steps) and int(max_steps) > 0 else 1000
+    return (
+        max(1, int(max_steps) // max(1, int(times)))
+        if _is_int(max_steps) and int(max_steps) > 0
+        else 1000
+    )
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdecimal())
 
 
+@functools.cache  # one folder a run, however often Hydra and Lightning's launcher resolve it
 def _run_folder(root: str, name: str, ckpt_path: str | None) -> str:
     """A new folder for a run; for ``ckpt_path=last`` that of the newest run of this name that left a checkpoint."""
-    import datetime
-
     folder = Path(root) / name
     if ckpt_path == "last":
         # Folders are named after their time, so the last by name is the newest.
@@ -91,15 +108,19 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 raise
 
         def main() -> None:
+            failures.clear()
+            _run_folder.cache_clear()
             register_resolvers()
             quiet_dependencies()
             try:
                 with _raw_hydra_errors():
-                    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
+                    hydra.main(
+                        version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
+                    )(guarded)()
             except KeyboardInterrupt:
                 sys.exit("stopped; go on with ckpt_path=last")
             except Exception as error:
-                if not (_is_users(error) or any(error is failure for _, failure in failures)):
+                if not (_is_users(error) or any(error is known for _, known in failures)):
                     raise
                 if not failures:  # before any job began
                     failures.append(("", error))
@@ -107,9 +128,9 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 return
             if len(failures) == 1 and not _is_users(failures[0][1]):
                 raise failures[0][1]
-            for overrides, error in failures:
+            for overrides, failure in failures:
                 where = f" ({overrides})" if len(failures) > 1 else ""
-                print(f"error{where}: {explain(error, config_name)}", file=sys.stderr)
+                print(f"error{where}: {explain(failure, config_name)}", file=sys.stderr)
             sys.exit(1)
 
         return main
@@ -131,14 +152,28 @@ def _raw_hydra_errors() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+USERS = (
+    UserError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+    PermissionError,
+    NotADirectoryError,
+    FileExistsError,
+)
+"""What a user's mistake raises, in our code and in what it calls."""
+
+
 def _is_users(error: BaseException) -> bool:
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException | PermissionError)
+    return isinstance(error, USERS) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS)
+    )
 
 
 def explain(error: BaseException, config_name: str | None = None) -> str:
     """An error as a line for people; for an option that does not exist, with what does."""
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: no permission to write there; choose another folder with output_root="
+    if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
+        return f"{error.filename}: {error.strerror}; choose another folder with output_root="
     text = str(error).strip()
     if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
         path = unknown[1].partition("@")[0]
@@ -159,7 +194,11 @@ def _known(config_name: str, parent: str) -> list[str]:
         node = OmegaConf.select(cfg, parent) if parent else cfg
     except Exception:  # this only helps a message along
         return []
-    return sorted({*map(str, node), *(() if parent else groups)}) if isinstance(node, DictConfig) else []
+    return (
+        sorted({*map(str, node), *(() if parent else groups)})
+        if isinstance(node, DictConfig)
+        else []
+    )
 
 
 def plain(node: Any) -> Any:
@@ -184,7 +223,9 @@ def check(cfg: DictConfig, *options: str) -> None:
     """
     for option in options:
         if values := spec(OmegaConf.select(cfg, option), option):
-            check_arguments(import_target(values.pop("_target_"), option), values, option, given=None)
+            check_arguments(
+                import_target(values.pop("_target_"), option), values, option, given=None
+            )
 
 
 def make(node: Any, option: str, **given: Any) -> Any:
@@ -203,5 +244,7 @@ def make(node: Any, option: str, **given: Any) -> Any:
 
 def make_all(nodes: Mapping[str, Any] | None, option: str) -> list[Any]:
     """The objects of a folder of nodes, those set to null left out."""
-    made = [make(node, f"{option}.{name}") for name, node in (nodes or {}).items() if node is not None]
+    made = [
+        make(node, f"{option}.{name}") for name, node in (nodes or {}).items() if node is not None
+    ]
     return [each for each in made if each is not None]

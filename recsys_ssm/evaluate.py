@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
+from recsys_ssm.checkpoints import read_checkpoint
 from recsys_ssm.cli import door, make, plain
 from recsys_ssm.data.base import TwoTowerData
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.results import print_results, versions, write_json
-from recsys_ssm.train import test_model
+from recsys_ssm.train import check_writable, test_model
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: There is no such run or checkpoint, or it does not fit the dataset.
     """
+    output = Path(cfg.output_dir)
+    check_writable(output)
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
     model = load_model(checkpoint)
@@ -45,7 +47,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        default_root_dir=cfg.output_dir,
+        default_root_dir=output,
     )
     results = {
         "name": trained.name,
@@ -57,7 +59,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "published": plain(trained.get("published")) or {},
     }
-    path = write_json(Path(cfg.output_dir) / "metrics.json", results)
+    path = write_json(output / "metrics.json", results)
     print_results(results)
     log.info("metrics    %s", path)
     return results
@@ -76,7 +78,9 @@ def find_run(run: str, which: str) -> tuple[Path, Path]:
         raise UserError(f"checkpoint={which}: expected best or last")
     checkpoint = path / "checkpoints" / f"{which}.ckpt"
     if not checkpoint.is_file():
-        raise UserError(f"run={run}: no {checkpoint.relative_to(path)} in it; give a run's folder or a .ckpt file")
+        raise UserError(
+            f"run={run}: no {checkpoint.relative_to(path)} in it; give a run's folder or a .ckpt file"
+        )
     return checkpoint, path
 
 
@@ -100,11 +104,10 @@ def load_model(checkpoint: Path) -> TwoTower:
     Raises:
         UserError: The file is no checkpoint of a two-tower model.
     """
+    read_checkpoint(checkpoint)
     try:
         return TwoTower.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint}: no checkpoint of a two-tower model ({str(error).splitlines()[0]})"
         ) from error

@@ -89,7 +89,9 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
     try:
         socket.create_connection((url.hostname or "", port), timeout=NETWORK_TIMEOUT_S).close()
     except OSError as error:
-        log.warning("W&B: %s does not answer (%s), so this run is logged offline", url.hostname, error)
+        log.warning(
+            "W&B: %s does not answer (%s), so this run is logged offline", url.hostname, error
+        )
         return "offline"
     return "online"
 

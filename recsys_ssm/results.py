@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
@@ -92,14 +93,20 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on, and the machine's platform."""
+    """Versions of what a run's numbers depend on, the machine's platform, and the git commit of the working folder."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("recsys-ssm", "torch", "lightning", "torchmetrics", "numpy", "polars"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from a source tree, not installed
             found[package] = "unknown"
-    return found
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository here
+        return found
+    return {**found, "git_commit": commit}
 
 
 # ------------------------------------------------------------------------------------------- table

@@ -55,7 +55,9 @@ def find(path: str, option: str, *, trust: Iterable[str] = TRUSTED) -> Any:
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise UserError(f"{option}._target_={path}: give the full dotted path, package.module.Class")
+        raise UserError(
+            f"{option}._target_={path}: give the full dotted path, package.module.Class"
+        )
     if module_name not in sys.modules and not path.startswith(tuple(trust)):
         raise UserError(
             f"{option}._target_={path}: import {module_name} first (a checkpoint is never let import code by itself)"
@@ -100,7 +102,9 @@ def check_arguments(
             raise UserError(f"{option}.{name}: no such option; {suggest(name, sorted(parameters))}")
         hint = hints.get(name, Any)
         if not fits(value, hint):
-            raise UserError(f"{option}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}")
+            raise UserError(
+                f"{option}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}"
+            )
     if given is None:
         return
     required = [
@@ -116,7 +120,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """``did you mean X?`` and all there is."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + "known: " + (", ".join(known) or "none")
+    return (
+        (f"did you mean {near[0]!r}? " if near else "") + "known: " + (", ".join(known) or "none")
+    )
+
+
+_SCALARS = (bool, int, float, str, None, type(None))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -126,7 +135,10 @@ def fits(value: Any, hint: Any) -> bool:
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
+        # Beside a float, a Tensor is no reason to let a text pass.
+        known = [arg for arg in args if arg in _SCALARS or get_origin(arg) is Literal]
+        judged = known if known and isinstance(value, str | int | float | None) else args
+        return any(fits(value, arg) for arg in judged)
     if origin is Literal:
         return value in args
     if hint is None or hint is type(None):
@@ -145,7 +157,11 @@ def fits(value: Any, hint: Any) -> bool:
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Parameters by name, following ``**kwargs`` up a class's bases; ``**`` stands for any further name."""
     functions = (
-        [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls) and cls is not object]
+        [
+            vars(cls)["__init__"]
+            for cls in target.__mro__
+            if "__init__" in vars(cls) and cls is not object
+        ]
         if isinstance(target, type)
         else [target]
     )
@@ -172,7 +188,9 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except Exception:  # an annotation that cannot be resolved at run time only means less is checked
+    except (
+        Exception
+    ):  # an annotation that cannot be resolved at run time only means less is checked
         return {}
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm import ops
 from recsys_ssm.callbacks import History
+from recsys_ssm.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.cli import check, door, make, make_all, plain, spec
 from recsys_ssm.data.base import RankingLoader, TwoTowerData
 from recsys_ssm.errors import UserError
@@ -31,9 +30,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: An option, a file or a checkpoint is not what it has to be.
     """
-    check(cfg, "dataset", "backbone", "optimizer", "scheduler", "trainer", "logger", *callback_options(cfg))
+    check(
+        cfg,
+        "dataset",
+        "backbone",
+        "optimizer",
+        "scheduler",
+        "trainer",
+        "logger",
+        *callback_options(cfg),
+    )
+    if cfg.test not in ("best", "last", None):
+        raise UserError(f"test={cfg.test}: expected best, last or null")
     output = Path(cfg.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     check_writable(output)
     ckpt_path = find_checkpoint(cfg.ckpt_path, output)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -56,11 +65,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     config = {**plain(cfg), "name": name, "versions": versions()}
     write_text(output / "config.yaml", OmegaConf.to_yaml(config))
 
-    history = History()
+    if ckpt_path is not None:
+        check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
+
+    history = History(every_n_steps=cfg.trainer.get("log_every_n_steps") or 50)
     logger = None
     failed = True
     try:
-        logger = make(cfg.logger, "logger", save_dir=str(output), name=name, **logger_tags(cfg, data))
+        logger = make(
+            cfg.logger, "logger", save_dir=str(output), name=name, **logger_tags(cfg, data)
+        )
         trainer: L.Trainer = make(
             cfg.trainer,
             "trainer",
@@ -71,7 +85,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             logger.log_hyperparams(config)
 
         start = time.perf_counter()
-        fit(trainer, model, data, ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,
@@ -96,31 +112,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         finish(logger, failed)
 
 
-def fit(trainer: L.Trainer, model: TwoTower, data: TwoTowerData, ckpt_path: Path | None) -> None:
-    """``trainer.fit``, with a checkpoint that does not belong to this model told in one line."""
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except (RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
-        if ckpt_path is None or trainer.global_step or "out of memory" in str(error):
-            raise
-        raise UserError(
-            f"ckpt_path={ckpt_path}: no checkpoint of this model ({str(error).splitlines()[0]}); "
-            "give the dataset=, backbone= and sizes it was trained with"
-        ) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-
-
 def test_checkpoint(
     trainer: L.Trainer, model: TwoTower, data: TwoTowerData, which: str
 ) -> dict[str, Any]:
     """Load the best or last checkpoint and test it, once."""
-    if which not in ("best", "last"):
-        raise UserError(f"test={which}: expected best, last or null")
-    path = getattr(trainer.checkpoint_callback, f"{which}_model_path", "")
+    kept = {
+        "last" if callback.monitor is None else "best": callback.best_model_path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+    }
+    path = kept.get(which)
     if path:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["state_dict"])
+        model.load_state_dict(read_checkpoint(Path(path))["state_dict"])
     else:
         log.warning("no %s checkpoint was kept: the final weights are tested", which)
     return {"checkpoint": path or None, **test_model(trainer, model, data)}
@@ -142,7 +145,8 @@ def evaluate_baselines(data: TwoTowerData, metrics: list[str]) -> dict[str, dict
     sets = data.sets
     results = {}
     for name, scores in sets.baselines.items():
-        ranking = RankingMetrics(metrics, n_items=len(sets.item_ids))
+        # Every process sees all users here: there is nothing to add up.
+        ranking = RankingMetrics(metrics, n_items=len(sets.item_ids), sync_on_compute=False)
         for batch in RankingLoader(
             sets.users, sets.test_ranking, len(sets.item_ids), batch_size=data.eval_batch_size
         ):
@@ -156,7 +160,13 @@ def report(results: dict[str, Any], history: History, output: Path, cfg: DictCon
     written = {
         "metrics": write_json(output / "metrics.json", results),
         "config": output / "config.yaml",
-        "curves": plot_curves(history.records, output / "curves.png", monitor=cfg.monitor, title=results["name"]),
+        "curves": plot_curves(
+            history.records,
+            output / "curves.png",
+            monitor=cfg.monitor,
+            mode=cfg.monitor_mode,
+            title=results["name"],
+        ),
         "checkpoint": results.get("checkpoint"),
     }
     print_results(results)
@@ -232,13 +242,16 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before the training, not after it."""
+    """Make the folder if it is not there; fail before the training, not after it."""
     probe = folder / ".write_test"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output_dir={folder}: cannot write there ({error.strerror}); choose another folder") from error
+        raise UserError(
+            f"output_dir={folder}: cannot write there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def parameters(model: TwoTower) -> dict[str, int]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # Before anything imports them: tests never talk to a server, and PyTorch's threads do not spin.
 os.environ["WANDB_MODE"] = "offline"
@@ -39,3 +44,47 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder} (set RECSYS_SSM_DATA)")
     return folder.resolve()
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@pytest.fixture
+def door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """Run a door as the command line does, in an empty folder, within this process.
+
+    ``door("train", "dataset=spotify", …)`` is ``python -m recsys_ssm.train dataset=spotify …``.
+    """
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+
+    def run(name: str, *arguments: str) -> Outcome:
+        module = importlib.import_module(f"recsys_ssm.{name}")
+        monkeypatch.setattr("sys.argv", [f"recsys_ssm.{name}", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Outcome(code, *capfd.readouterr())
+
+    yield run
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers  # Hydra's write to streams that are closed now

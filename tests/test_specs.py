@@ -33,7 +33,10 @@ def test_build_follows_keyword_arguments_to_the_base() -> None:
         ({"size": "3"}, "thing.size='3': expected int, got str"),
         ({"size": True}, "thing.size=True: expected int, got bool"),
         ({"size": 1, "kind": "c"}, "thing.kind='c': expected one of a, b, got str"),
-        ({"size": 1, "sice": 2}, "thing.sice: no such option; did you mean 'size'? known: kind, rate, size"),
+        (
+            {"size": 1, "sice": 2},
+            "thing.sice: no such option; did you mean 'size'? known: kind, rate, size",
+        ),
         ({}, "thing.size: needs a value"),
     ],
 )
@@ -54,7 +57,7 @@ def test_only_the_expected_kind_and_nothing_that_is_not_imported() -> None:
         find("antigravity.fly", "thing")
     with pytest.raises(UserError, match="full dotted path"):
         find("Child", "thing")
-    with pytest.raises(UserError, match="no attribute|cannot import|has no"):
+    with pytest.raises(UserError, match="has no attribute"):
         find(f"{__name__}.Nothing", "thing")
     assert import_target("colorsys.rgb_to_hls", "thing").__name__ == "rgb_to_hls"
 
@@ -78,8 +81,10 @@ def test_fits(value: object, hint: object, expected: bool) -> None:
 
 
 def test_lightnings_trainer_is_checked_too() -> None:
-    with pytest.raises(UserError, match="trainer.max_steps='abc': expected int"):
+    with pytest.raises(UserError, match=r"trainer\.max_steps='abc': expected int"):
         check_arguments(lightning.Trainer, {"max_steps": "abc"}, "trainer")
     with pytest.raises(UserError, match="did you mean 'max_steps'"):
         check_arguments(lightning.Trainer, {"max_step": 3}, "trainer")
-    check_arguments(lightning.Trainer, {"max_steps": 3, "precision": "bf16-mixed", "devices": "auto"}, "trainer")
+    check_arguments(
+        lightning.Trainer, {"max_steps": 3, "precision": "bf16-mixed", "devices": "auto"}, "trainer"
+    )

@@ -24,7 +24,9 @@ class TowerHead(nn.Sequential):
             Spotify has targets of -1; docs/results.md compares both.
     """
 
-    def __init__(self, *, d_model: int, hidden: int = 64, output: int = 32, final_relu: bool = False) -> None:
+    def __init__(
+        self, *, d_model: int, hidden: int = 64, output: int = 32, final_relu: bool = False
+    ) -> None:
         super().__init__(
             nn.Linear(d_model, hidden),
             nn.ReLU(),
@@ -60,7 +62,11 @@ def in_batch_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Ten
     same_PB[torch.arange(own_P.numel(), device=own_P.device), own_P] = False
     logits_PB = logits_PB.masked_fill(same_PB, -torch.inf)
     # sum / max(count, 1) rather than the mean: of no pair at all that would be NaN.
-    return F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel() if own_P.numel() else user.sum() * 0
+    return (
+        F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel()
+        if own_P.numel()
+        else user.sum() * 0
+    )
 
 
 LossName = Literal["mse", "bce", "softmax"]

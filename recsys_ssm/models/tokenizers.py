@@ -47,7 +47,9 @@ class FeatureTokenizer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(sum(cardinalities), d_model))
         self.bias = nn.Parameter(torch.empty(n_numeric + len(cardinalities) + 1, d_model))
         first_rows = [0, *itertools.accumulate(cardinalities)][: len(cardinalities)]
-        self.register_buffer("offsets", torch.tensor(first_rows, dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "offsets", torch.tensor(first_rows, dtype=torch.long), persistent=False
+        )
         self.offsets: Tensor
         self.n_numeric = n_numeric
         self.reset_parameters()

@@ -221,7 +221,9 @@ class TwoTower(L.LightningModule):
         self.train(training)
         return (user @ item.T).float().cpu()
 
-    def recommend(self, users: pl.DataFrame, k: int = 10, exclude: Tensor | None = None) -> pl.DataFrame:
+    def recommend(
+        self, users: pl.DataFrame, k: int = 10, exclude: Tensor | None = None
+    ) -> pl.DataFrame:
         """The ``k`` best items of the catalogue for each user.
 
         Args:

@@ -55,7 +55,9 @@ def test_a_causal_backbone_does_not_look_ahead(kind: type[Backbone]) -> None:
     tokens = torch.randn(2, 9, 32, dtype=torch.float64)
     changed = tokens.clone()
     changed[:, 5:] = torch.randn(2, 4, 32, dtype=torch.float64)
-    torch.testing.assert_close(backbone(tokens)[:, :5], backbone(changed)[:, :5], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        backbone(tokens)[:, :5], backbone(changed)[:, :5], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BACKBONES if not kind.causal])
@@ -79,7 +81,10 @@ def test_packed_equals_padded_equals_one_at_a_time(kind: type[Backbone]) -> None
     torch.testing.assert_close(packed[:, :5], alone_a, rtol=0, atol=1e-10)
     torch.testing.assert_close(packed[:, 5:8], alone_b, rtol=0, atol=1e-10)
 
-    padded = backbone(torch.cat((torch.cat((a, junk), 1), torch.cat((junk, junk, b), 1))), torch.tensor([[0] * 5 + [-1] * 2, [-1] * 4 + [0] * 3]))
+    padded = backbone(
+        torch.cat((torch.cat((a, junk), 1), torch.cat((junk, junk, b), 1))),
+        torch.tensor([[0] * 5 + [-1] * 2, [-1] * 4 + [0] * 3]),
+    )
     torch.testing.assert_close(padded[:1, :5], alone_a, rtol=0, atol=1e-10)
     torch.testing.assert_close(padded[1:, 4:], alone_b, rtol=0, atol=1e-10)
 
@@ -105,7 +110,9 @@ def test_step_equals_forward(kind: type[Backbone]) -> None:
     torch.testing.assert_close(torch.stack(outputs, 1), backbone(tokens), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("norm", "residual"), [("post", True), ("pre", True), ("none", False), ("pre", False)])
+@pytest.mark.parametrize(
+    ("norm", "residual"), [("post", True), ("pre", True), ("none", False), ("pre", False)]
+)
 def test_arrangements_of_a_stack(norm: str, residual: bool) -> None:
     backbone = build(Mamba, n_layers=2, norm=norm, residual=residual)
     x = torch.randn(2, 5, 32, dtype=torch.float64)

@@ -10,8 +10,17 @@ from recsys_ssm.models.optim import WarmupCosine, configure_optimizers, paramete
 def test_what_decays_and_what_does_not() -> None:
     module = Mamba(d_model=8, n_layers=1)
     names = {id(p): name for name, p in module.named_parameters()}
-    decayed, spared = ({names[id(p)].rpartition("mixer.")[2] for p in g["params"]} for g in parameter_groups(module, 0.1))
-    assert decayed == {"in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"}
+    decayed, spared = (
+        {names[id(p)].rpartition("mixer.")[2] for p in g["params"]}
+        for g in parameter_groups(module, 0.1)
+    )
+    assert decayed == {
+        "in_proj.weight",
+        "conv1d.weight",
+        "x_proj.weight",
+        "dt_proj.weight",
+        "out_proj.weight",
+    }
     assert {"A_log", "D", "dt_proj.bias", "conv1d.bias"} <= spared
     assert parameter_groups(module, 0.1)[1]["weight_decay"] == 0.0
     assert len(parameter_groups(module, 0.0)) == 1
@@ -33,7 +42,11 @@ def test_warm_up_then_half_a_cosine() -> None:
 def test_specs_and_their_mistakes() -> None:
     module = nn.Linear(2, 2)
     adam = {"_target_": "torch.optim.Adam", "lr": 0.1}
-    cosine = {"_target_": "recsys_ssm.models.optim.WarmupCosine", "warmup_steps": 1, "total_steps": 9}
+    cosine = {
+        "_target_": "recsys_ssm.models.optim.WarmupCosine",
+        "warmup_steps": 1,
+        "total_steps": 9,
+    }
     made = configure_optimizers(module, adam, cosine)
     assert made["lr_scheduler"]["interval"] == "step"
     assert made["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05)

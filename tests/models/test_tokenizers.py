@@ -35,11 +35,17 @@ def test_cls_does_not_depend_on_the_row() -> None:
 
 def test_missing_has_a_row_of_its_own() -> None:
     t = tokenizer()
-    seen = {tuple(t(Features(torch.zeros(1, 2), torch.tensor([[0, 0, code]])))[0, 4].tolist()) for code in range(3)}
+    seen = {
+        tuple(t(Features(torch.zeros(1, 2), torch.tensor([[0, 0, code]])))[0, 4].tolist())
+        for code in range(3)
+    }
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("init", "scale", "std"), [("normal", 1.0, 1.0), ("normal", 0.02, 0.02), ("uniform", 1.0, 1 / 768**0.5)])
+@pytest.mark.parametrize(
+    ("init", "scale", "std"),
+    [("normal", 1.0, 1.0), ("normal", 0.02, 0.02), ("uniform", 1.0, 1 / 768**0.5)],
+)
 def test_initialisation(init: str, scale: float, std: float) -> None:
     torch.manual_seed(0)
     t = FeatureTokenizer(n_numeric=50, cardinalities=[50], d_model=256, init=init, init_scale=scale)
@@ -51,9 +57,15 @@ def test_initialisation(init: str, scale: float, std: float) -> None:
 
 def test_only_numbers_or_only_categories() -> None:
     only_numbers = FeatureTokenizer(n_numeric=2, cardinalities=[], d_model=4)
-    assert only_numbers(Features(torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.long))).shape == (3, 3, 4)
+    assert only_numbers(Features(torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.long))).shape == (
+        3,
+        3,
+        4,
+    )
     only_categories = FeatureTokenizer(n_numeric=0, cardinalities=[5], d_model=4)
-    assert only_categories(Features(torch.ones(3, 0), torch.zeros(3, 1, dtype=torch.long))).shape == (3, 2, 4)
+    assert only_categories(
+        Features(torch.ones(3, 0), torch.zeros(3, 1, dtype=torch.long))
+    ).shape == (3, 2, 4)
 
 
 def test_unknown_initialisation() -> None:

@@ -14,7 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.two_tower import TwoTower
 
-BACKBONE = {"_target_": "recsys_ssm.models.backbones.mamba.Mamba", "d_model": 16, "n_layers": 1, "d_conv": 2}
+BACKBONE = {
+    "_target_": "recsys_ssm.models.backbones.mamba.Mamba",
+    "d_model": 16,
+    "n_layers": 1,
+    "d_conv": 2,
+}
 ADAM = {"_target_": "torch.optim.Adam", "lr": 3e-3}
 
 
@@ -24,8 +29,19 @@ def model_of(data, **options) -> TwoTower:
 
 
 def trainer_in(folder: Path, **options) -> L.Trainer:
-    settings = {"max_steps": 60, "max_epochs": -1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(default_root_dir=folder, accelerator="cpu", num_sanity_val_steps=0, **{**settings, **options})
+    settings = {
+        "max_steps": 60,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        **{**settings, **options},
+    )
 
 
 def test_a_score_is_the_inner_product_of_the_towers(tiny_data) -> None:
@@ -39,8 +55,13 @@ def test_a_score_is_the_inner_product_of_the_towers(tiny_data) -> None:
 def test_the_last_token_stands_for_the_row_and_the_mean_without_mixing(tiny_data) -> None:
     features = tiny_data.sets.users
     tower = model_of(tiny_data).user_tower
-    torch.testing.assert_close(tower(features), tower.head(tower.backbone(tower.tokenizer(features))[:, -1]))
-    tower = model_of(tiny_data, backbone={"_target_": "recsys_ssm.models.backbones.identity.Identity", "d_model": 16}).user_tower
+    torch.testing.assert_close(
+        tower(features), tower.head(tower.backbone(tower.tokenizer(features))[:, -1])
+    )
+    tower = model_of(
+        tiny_data,
+        backbone={"_target_": "recsys_ssm.models.backbones.identity.Identity", "d_model": 16},
+    ).user_tower
     torch.testing.assert_close(tower(features), tower.head(tower.tokenizer(features).mean(1)))
 
 
@@ -56,21 +77,29 @@ def test_the_towers_share_no_parameter_and_start_apart(tiny_data) -> None:
 def test_it_learns(tiny_data, tmp_path: Path, loss: str) -> None:
     model = model_of(tiny_data, head={"loss": loss})
     before = model.predict(users_frame()).clone()
-    trainer_in(tmp_path, max_steps=300, check_val_every_n_epoch=None, val_check_interval=100).fit(model, datamodule=tiny_data)
+    trainer_in(tmp_path, max_steps=300, check_val_every_n_epoch=None, val_check_interval=100).fit(
+        model, datamodule=tiny_data
+    )
     [metrics] = trainer_in(tmp_path).test(model, datamodule=tiny_data, verbose=False)
     assert metrics["test/p@1"] == 1.0 and metrics["test/ndcg@5"] > 0.95
     assert (model.predict(users_frame()) - before).abs().max() > 0.01
 
 
 def users_frame() -> pl.DataFrame:
-    return pl.DataFrame({"age": [0.0, 1.0, 30.0, None], "colour": ["red", "blue", "never seen", None]})
+    return pl.DataFrame(
+        {"age": [0.0, 1.0, 30.0, None], "colour": ["red", "blue", "never seen", None]}
+    )
 
 
 def test_the_published_optimizer_spec_is_used(tiny_data) -> None:
-    optimizer = model_of(tiny_data, optimizer={"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.1}).configure_optimizers()
+    optimizer = model_of(
+        tiny_data, optimizer={"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.1}
+    ).configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["lr"] == 0.5 and optimizer.defaults["momentum"] == 0.1
-    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model_of(tiny_data).parameters())
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in model_of(tiny_data).parameters()
+    )
 
 
 def test_a_checkpoint_is_complete_in_itself(tiny_data, tmp_path: Path) -> None:
@@ -119,7 +148,9 @@ def test_recommend(tiny_data) -> None:
     assert first == [f"i{i}" for i in scores.argmax(1).tolist()]
     exclude = torch.zeros(4, 6, dtype=torch.bool)
     exclude[0, :5] = True
-    assert model.recommend(users_frame(), k=3, exclude=exclude).filter(pl.col("user") == 0)["item"].to_list() == ["i5"]
+    assert model.recommend(users_frame(), k=3, exclude=exclude).filter(pl.col("user") == 0)[
+        "item"
+    ].to_list() == ["i5"]
 
 
 def test_predict_leaves_the_mode_alone_and_ignores_dropout(tiny_data) -> None:
@@ -147,9 +178,17 @@ def test_seen_items_are_not_ranked(tiny_data, tmp_path: Path) -> None:
 def test_killed_in_the_middle_and_resumed_is_as_if_never_killed(tiny_data, tmp_path: Path) -> None:
     def run(ckpt: Path | None = None) -> TwoTower:
         model = model_of(tiny_data)
-        keep = ModelCheckpoint(tmp_path, "step{step}", every_n_train_steps=13, save_top_k=-1, auto_insert_metric_name=False)
+        keep = ModelCheckpoint(
+            tmp_path,
+            "step{step}",
+            every_n_train_steps=13,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
         trainer = trainer_in(tmp_path, max_steps=25, limit_val_batches=0, callbacks=[keep])
-        data = type(tiny_data)(name="tiny", batch_size=8)  # 9 batches an epoch: 13 is in the middle of the second
+        data = type(tiny_data)(
+            name="tiny", batch_size=8
+        )  # 9 batches an epoch: 13 is in the middle of the second
         trainer.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True)
         return model
 
@@ -171,9 +210,18 @@ def test_bfloat16_keeps_the_recurrence_and_the_metrics_exact(tiny_data, tmp_path
     [
         ({"head": {"loss": "hinge"}}, "head.loss='hinge': expected one of mse, bce, softmax"),
         ({"head": {"hiden": 3}}, "head.hiden: no such option; did you mean 'hidden'"),
-        ({"tokenizer": {"init": "zeros"}}, "tokenizer.init='zeros': expected one of normal, uniform"),
-        ({"backbone": {**BACKBONE, "d_modle": 3}}, "backbone.d_modle: no such option; did you mean 'd_model'"),
-        ({"backbone": {**BACKBONE, "d_model": "big"}}, "backbone.d_model='big': expected int, got str"),
+        (
+            {"tokenizer": {"init": "zeros"}},
+            "tokenizer.init='zeros': expected one of normal, uniform",
+        ),
+        (
+            {"backbone": {**BACKBONE, "d_modle": 3}},
+            "backbone.d_modle: no such option; did you mean 'd_model'",
+        ),
+        (
+            {"backbone": {**BACKBONE, "d_model": "big"}},
+            "backbone.d_model='big': expected int, got str",
+        ),
         ({"backbone": {"_target_": "torch.optim.Adam"}}, "not a Backbone"),
         ({"tokenizer": {"d_model": 5}}, "tokenizer.d_model=5, backbone.d_model=16"),
         ({"metrics": ["hits@5"]}, "hits@5"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,15 @@ class Mixer(nn.Module, abc.ABC):
 
     def init_state(self, batch_size: int) -> Any:
         """The state before the first token of ``batch_size`` sequences, on the parameters' device."""
-        raise NotImplementedError(f"{type(self).__name__} sees the whole row: it cannot go step by step")
+        raise NotImplementedError(
+            f"{type(self).__name__} sees the whole row: it cannot go step by step"
+        )
 
     def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token further: (B, D) and the state to (B, D) and the next state; the given one is not changed."""
-        raise NotImplementedError(f"{type(self).__name__} sees the whole row: it cannot go step by step")
+        raise NotImplementedError(
+            f"{type(self).__name__} sees the whole row: it cannot go step by step"
+        )
 
 
 class Layer(nn.Module):
@@ -79,6 +83,9 @@ class Layer(nn.Module):
 
     def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         return self._after(x_BLD, self.mixer(self._before(x_BLD), seq_idx))
+
+    def init_state(self, batch_size: int) -> Any:
+        return self.mixer.init_state(batch_size)
 
     def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
         y_BD, state = self.mixer.step(self._before(x_BD), state)
@@ -129,9 +136,12 @@ class Stack(Backbone):
             tokens = layer(tokens, seq_idx)
         return self.final_norm(tokens)
 
+    def _layers(self) -> Iterator[Layer]:
+        return iter(cast(Iterable[Layer], self.layers))
+
     def init_state(self, batch_size: int) -> list[Any]:
         """The state before the first token of ``batch_size`` sequences: each layer's."""
-        return [layer.mixer.init_state(batch_size) for layer in self.layers]
+        return [layer.init_state(batch_size) for layer in self._layers()]
 
     def step(self, token: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """One token further, in time that does not depend on how many came before.
@@ -144,7 +154,7 @@ class Stack(Backbone):
             Output (B, D), equal to :meth:`forward`'s at this position, and the next state.
         """
         states = []
-        for layer, layer_state in zip(self.layers, state, strict=True):
+        for layer, layer_state in zip(self._layers(), state, strict=True):
             token, layer_state = layer.step(token, layer_state)
             states.append(layer_state)
         return self.final_norm(token), states

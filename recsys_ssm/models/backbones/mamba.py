@@ -61,7 +61,12 @@ class MambaBlock(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
         self.conv1d = nn.Conv1d(
-            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
+            self.d_inner,
+            self.d_inner,
+            d_conv,
+            groups=self.d_inner,
+            padding=d_conv - 1,
+            bias=conv_bias,
         )
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
@@ -79,7 +84,11 @@ class MambaBlock(Mixer):
     def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
         x_BLE = causal_conv1d(
-            x_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", seq_idx=seq_idx
+            x_BLE,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            seq_idx=seq_idx,
         )
         dt_BLE, B_BLN, C_BLN = self._selection(x_BLE)
         y_BLE = selective_scan(

@@ -1,0 +1,332 @@
+"""The training door, as people use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small import SMALL_MAMBA, TINY
+
+QUICK = (*TINY, *SMALL_MAMBA, "logger=none")
+
+
+def only_run(folder: Path) -> Path:
+    [run] = folder.glob("runs/*/*")
+    return run
+
+
+def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
+    outcome = door("train", "dataset=spotify", *QUICK)
+    assert outcome.code == 0, outcome.text
+    for word in (
+        "this run",
+        "published",
+        "popularity",
+        "random",
+        "oracle",
+        "hr@10",
+        "20 test users",
+    ):
+        assert word in outcome.out
+    run = only_run(tmp_path)
+    for name in (
+        "metrics.json",
+        "config.yaml",
+        "curves.png",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "train.log",
+    ):
+        assert (run / name).stat().st_size > 0
+    for name in ("metrics.json", "config.yaml", "curves.png"):
+        assert str(run / name) in outcome.out
+    results = json.loads((run / "metrics.json").read_text())
+    assert results["name"] == "spotify-mamba-seed0" and results["steps"] == 8
+    assert results["generated"] is False and results["seed"] == 0
+    assert set(results["baselines"]) == {"random", "popularity", "oracle"}
+    assert results["baselines"]["oracle"]["p@1"] == 1.0
+    assert results["published"]["p@5"] == 0.952
+    assert results["metrics"]["n_users"] == 20
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["backbone"]["d_model"] == 16 and config["dataset"]["n_train"] == 512
+
+
+def test_same_seed_same_digits_other_seed_other(door, tmp_path: Path) -> None:
+    def run(folder: str, seed: int) -> dict[str, float]:
+        assert door("train", *QUICK, f"output_root={folder}", f"seed={seed}").code == 0
+        [path] = tmp_path.glob(f"{folder}/*/*/metrics.json")
+        return json.loads(path.read_text())["metrics"]
+
+    first, again, other = run("a", 3), run("b", 3), run("c", 4)
+    assert first == again
+    assert first != other
+
+
+def test_the_best_checkpoint_is_tested_not_the_last(door, tmp_path: Path) -> None:
+    """What is best is turned around, so that it is the checkpoint that has learnt least."""
+    quick = (
+        *QUICK,
+        "optimizer.lr=0.01",
+        "trainer.max_steps=60",
+        "validations=6",
+        "monitor_mode=min",
+    )
+    assert door("train", *quick).code == 0
+    run = only_run(tmp_path)
+    results = json.loads((run / "metrics.json").read_text())
+    best, last = (
+        torch.load(run / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("best", "last")
+    )
+    assert best["global_step"] < last["global_step"] == 60
+    assert results["checkpoint"].endswith("best.ckpt")
+    assert door("evaluate", f"run={run}", "checkpoint=best", "output_dir=eval_best").code == 0
+    assert door("evaluate", f"run={run}", "checkpoint=last", "output_dir=eval_last").code == 0
+    of_best, of_last = (
+        json.loads((tmp_path / f"eval_{n}" / "metrics.json").read_text())["metrics"]
+        for n in ("best", "last")
+    )
+    assert results["metrics"] == of_best != of_last
+
+
+def test_resuming_ends_as_if_never_stopped(door, tmp_path: Path) -> None:
+    steps = "trainer.val_check_interval=4"
+    assert door("train", *QUICK, steps, "trainer.max_steps=16", "output_root=whole").code == 0
+    assert door("train", *QUICK, steps, "trainer.max_steps=8", "output_root=runs").code == 0
+    outcome = door(
+        "train", *QUICK, steps, "trainer.max_steps=16", "output_root=runs", "ckpt_path=last"
+    )
+    assert outcome.code == 0, outcome.text
+    whole, resumed = (
+        next(tmp_path.glob("whole/*/*")),
+        only_run(tmp_path),
+    )  # one folder: the run went on in its own
+    a, b = (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, resumed)
+    )
+    assert a["global_step"] == b["global_step"] == 16
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    [history] = [
+        state["records"] for key, state in b["callbacks"].items() if key.startswith("History")
+    ]
+    assert [record["step"] for record in history if "val/loss" in record] == [4, 8, 12, 16]
+
+
+def test_multirun_and_a_failing_job(door, tmp_path: Path) -> None:
+    outcome = door("train", "--multirun", *QUICK, "seed=0,1", "head.loss=hinge,mse")
+    assert outcome.code == 1
+    assert (
+        outcome.err.count("expected one of mse, bce, softmax") == 2
+        and "Traceback" not in outcome.err
+    )
+    done = sorted(tmp_path.glob("runs/multirun/*/*/metrics.json"))
+    assert len(done) == 2
+    assert {json.loads(path.read_text())["seed"] for path in done} == {0, 1}
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "transformer", "identity"])
+@pytest.mark.parametrize("dataset", ["spotify", "vaccine"])
+def test_every_backbone_on_every_embedded_dataset(door, dataset: str, backbone: str) -> None:
+    small = [
+        f"dataset={dataset}",
+        f"backbone={backbone}",
+        "backbone.d_model=16",
+        "logger=none",
+        "trainer.max_steps=2",
+    ]
+    if dataset == "vaccine":
+        small.append("dataset.n_users=2000")
+    outcome = door("train", *TINY[:4], "trainer.enable_progress_bar=false", "validations=1", *small)
+    assert outcome.code == 0, outcome.text
+    assert "oracle" in outcome.out
+
+
+def test_generated_is_written_everywhere(
+    door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RECSYS_SSM_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = (
+        "dataset=hm",
+        "dataset.n_train=512",
+        "dataset.n_val=64",
+        "dataset.n_val_users=20",
+        *SMALL_MAMBA,
+    )
+    outcome = door("train", *options, "trainer.max_steps=2", "validations=1", "logger=csv")
+    assert outcome.code == 0, outcome.text
+    [run] = tmp_path.glob("runs/*/*")
+    results = json.loads((run / "metrics.json").read_text())
+    assert results["generated"] is True and results["name"].endswith("-generated")
+    assert "(generated data)" in outcome.out and "GENERATED" in outcome.text.upper()
+    assert yaml.safe_load((run / "config.yaml").read_text())["name"].endswith("-generated")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset=spotfy"], "Available options in 'dataset'"),
+        (["datset=spotify"], "datset: no such option; did you mean 'dataset'"),
+        (["trainer.max_steps=abc"], "trainer.max_steps='abc': expected int, got str"),
+        (["trainer.max_step=3"], "trainer.max_step: no such option; did you mean 'max_steps'"),
+        (["backbone.d_modle=3"], "backbone.d_modle: no such option; did you mean 'd_model'"),
+        (["dataset.batch_size=0"], "dataset.batch_size=0"),
+        (["dataset.nusers=0"], "dataset.nusers: no such option"),
+        (["head.loss=hinge"], "head.loss='hinge': expected one of mse, bce, softmax"),
+        (["metrics=[hits@3]"], "unknown metric 'hits@3'"),
+        (["test=middle"], "test=middle"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+        (["ckpt_path=last"], "ckpt_path=last: no earlier run"),
+        (["optimizer.lr=fast"], "optimizer.lr='fast': expected float"),
+        (["callbacks.checkpoint.moniter=x"], "callbacks.checkpoint.moniter: no such option"),
+        (["+logger.x=1", "logger=csv"], "logger.x: no such option"),
+        (["seed=one"], "seed"),
+        (["scheduler=cosine", "scheduler.warmup_steps=99"], "total_steps=8 is not above"),
+        (["monitor=val/hits"], "val/hits"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(door, arguments: list[str], message: str) -> None:
+    outcome = door(
+        "train",
+        *[a for a in QUICK if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}],
+        *arguments,
+    )
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert "Traceback" not in outcome.text
+    assert len([line for line in outcome.err.splitlines() if line.strip()]) == 1, outcome.err
+
+
+def test_a_checkpoint_of_another_architecture(door, tmp_path: Path) -> None:
+    assert door("train", *QUICK).code == 0
+    checkpoint = only_run(tmp_path) / "checkpoints" / "last.ckpt"
+    outcome = door("train", *QUICK, "backbone.n_layers=2", f"ckpt_path={checkpoint}")
+    assert (
+        outcome.code == 1
+        and "a checkpoint of another architecture: user_tower.backbone.layers.1" in outcome.err
+        and "Traceback" not in outcome.text
+    )
+    (tmp_path / "junk.ckpt").write_bytes(b"not a checkpoint")
+    outcome = door("train", *QUICK, "ckpt_path=junk.ckpt")
+    assert (
+        outcome.code == 1
+        and "junk.ckpt: not a readable checkpoint" in outcome.err
+        and "Traceback" not in outcome.text
+    )
+
+
+def test_a_folder_one_may_not_write_to(door, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    outcome = door("train", *QUICK, "output_root=file")
+    assert outcome.code == 1 and "file" in outcome.err and "Traceback" not in outcome.text
+
+
+@pytest.mark.parametrize("debug", ["fast", "overfit", "profiler", "anomaly"])
+def test_debug_options(door, tmp_path: Path, debug: str) -> None:
+    outcome = door(
+        "train", f"debug={debug}", *TINY[:4], *SMALL_MAMBA, "trainer.enable_progress_bar=false"
+    )
+    assert outcome.code == 0, outcome.text
+    run = next(tmp_path.glob("runs/debug-spotify-mamba-seed0/*"))
+    results = json.loads((run / "metrics.json").read_text())
+    if debug == "overfit":
+        last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+        [history] = [
+            state["records"]
+            for key, state in last["callbacks"].items()
+            if key.startswith("History")
+        ]
+        losses = [record["train/loss"] for record in history if "train/loss" in record]
+        assert losses[-1] < 0.1 * losses[0]
+    if debug == "profiler":
+        assert "Profiler Report" in outcome.text
+    if debug in ("fast", "anomaly"):
+        assert results["steps"] == 5
+
+
+def test_lightning_options_as_lightning_users_know_them(door) -> None:
+    outcome = door(
+        "train",
+        *QUICK,
+        "trainer.gradient_clip_val=1.0",
+        "trainer.precision=bf16-mixed",
+        "scheduler=cosine",
+        "scheduler.warmup_steps=2",
+        "callbacks=early_stopping",
+        "optimizer=adamw",
+        "head.loss=softmax",
+    )
+    assert outcome.code == 0, outcome.text
+
+
+def test_config_shows_and_published_recipe(door) -> None:
+    outcome = door("train", "--cfg", "job", "dataset=spotify", "backbone=transformer")
+    config = yaml.safe_load(outcome.out.replace("${hydra:runtime.choices.backbone}", "x"))
+    assert config["optimizer"]["lr"] == 1e-4 and config["trainer"]["max_steps"] == 5000
+    assert config["backbone"]["dim_feedforward"] == 2048 and config["published"]["p@5"] == 0.803
+    outcome = door("train", "--cfg", "job", "dataset=vaccine", "backbone=mamba", "optimizer.lr=0.5")
+    assert yaml.safe_load(outcome.out)["optimizer"]["lr"] == 0.5
+
+
+def test_a_users_own_option(door, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "backbone").mkdir(parents=True)
+    (tmp_path / "mine" / "backbone" / "narrow.yaml").write_text(
+        "defaults: [mamba, _self_]\nd_model: 8\nn_layers: 1\n"
+    )
+    outcome = door("train", "--config-dir", "mine", "backbone=narrow", *TINY, "logger=none")
+    assert outcome.code == 0, outcome.text
+    [run] = tmp_path.glob("runs/spotify-narrow-seed0/*")
+    assert yaml.safe_load((run / "config.yaml").read_text())["backbone"]["d_model"] == 8
+
+
+def test_two_processes_test_every_user_once(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "recsys_ssm.train",
+        *QUICK,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "dataset.n_test_users=21",
+    ]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert results["metrics"]["n_users"] == 21
+    assert results["baselines"]["oracle"]["n_users"] == 21
+    assert done.stdout.count("this run") == 1
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recsys_ssm.train", *QUICK],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "this run" in done.stdout and "\x1b" not in done.stdout
+    assert len(list(tmp_path.iterdir())) == 1  # runs/, and nothing beside it
+    wrong = subprocess.run(
+        [sys.executable, "-m", "recsys_ssm.train", "dataset=x"],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("error: ")
+        and wrong.stderr.count("\n") == 1
+    )
