@@ -65,7 +65,8 @@ def causal_conv1d(
         y (B, L, E) in x's dtype, or (y, final_state). All of it is differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or an activation that do not fit; the message names the argument.
+        ValueError: shapes or an activation that do not fit; the message names the argument.
+        TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
     """
     _check(x, weight, bias, activation, seq_idx, initial_state)
     y = _convolve(x, weight, bias, activation, seq_idx, initial_state, 0)
@@ -124,7 +125,9 @@ def _convolve(
     """The dispatch rule; arguments as for :func:`_reference`."""
     floats = [t for t in (x, weight, bias, initial_state) if t is not None]
     if _OPERATOR.takes(*floats):
-        return _kernel(x, weight, bias, seq_idx, initial_state, activation == "silu", ahead)
+        return torch.ops.recsys_ssm.causal_conv1d.default(
+            x, weight, bias, seq_idx, initial_state, activation == "silu", ahead
+        )
     if (
         x.is_cuda
         and seq_idx is None
@@ -210,6 +213,9 @@ def _reference(
     return y.to(x.dtype)
 
 
+# --- the C++ kernel ------------------------------------------------------------------------------
+
+
 class _Args(ctypes.Structure):
     """``CausalConv1dArgs`` in csrc/causal_conv1d.cpp."""
 
@@ -222,96 +228,95 @@ class _Args(ctypes.Structure):
     )
 
 
-@torch.library.custom_op("recsys_ssm::causal_conv1d", mutates_args=(), device_types="cpu")
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    silu: bool,
-    ahead: int,
-) -> Tensor:
-    """:func:`_reference` by the C++ kernel."""
-    y = x.new_empty(x.shape)
-    args, keep = _arguments(x, weight, bias, seq_idx, initial_state, silu, ahead)
-    args.y = y.data_ptr()
-    _OPERATOR.functions[0](args)
-    del keep
-    return y
+# Two operators known to torch.library, registered as in selective_scan.py.
+_LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_state, "
+    "bool silu, int ahead"
+)
+_LIBRARY.define(f"causal_conv1d({_INPUTS}) -> Tensor")
+# -> the gradients of those floating-point inputs that are given, in their order
+_LIBRARY.define(f"causal_conv1d_backward(Tensor dy, {_INPUTS}) -> Tensor[]")
 
 
-@_kernel.register_fake
-def _kernel_fake(x: Tensor, *_: Any) -> Tensor:
+def _forward_fake(x: Tensor, *_: Any) -> Tensor:
+    """The forward operator's uninitialised output."""
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("recsys_ssm::causal_conv1d_backward", mutates_args=(), device_types="cpu")
-def _kernel_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    silu: bool,
-    ahead: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, L, E), of weight and bias (W+1, E) and of the state (B, W-1, E)."""
+def _backward_fake(_dy: Tensor, *inputs: Any) -> list[Tensor]:
+    """The backward operator's uninitialised outputs: dense, whatever the inputs' strides."""
+    x, weight, bias, _, initial_state, *_ = inputs
+    return [t.new_empty(t.shape) for t in (x, weight, bias, initial_state) if t is not None]
+
+
+def _forward_cpu(*inputs: Any) -> Tensor:
+    y = _forward_fake(*inputs)
+    args, _alive = _arguments(*inputs)
+    args.y = y.data_ptr()
+    assert _OPERATOR.functions is not None
+    _OPERATOR.functions[0](args)
+    return y
+
+
+def _backward_cpu(dy: Tensor, *inputs: Any) -> list[Tensor]:
+    x, weight, bias, _, state, *_ = inputs
     B, E, W = x.shape[0], x.shape[2], weight.shape[1]
-    args, keep = _arguments(x, weight, bias, seq_idx, initial_state, silu, ahead)
+    args, _alive = _arguments(*inputs)
     dy = _rows(dy.to(x.dtype))
     dx = x.new_empty(x.shape)
-    dtaps = x.new_empty(args.groups, W + 1, E, dtype=torch.float32)
-    dstate = x.new_empty(0 if initial_state is None else B, W - 1, E, dtype=torch.float32)
+    # Taps and bias, group of rows by group: summed here, in one order whatever the threads did.
+    dtaps_KWE = x.new_empty(args.groups, W + 1, E, dtype=torch.float32)
+    dstate_BWE = x.new_empty(0 if state is None else B, W - 1, E, dtype=torch.float32)
     args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
-    args.dx, args.dweight = dx.data_ptr(), dtaps.data_ptr()
-    args.dstate = None if initial_state is None else dstate.data_ptr()
+    args.dx, args.dweight = dx.data_ptr(), dtaps_KWE.data_ptr()
+    args.dstate = None if state is None else dstate_BWE.data_ptr()
+    assert _OPERATOR.functions is not None
     _OPERATOR.functions[1](args)
-    del keep
-    return dx, dtaps.sum(0), dstate
+    dtaps_WE = dtaps_KWE.sum(0)
+    gradients = [dx, dtaps_WE[:-1].t().to(weight.dtype).contiguous()]
+    if bias is not None:
+        gradients.append(dtaps_WE[-1].to(bias.dtype, copy=True))
+    if state is not None:
+        gradients.append(dstate_BWE.transpose(1, 2).to(state.dtype).contiguous())
+    return gradients
 
 
-@_kernel_backward.register_fake
-def _kernel_backward_fake(
-    _dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    _bias: Tensor | None,
-    _seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, E, W = x.shape[0], x.shape[2], weight.shape[1]
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(W + 1, E, dtype=torch.float32),
-        x.new_empty(0 if initial_state is None else B, W - 1, E, dtype=torch.float32),
-    )
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.recsys_ssm.causal_conv1d.default(*inputs)
+        *tensors, ctx.silu, ctx.ahead = inputs
+        ctx.save_for_backward(*tensors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, seq_idx, state = ctx.saved_tensors
+        found = torch.ops.recsys_ssm.causal_conv1d_backward.default(
+            dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead
+        )
+        left = iter(found)
+        dx, dweight = next(left), next(left)
+        dbias = None if bias is None else next(left)
+        dstate = None if state is None else next(left)
+        return dx, dweight, dbias, None, dstate, None, None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu, ctx.ahead = inputs
-    ctx.save_for_backward(*tensors)
+def _forward_autograd(*inputs: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Convolution.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.recsys_ssm.causal_conv1d.default(*inputs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, seq_idx, state = ctx.saved_tensors
-    dx, dtaps_WE, dstate = _kernel_backward(
-        dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead
-    )
-    return (
-        dx,
-        dtaps_WE[:-1].t().to(weight.dtype),
-        None if bias is None else dtaps_WE[-1].to(bias.dtype),
-        None,
-        None if state is None else dstate.transpose(1, 2).to(state.dtype),
-        None,
-        None,
-    )
-
-
-_kernel.register_autograd(_backward, setup_context=_setup_context)
+_LIBRARY.impl("causal_conv1d", _forward_cpu, "CPU")
+_LIBRARY.impl("causal_conv1d", _forward_autograd, "Autograd")
+_LIBRARY.impl("causal_conv1d_backward", _backward_cpu, "CPU")
+torch.library.register_fake("recsys_ssm::causal_conv1d", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("recsys_ssm::causal_conv1d_backward", _backward_fake, lib=_LIBRARY)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -400,25 +405,32 @@ def _check(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"causal_conv1d: x must be floating point (B, L, E), got {_what(x)}")
-    (B, L, E), W = x.shape, weight.shape[-1] if weight.dim() else 0
-    if weight.shape != (E, W) or W == 0 or not weight.is_floating_point():
-        raise ValueError(f"causal_conv1d: weight must be (E={E}, W >= 1), got {_what(weight)}")
-    if bias is not None and bias.shape != (E,):
-        raise ValueError(f"causal_conv1d: bias must be (E={E},), got {_what(bias)}")
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(
+            "causal_conv1d: x must be (B, L, E) and weight (E, W) with W at least 1, "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
-    if seq_idx is not None and (seq_idx.shape != (B, L) or seq_idx.is_floating_point()):
-        raise ValueError(
-            f"causal_conv1d: seq_idx must be integer (B={B}, L={L}), got {_what(seq_idx)}"
-        )
-    if initial_state is not None and initial_state.shape != (B, E, W - 1):
-        raise ValueError(
-            f"causal_conv1d: initial_state must be (B={B}, E={E}, W-1={W - 1}), "
-            f"got {_what(initial_state)}"
-        )
-
-
-def _what(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    for name, tensor, shape in (
+        ("x", x, (batch, length, channels)),
+        ("weight", weight, (channels, width)),
+        ("bias", bias, (channels,)),
+        ("seq_idx", seq_idx, (batch, length)),
+        ("initial_state", initial_state, (batch, channels, width - 1)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"causal_conv1d: {name} must have shape {shape} (x is {tuple(x.shape)}, "
+                f"weight {tuple(weight.shape)}), got {tuple(tensor.shape)}"
+            )
+        if name == "seq_idx":
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise TypeError(f"causal_conv1d: seq_idx must be an integer, got {tensor.dtype}")
+        elif not tensor.is_floating_point():
+            raise TypeError(f"causal_conv1d: {name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"causal_conv1d: {name} is on {tensor.device} but x on {x.device}")
