@@ -97,5 +97,5 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
 
 
 def csv_logger(*, save_dir: str, name: str) -> CSVLogger:
-    """``metrics.csv`` in the run's folder."""
-    return CSVLogger(save_dir, name="", version="")
+    """``csv/version_0/metrics.csv`` in the run's folder; a resumed run adds ``version_1``, nothing is overwritten."""
+    return CSVLogger(save_dir, name="csv")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import wandb
 from small import SMALL_MAMBA, TINY
@@ -207,3 +208,14 @@ def test_wrong_modes(no_mode: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_mode.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UserError, match="WANDB_MODE=sometimes"):
         wandb_mode("auto")
+
+
+def test_csv_keeps_what_was_written_before_a_resume(door, tmp_path: Path) -> None:
+    quick = (*TINY, *SMALL_MAMBA, "logger=csv", "trainer.log_every_n_steps=1")
+    assert door("train", *quick).code == 0
+    assert door("train", *quick, "trainer.max_steps=12", "ckpt_path=last").code == 0
+    first, second = (
+        pl.read_csv(path) for path in sorted(tmp_path.glob("runs/*/*/csv/*/metrics.csv"))
+    )
+    assert first["train/loss"].drop_nulls().len() == 8
+    assert second["train/loss"].drop_nulls().len() == 4
