@@ -288,7 +288,7 @@ def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tens
 # a Function of our own under the first operator's Autograd key: torch.library.register_autograd does
 # the same at several times the cost a call, and FT-Mamba makes eight short calls a step.
 
-_CHUNK = 16  # kChunk and kBlock of csrc/selective_scan.cpp: the shape of the checkpoints
+_CHUNK = 32  # kChunk and kBlock of csrc/selective_scan.cpp: the shape of the checkpoints
 _BLOCK = 64
 _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "

@@ -30,7 +30,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 16;
+constexpr int64_t kChunk = 32;
 constexpr int64_t kBlock = 64;
 constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kLane = Vec::size;
@@ -53,14 +53,15 @@ struct Arguments {
   float *dA, *dD, *ddt_bias, *dinitial_state;        // as the arguments; all but dA or null
 };
 
-// 64-byte aligned pieces of one allocation.
+// 64-byte aligned pieces of one allocation, some lines apart: most sizes are multiples of 4 KiB, and
+// a load that agrees with an earlier store in its last 12 bits waits for it in vain.
 struct Arena {
   char* base;
   size_t used = 0;
   template <class T>
   T* take(int64_t count) {
     T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64) + 320);
     return piece;
   }
 };
@@ -99,6 +100,40 @@ RECSYS_INLINE void store_row(const Strided& x, int64_t at, int64_t count, const 
   }
 }
 
+// One vector of a row, of whose values `left` remain from position `at` on; zeros beyond them.
+// Plain: all tensors are float32 and all vectors whole, which saves two branches a vector.
+template <bool Plain>
+RECSYS_INLINE Vec load_vec(const Strided& x, int64_t at, int64_t left) {
+  if (Plain) return Vec::load(static_cast<const float*>(x.data) + at);
+  if (left < kLane) {
+    float part[kLane];
+    load_row(x, at, left, kLane, part);
+    return Vec::load(part);
+  }
+  return x.bf16 ? Vec::load_bf16(static_cast<const uint16_t*>(x.data) + at)
+                : Vec::load(static_cast<const float*>(x.data) + at);
+}
+
+template <bool Plain>
+RECSYS_INLINE void store_vec(const Strided& x, int64_t at, int64_t left, Vec v) {
+  if (Plain) {
+    v.store(static_cast<float*>(x.data) + at);
+  } else if (left < kLane) {
+    float part[kLane];
+    v.store(part);
+    store_row(x, at, left, part);
+  } else if (x.bf16) {
+    v.store_bf16(static_cast<uint16_t*>(x.data) + at);
+  } else {
+    v.store(static_cast<float*>(x.data) + at);
+  }
+}
+
+bool plain(const Arguments& a, int64_t channels) {
+  return channels % kLane == 0 && !(a.u.bf16 || a.dt.bf16 || a.z.bf16 || a.y.bf16 || a.ungated.bf16 ||
+                                    a.dy.bf16 || a.du.bf16 || a.ddt.bf16 || a.dz.bf16);
+}
+
 void clear_row(const Strided& x, int64_t at, int64_t count) {
   const size_t bytes = x.bf16 ? 2 : 4;
   std::memset(static_cast<char*>(x.data) + static_cast<size_t>(at) * bytes, 0,
@@ -115,6 +150,13 @@ void to_block(const float* from, int64_t channels, int64_t states, float scale, 
 void from_block(const float* from, int64_t channels, int64_t states, float* to) {
   for (int64_t e = 0; e < channels; ++e)
     for (int64_t n = 0; n < states; ++n) to[e * states + n] = from[n * kBlock + e];
+}
+
+// out[i] = the sum of the i-th vector.
+void sum_lanes(const float* vectors, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane) Vec::sum_rows(vectors + i * kLane).store(out + i);
+  for (; i < count; ++i) out[i] = Vec::load(vectors + i * kLane).sum();
 }
 
 // ---- the steps of a row --------------------------------------------------------------------------
@@ -161,6 +203,45 @@ void clear_padding(const Arguments& a, const Row& row, const Strided& x, int64_t
       clear_row(x, offset_of(x, row.b, t) + first, count);
     }
   }
+}
+
+// Fetches a block of channels of the tensors' next chunk, piece by piece between tiles: its rows lie
+// too far apart for the processor to see the pattern, and waiting for them costs as much as a third
+// of the scan.
+struct Prefetch {
+  const Strided* tensors[9];  // null for none
+  const int64_t* position;    // as in Row
+  int64_t b, t, end, e, channels;
+  const float* state;         // the checkpoint the chunk starts from, or null
+  int64_t states;
+
+  RECSYS_INLINE void some(int64_t steps) {
+    if (state != nullptr && states > 0) {
+      prefetch(state, 2 * kBlock * 4);  // of two states
+      state += 2 * kBlock;
+      states -= 2;
+    }
+    for (; steps > 0 && t < end; --steps, ++t)
+      for (const Strided* x : tensors) {
+        if (x == nullptr || x->data == nullptr) continue;
+        const int64_t size = x->bf16 ? 2 : 4;
+        const int64_t at = offset_of(*x, b, position == nullptr ? t : position[t]) + e;
+        prefetch(static_cast<const char*>(x->data) + at * size, channels * size);
+      }
+  }
+};
+
+Prefetch prefetch_chunk(const Arguments& a, const Row& row, int64_t c, int64_t e, int64_t channels) {
+  Prefetch ahead{{&a.u, &a.dt, &a.z, &a.ungated, &a.y, &a.dy, &a.du, &a.ddt, &a.dz}, row.position,
+                 row.b, 0, 0, e, channels, nullptr, 0};
+  if (c < 0 || c >= row.chunks) {  // goes on in the next row, whose padding is not known yet
+    if (row.position != nullptr || row.b + 1 >= a.batch) return ahead;
+    ahead.b = row.b + 1;
+    c = c < 0 ? row.chunks - 1 : 0;
+  }
+  ahead.t = c * row.chunk;
+  ahead.end = min64(ahead.t + row.chunk, row.steps);
+  return ahead;
 }
 
 // B or C of a chunk, (chunk, states).
@@ -224,8 +305,9 @@ struct ForwardChunk {  // of one block, (chunk, kBlock) each
   int64_t steps, states;
 };
 
-// V vectors of channels from `e` on, N states from `n0` on.
-template <int V, int N>
+// V vectors of channels from `e` on, N states from `n0` on. Packed: `starts` is given. (Known when
+// compiled, because a compiler moves work behind the branch and runs out of registers.)
+template <int V, int N, bool Packed>
 RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
                                 int64_t e, int64_t n0) {
   Vec h[N][V], decay_rate[N][V];
@@ -236,7 +318,7 @@ RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const flo
       decay_rate[n][v] = Vec::load(A + i);
     }
   for (int64_t t = 0; t < c.steps; ++t) {
-    if (c.starts != nullptr && c.starts[t])
+    if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n)
         for (int v = 0; v < V; ++v) h[n][v] = Vec::zero();
     const float *B = c.B + t * c.states + n0, *C = c.C + t * c.states + n0;
@@ -256,31 +338,30 @@ RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const flo
     for (int v = 0; v < V; ++v) h[n][v].store(h_out + (n0 + n) * kBlock + e + v * kLane);
 }
 
-#if defined(RECSYS_ISA_AVX512)
-constexpr int kForwardV = 4, kForwardN = 2, kBackwardV = 4, kBackwardN = 2;
-#else
 constexpr int kForwardV = 2, kForwardN = 2, kBackwardV = 2, kBackwardN = 2;
-#endif
 
+template <int V, bool Packed>
+RECSYS_INLINE void forward_states(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
+                                  int64_t e, Prefetch* ahead) {
+  int64_t n = 0;
+  for (; n + kForwardN <= c.states; n += kForwardN) {
+    ahead->some(2);
+    forward_tile<V, kForwardN, Packed>(c, A, h_in, h_out, e, n);
+  }
+  for (; n < c.states; ++n) forward_tile<V, 1, Packed>(c, A, h_in, h_out, e, n);
+}
+
+template <bool Packed>
 void forward_block(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
-                   int64_t channels) {
+                   int64_t channels, Prefetch* ahead) {
   int64_t e = 0;
-  for (; e + (kForwardV - 1) * kLane < channels; e += kForwardV * kLane) {
-    int64_t n = 0;
-    for (; n + kForwardN <= c.states; n += kForwardN)
-      forward_tile<kForwardV, kForwardN>(c, A, h_in, h_out, e, n);
-    for (; n < c.states; ++n) forward_tile<kForwardV, 1>(c, A, h_in, h_out, e, n);
-  }
-  for (; e < channels; e += kLane) {
-    int64_t n = 0;
-    for (; n + kForwardN <= c.states; n += kForwardN)
-      forward_tile<1, kForwardN>(c, A, h_in, h_out, e, n);
-    for (; n < c.states; ++n) forward_tile<1, 1>(c, A, h_in, h_out, e, n);
-  }
+  for (; e + (kForwardV - 1) * kLane < channels; e += kForwardV * kLane)
+    forward_states<kForwardV, Packed>(c, A, h_in, h_out, e, ahead);
+  for (; e < channels; e += kLane) forward_states<1, Packed>(c, A, h_in, h_out, e, ahead);
 }
 
 struct ForwardBuffers {
-  float *dt, *dtu, *y, *B, *C, *row, *states;  // states: (2, blocks of a group, N, kBlock)
+  float *dt, *dtu, *y, *B, *C, *states;  // states: (2, blocks of a group, N, kBlock)
   int64_t* position;
   uint8_t* starts;
 
@@ -288,7 +369,6 @@ struct ForwardBuffers {
     dt = arena->take<float>(kChunk * kBlock);
     dtu = arena->take<float>(kChunk * kBlock);
     y = arena->take<float>(kChunk * kBlock);
-    row = arena->take<float>(kBlock);
     B = arena->take<float>(kChunk * a.states);
     C = arena->take<float>(kChunk * a.states);
     states = arena->take<float>(ceil_div(plan.blocks, plan.groups) * plan.block_state);
@@ -296,6 +376,46 @@ struct ForwardBuffers {
     starts = arena->take<uint8_t>(a.seq_idx != nullptr ? a.length : 0);
   }
 };
+
+// Fills a block's buffers from the tensors.
+template <bool Plain>
+void forward_in(const Arguments& a, const Shared& s, const ForwardBuffers& f, const Row& row, int64_t t0,
+                int64_t steps, int64_t e, int64_t channels) {
+  const int64_t b = row.b;
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t at = row.at(t0 + t), i0 = t * kBlock;
+    const int64_t u_at = offset_of(a.u, b, at) + e, dt_at = offset_of(a.dt, b, at) + e;
+    for (int64_t i = 0; i < channels; i += kLane) {
+      const Vec u = load_vec<Plain>(a.u, u_at + i, channels - i);
+      Vec step = load_vec<Plain>(a.dt, dt_at + i, channels - i) + Vec::load(s.bias + e + i), slope;
+      if (a.softplus) step = softplus(step, &slope);
+      step.store(f.dt + i0 + i);
+      (step * u).store(f.dtu + i0 + i);
+      (u * Vec::load(s.D + e + i)).store(f.y + i0 + i);
+    }
+  }
+}
+
+// Applies the gate and writes a block's outputs to the tensors.
+template <bool Plain>
+void forward_out(const Arguments& a, const ForwardBuffers& f, const Row& row, int64_t t0, int64_t steps,
+                 int64_t e, int64_t channels) {
+  const int64_t b = row.b;
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t at = row.at(t0 + t);
+    const int64_t y_at = offset_of(a.y, b, at) + e, z_at = offset_of(a.z, b, at) + e;
+    const int64_t ungated_at = offset_of(a.ungated, b, at) + e;
+    for (int64_t i = 0; i < channels; i += kLane) {
+      Vec y = Vec::load(f.y + t * kBlock + i);
+      if (a.z.data != nullptr) {
+        if (a.ungated.data != nullptr) store_vec<Plain>(a.ungated, ungated_at + i, channels - i, y);
+        const Vec z = load_vec<Plain>(a.z, z_at + i, channels - i);
+        y = y * z * sigmoid(z);
+      }
+      store_vec<Plain>(a.y, y_at + i, channels - i, y);
+    }
+  }
+}
 
 void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, int64_t b, int64_t group) {
   const Plan& plan = s.plan;
@@ -318,21 +438,10 @@ void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, i
     load_chunk(row, a.C, t0, steps, a.states, f.C);
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t e = k * kBlock, channels = min64(kBlock, a.channels - e);
-      const int64_t padded = round_up(channels, kLane);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t at = row.at(t0 + t);
-        float *dt = f.dt + t * kBlock, *dtu = f.dtu + t * kBlock, *y = f.y + t * kBlock;
-        load_row(a.dt, offset_of(a.dt, b, at) + e, channels, padded, dt);
-        load_row(a.u, offset_of(a.u, b, at) + e, channels, padded, y);
-        for (int64_t i = 0; i < padded; i += kLane) {
-          const Vec u = Vec::load(y + i);
-          Vec step = Vec::load(dt + i) + Vec::load(s.bias + e + i), derivative;
-          if (a.softplus) step = softplus(step, &derivative);
-          step.store(dt + i);
-          (step * u).store(dtu + i);
-          (u * Vec::load(s.D + e + i)).store(y + i);
-        }
-      }
+      const bool fast = plain(a, channels);
+      const auto in = fast ? &forward_in<true> : &forward_in<false>;
+      const auto out = fast ? &forward_out<true> : &forward_out<false>;
+      in(a, s, f, row, t0, steps, e, channels);
       const ForwardChunk chunk{f.dt, f.dtu, f.y, f.B, f.C,
                                row.starts == nullptr ? nullptr : row.starts + t0, steps, a.states};
       // The state goes from checkpoint to checkpoint, each being one chunk's result.
@@ -344,21 +453,10 @@ void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, i
         if (c > 0) from = kept + (c - 1) * row_size;
         if (c + 1 < row.chunks) to = kept + c * row_size;
       }
-      forward_block(chunk, s.A + k * plan.block_state, from, to, channels);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t at = row.at(t0 + t);
-        float* y = f.y + t * kBlock;
-        if (a.z.data != nullptr) {
-          if (a.ungated.data != nullptr)
-            store_row(a.ungated, offset_of(a.ungated, b, at) + e, channels, y);
-          load_row(a.z, offset_of(a.z, b, at) + e, channels, padded, f.row);
-          for (int64_t i = 0; i < padded; i += kLane) {
-            const Vec z = Vec::load(f.row + i);
-            (Vec::load(y + i) * z * sigmoid(z)).store(y + i);
-          }
-        }
-        store_row(a.y, offset_of(a.y, b, at) + e, channels, y);
-      }
+      Prefetch ahead = prefetch_chunk(a, row, c + 1, e, channels);
+      const auto scan = row.starts == nullptr ? &forward_block<false> : &forward_block<true>;
+      scan(chunk, s.A + k * plan.block_state, from, to, channels, &ahead);
+      out(a, f, row, t0, steps, e, channels);
     }
   }
   const int64_t first = k0 * kBlock, count = min64(k1 * kBlock, a.channels) - first;
@@ -386,9 +484,9 @@ struct BackwardChunk {  // of one block, (chunk, kBlock) each
 // With x = decay h_before the step is h = x + dt u B, and with g = dh x (the gradient of dt A)
 //   dB = dh dt u,  dC = dy h,  d(dt u) = dh B,  d(dt) = g A,  dA = g dt,  dh_before = dh decay + dy C.
 // dC is left as dy x; the rest of it, B dy dt u, is the same for all states and added at the end.
-template <int V, int N>
+template <int V, int N, bool Packed>
 RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const float* h_in, float* dh_inout,
-                                 float* dA, float* kept, int64_t e, int64_t n0, bool first_states) {
+                                 float* dA, float* kept, int64_t e, int64_t n0) {
   Vec h[N][V], rate[N][V];
   for (int n = 0; n < N; ++n)
     for (int v = 0; v < V; ++v) {
@@ -398,7 +496,7 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
     }
   float* keep = kept;
   for (int64_t t = 0; t < c.steps; ++t) {
-    if (c.starts != nullptr && c.starts[t])
+    if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n)
         for (int v = 0; v < V; ++v) h[n][v] = Vec::zero();
     const float* B = c.B + t * c.states + n0;
@@ -435,8 +533,8 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
     for (int v = 0; v < V; ++v) {
       const int64_t i = t * kBlock + e + v * kLane;
       const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i), dy = Vec::load(c.dy + i);
-      Vec ddtu = first_states ? Vec::zero() : Vec::load(c.ddtu + i);
-      Vec sum_rate = first_states ? Vec::zero() : Vec::load(c.rate + i);
+      Vec ddtu = n0 == 0 ? Vec::zero() : Vec::load(c.ddtu + i);
+      Vec sum_rate = n0 == 0 ? Vec::zero() : Vec::load(c.rate + i);
       for (int n = 0; n < N; ++n) {
         const Vec decay = Vec::load(keep + (v * N + n) * 2 * kLane);
         const Vec x = Vec::load(keep + (v * N + n) * 2 * kLane + kLane);
@@ -456,7 +554,7 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
       dB[n].store(lanes_dB + n * kLane);
       dC[n].store(lanes_dC + n * kLane);
     }
-    if (c.starts != nullptr && c.starts[t])
+    if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n)
         for (int v = 0; v < V; ++v) dh[n][v] = Vec::zero();
   }
@@ -468,27 +566,33 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
     }
 }
 
-void backward_block(BackwardChunk c, const float* A, const float* h_in, float* dh, float* dA, float* kept,
-                    int64_t channels) {
+template <int V, bool Packed>
+RECSYS_INLINE void backward_states(const BackwardChunk& c, const float* A, const float* h_in, float* dh,
+                                   float* dA, float* kept, int64_t e, Prefetch* ahead) {
+  int64_t n = 0;
+  for (; n + kBackwardN <= c.states; n += kBackwardN) {
+    ahead->some(2);
+    backward_tile<V, kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n);
+  }
+  for (; n < c.states; ++n) backward_tile<V, 1, Packed>(c, A, h_in, dh, dA, kept, e, n);
+}
+
+template <bool Packed>
+void backward_block(BackwardChunk c, const float* A, const float* h_in, float* dh, float* dA,
+                    float* kept, int64_t channels, Prefetch* ahead) {
   int64_t e = 0;
   for (; e + (kBackwardV - 1) * kLane < channels; e += kBackwardV * kLane) {
-    int64_t n = 0;
-    for (; n + kBackwardN <= c.states; n += kBackwardN)
-      backward_tile<kBackwardV, kBackwardN>(c, A, h_in, dh, dA, kept, e, n, n == 0);
-    for (; n < c.states; ++n) backward_tile<kBackwardV, 1>(c, A, h_in, dh, dA, kept, e, n, n == 0);
+    backward_states<kBackwardV, Packed>(c, A, h_in, dh, dA, kept, e, ahead);
     c.first = false;
   }
   for (; e < channels; e += kLane) {
-    int64_t n = 0;
-    for (; n + kBackwardN <= c.states; n += kBackwardN)
-      backward_tile<1, kBackwardN>(c, A, h_in, dh, dA, kept, e, n, n == 0);
-    for (; n < c.states; ++n) backward_tile<1, 1>(c, A, h_in, dh, dA, kept, e, n, n == 0);
+    backward_states<1, Packed>(c, A, h_in, dh, dA, kept, e, ahead);
     c.first = false;
   }
 }
 
 struct BackwardBuffers {
-  float *dt, *slope, *u, *dtu, *dy, *ddtu, *rate, *row, *row2;  // slope: softplus's derivative
+  float *dt, *slope, *u, *dtu, *dy, *ddtu, *rate;  // slope: softplus's derivative
   float *B, *C, *dB, *dC, *lanes_dB, *lanes_dC, *lanes_dydtu, *kept, *initial, *dh;
   int64_t* position;
   uint8_t* starts;
@@ -496,8 +600,6 @@ struct BackwardBuffers {
   BackwardBuffers(const Arguments& a, const Plan& plan, Arena* arena) {
     float** const of_block[] = {&dt, &slope, &u, &dtu, &dy, &ddtu, &rate};
     for (float** buffer : of_block) *buffer = arena->take<float>(kChunk * kBlock);
-    row = arena->take<float>(kBlock);
-    row2 = arena->take<float>(kBlock);
     float** const of_states[] = {&B, &C, &dB, &dC};
     for (float** buffer : of_states) *buffer = arena->take<float>(kChunk * a.states);
     lanes_dB = arena->take<float>(kChunk * a.states * kLane);
@@ -520,6 +622,68 @@ struct Sums {
     ddt_bias = arena->take<float>(plan.blocks * kBlock);
   }
 };
+
+// Fills a block's buffers from the tensors, and takes the gradient through gate and skip.
+template <bool Plain>
+void backward_in(const Arguments& a, const Shared& s, const BackwardBuffers& f, const Sums& sums,
+                 const Row& row, int64_t t0, int64_t steps, int64_t e, int64_t channels) {
+  const int64_t b = row.b;
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t at = row.at(t0 + t), i0 = t * kBlock;
+    const int64_t u_at = offset_of(a.u, b, at) + e, dt_at = offset_of(a.dt, b, at) + e;
+    const int64_t dy_at = offset_of(a.dy, b, at) + e, z_at = offset_of(a.z, b, at) + e;
+    const int64_t dz_at = offset_of(a.dz, b, at) + e;
+    const int64_t ungated_at = offset_of(a.ungated, b, at) + e;
+    Vec dydtu = Vec::load(f.lanes_dydtu + t * kLane);
+    for (int64_t i = 0; i < channels; i += kLane) {
+      const int64_t left = channels - i;
+      const Vec u = load_vec<Plain>(a.u, u_at + i, left);
+      Vec dy = a.dy.data == nullptr ? Vec::zero() : load_vec<Plain>(a.dy, dy_at + i, left);
+      if (a.z.data != nullptr) {
+        const Vec z = load_vec<Plain>(a.z, z_at + i, left), sig = sigmoid(z), silu = z * sig;
+        const Vec ungated = load_vec<Plain>(a.ungated, ungated_at + i, left);
+        store_vec<Plain>(a.dz, dz_at + i, left, dy * ungated * (sig + silu - silu * sig));
+        dy = dy * silu;
+      }
+      Vec step = load_vec<Plain>(a.dt, dt_at + i, left) + Vec::load(s.bias + e + i);
+      if (a.softplus) {
+        Vec slope;
+        step = softplus(step, &slope);
+        slope.store(f.slope + i0 + i);
+      }
+      const Vec dtu = step * u;
+      step.store(f.dt + i0 + i);
+      u.store(f.u + i0 + i);
+      dtu.store(f.dtu + i0 + i);
+      dy.store(f.dy + i0 + i);
+      dydtu = Vec::fma(dy, dtu, dydtu);
+      Vec::fma(dy, u, Vec::load(sums.dD + e + i)).store(sums.dD + e + i);
+    }
+    dydtu.store(f.lanes_dydtu + t * kLane);
+  }
+}
+
+// Writes a block's gradients to the tensors.
+template <bool Plain>
+void backward_out(const Arguments& a, const Shared& s, const BackwardBuffers& f, const Sums& sums,
+                  const Row& row, int64_t t0, int64_t steps, int64_t e, int64_t channels) {
+  const int64_t b = row.b;
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t at = row.at(t0 + t), i0 = t * kBlock;
+    const int64_t du_at = offset_of(a.du, b, at) + e, ddt_at = offset_of(a.ddt, b, at) + e;
+    for (int64_t i = 0; i < channels; i += kLane) {
+      const Vec ddtu = Vec::load(f.ddtu + i0 + i), u = Vec::load(f.u + i0 + i);
+      const Vec du = Vec::fma(ddtu, Vec::load(f.dt + i0 + i),
+                              Vec::load(f.dy + i0 + i) * Vec::load(s.D + e + i));
+      const Vec rate = Vec::load(f.rate + i0 + i) * Vec::all(kLn2);  // A was in powers of two
+      Vec ddt = Vec::fma(ddtu, u, rate);
+      if (a.softplus) ddt = ddt * Vec::load(f.slope + i0 + i);
+      store_vec<Plain>(a.du, du_at + i, channels - i, du);
+      store_vec<Plain>(a.ddt, ddt_at + i, channels - i, ddt);
+      (Vec::load(sums.ddt_bias + e + i) + ddt).store(sums.ddt_bias + e + i);
+    }
+  }
+}
 
 void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f, const Sums& sums,
                   const Strided& dB, const Strided& dC, int64_t b, int64_t group) {
@@ -544,41 +708,10 @@ void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f,
     std::memset(f.lanes_dydtu, 0, sizeof(float) * kChunk * kLane);
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t e = k * kBlock, channels = min64(kBlock, a.channels - e);
-      const int64_t padded = round_up(channels, kLane);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t at = row.at(t0 + t), i0 = t * kBlock;
-        load_row(a.dt, offset_of(a.dt, b, at) + e, channels, padded, f.dt + i0);
-        load_row(a.u, offset_of(a.u, b, at) + e, channels, padded, f.u + i0);
-        if (a.dy.data != nullptr) {
-          load_row(a.dy, offset_of(a.dy, b, at) + e, channels, padded, f.dy + i0);
-        } else {
-          std::memset(f.dy + i0, 0, sizeof(float) * kBlock);
-        }
-        if (a.z.data != nullptr) {
-          load_row(a.z, offset_of(a.z, b, at) + e, channels, padded, f.row);
-          load_row(a.ungated, offset_of(a.ungated, b, at) + e, channels, padded, f.row2);
-          for (int64_t i = 0; i < padded; i += kLane) {
-            const Vec z = Vec::load(f.row + i), dy = Vec::load(f.dy + i0 + i), sig = sigmoid(z);
-            const Vec silu = z * sig;
-            (dy * Vec::load(f.row2 + i) * (sig + silu - silu * sig)).store(f.row2 + i);
-            (dy * silu).store(f.dy + i0 + i);
-          }
-          store_row(a.dz, offset_of(a.dz, b, at) + e, channels, f.row2);
-        }
-        Vec dydtu = Vec::load(f.lanes_dydtu + t * kLane);
-        for (int64_t i = 0; i < padded; i += kLane) {
-          const Vec u = Vec::load(f.u + i0 + i), dy = Vec::load(f.dy + i0 + i);
-          Vec step = Vec::load(f.dt + i0 + i) + Vec::load(s.bias + e + i), slope = Vec::all(1);
-          if (a.softplus) step = softplus(step, &slope);
-          const Vec dtu = step * u;
-          step.store(f.dt + i0 + i);
-          slope.store(f.slope + i0 + i);
-          dtu.store(f.dtu + i0 + i);
-          dydtu = Vec::fma(dy, dtu, dydtu);
-          Vec::fma(dy, u, Vec::load(sums.dD + e + i)).store(sums.dD + e + i);
-        }
-        dydtu.store(f.lanes_dydtu + t * kLane);
-      }
+      const bool fast = plain(a, channels);
+      const auto in = fast ? &backward_in<true> : &backward_in<false>;
+      const auto out = fast ? &backward_out<true> : &backward_out<false>;
+      in(a, s, f, sums, row, t0, steps, e, channels);
       const float* from = f.initial;
       if (c > 0) {
         from = a.checkpoints + (b * checkpoints_a_row(a.length) + c - 1) * row_size + k * plan.block_state;
@@ -591,31 +724,21 @@ void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f,
           f.dt, f.dtu,      f.dy,       f.ddtu, f.rate,
           f.B,  f.C,        f.lanes_dB, f.lanes_dC, row.starts == nullptr ? nullptr : row.starts + t0,
           steps, a.states, k == k0};
-      backward_block(chunk, s.A + k * plan.block_state, from, f.dh + (k - k0) * plan.block_state,
-                     sums.dA + k * plan.block_state, f.kept, channels);
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t at = row.at(t0 + t), i0 = t * kBlock;
-        for (int64_t i = 0; i < padded; i += kLane) {
-          const Vec ddtu = Vec::load(f.ddtu + i0 + i), u = Vec::load(f.u + i0 + i);
-          const Vec du = Vec::fma(ddtu, Vec::load(f.dt + i0 + i),
-                                  Vec::load(f.dy + i0 + i) * Vec::load(s.D + e + i));
-          const Vec rate = Vec::load(f.rate + i0 + i) * Vec::all(kLn2);  // A was in powers of two
-          const Vec ddt = Vec::fma(ddtu, u, rate) * Vec::load(f.slope + i0 + i);
-          du.store(f.row + i);
-          ddt.store(f.row2 + i);
-          (Vec::load(sums.ddt_bias + e + i) + ddt).store(sums.ddt_bias + e + i);
-        }
-        store_row(a.du, offset_of(a.du, b, at) + e, channels, f.row);
-        store_row(a.ddt, offset_of(a.ddt, b, at) + e, channels, f.row2);
+      Prefetch ahead = prefetch_chunk(a, row, c - 1, e, channels);
+      if (c > 1) {
+        ahead.state = from - row_size;
+        ahead.states = a.states;
       }
+      const auto scan = row.starts == nullptr ? &backward_block<false> : &backward_block<true>;
+      scan(chunk, s.A + k * plan.block_state, from, f.dh + (k - k0) * plan.block_state,
+           sums.dA + k * plan.block_state, f.kept, channels, &ahead);
+      out(a, s, f, sums, row, t0, steps, e, channels);
     }
+    sum_lanes(f.lanes_dB, steps * a.states, f.dB);
+    sum_lanes(f.lanes_dC, steps * a.states, f.dC);
     for (int64_t t = 0; t < steps; ++t) {
       const float dydtu = Vec::load(f.lanes_dydtu + t * kLane).sum();
-      for (int64_t n = 0; n < a.states; ++n) {
-        const int64_t i = t * a.states + n;
-        f.dB[i] = Vec::load(f.lanes_dB + i * kLane).sum();
-        f.dC[i] = Vec::load(f.lanes_dC + i * kLane).sum() + f.B[i] * dydtu;
-      }
+      for (int64_t i = t * a.states; i < (t + 1) * a.states; ++i) f.dC[i] += f.B[i] * dydtu;
       const int64_t at = row.at(t0 + t);
       store_row(dB, offset_of(dB, b, at), a.states, f.dB + t * a.states);
       store_row(dC, offset_of(dC, b, at), a.states, f.dC + t * a.states);
@@ -671,22 +794,27 @@ RECSYS_KERNEL(recsys_selective_scan_forward)(const Arguments* arguments) {
 RECSYS_KERNEL(recsys_selective_scan_backward)(const Arguments* arguments) {
   if (!valid(arguments)) return RECSYS_BAD_ARGUMENTS;
   const Arguments& a = *arguments;
-  Arena measure{nullptr};
-  const Plan plan = Shared(a, &measure).plan;
-  const int64_t shared_size = static_cast<int64_t>(measure.used);
   Arena one_range{nullptr};
-  Sums(plan, &one_range);
-  const int64_t sums_size = static_cast<int64_t>(one_range.used);
+  Sums(Plan(a), &one_range);
+  const int64_t sums_size = round_up(static_cast<int64_t>(one_range.used), 64);
   // dB and dC sum over all channels: with several groups each writes its own, summed afterwards.
   const int64_t matrix = a.batch * a.length * a.states;
-  const int64_t partial_size = plan.groups > 1 ? 2 * plan.groups * matrix * 4 : 0;
-  void* memory = std::malloc(static_cast<size_t>(shared_size + plan.ranges * sums_size + partial_size + 64));
+  char* all_sums = nullptr;
+  float* partial = nullptr;
+  const auto lay_out = [&](Arena* arena) {
+    const Shared shared(a, arena);
+    all_sums = arena->take<char>(shared.plan.ranges * sums_size);
+    partial = arena->take<float>(shared.plan.groups > 1 ? 2 * shared.plan.groups * matrix : 0);
+    return shared;
+  };
+  Arena measure{nullptr};
+  lay_out(&measure);
+  void* memory = std::malloc(measure.used + 64);
   if (memory == nullptr) return RECSYS_NO_MEMORY;
   Arena arena{reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory), 64))};
-  const Shared shared(a, &arena);
-  char* all_sums = arena.take<char>(plan.ranges * sums_size);
+  const Shared shared = lay_out(&arena);
+  const Plan& plan = shared.plan;
   std::memset(all_sums, 0, static_cast<size_t>(plan.ranges * sums_size));
-  float* partial = arena.take<float>(partial_size / 4);
   const auto sums_of = [&](int64_t range) {
     Arena at{all_sums + range * sums_size};
     return Sums(plan, &at);

@@ -16,6 +16,7 @@
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
 #define RECSYS_INLINE __forceinline
 #define RECSYS_RESTRICT __restrict
 #else
@@ -24,6 +25,20 @@
 #endif
 
 namespace {
+
+// Bring the cache lines of [p, p + bytes) near, for a read that is some microseconds away.
+RECSYS_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const char* line = static_cast<const char*>(p) + i;
+#if !defined(_MSC_VER) || defined(__clang__)
+    __builtin_prefetch(line, 0, 2);
+#elif defined(_M_X64)
+    _mm_prefetch(line, _MM_HINT_T1);
+#elif defined(_M_ARM64)
+    __prefetch(line);
+#endif
+  }
+}
 
 RECSYS_INLINE float bits_to_float(uint32_t bits) {
   float value;
@@ -44,13 +59,13 @@ RECSYS_INLINE uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-// 2^(j/16), the table of exp2.
-alignas(64) constexpr float kExp2Table[16] = {
-    1.f,         1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
-    1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
-    1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-
 #if defined(RECSYS_ISA_AVX512)
+
+alignas(64) constexpr float kExp2Table[32] = {  // 2^(j/32)
+    1.f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
 
 struct Vec {
   static constexpr int size = 16;
@@ -89,18 +104,37 @@ struct Vec {
     return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
   }
   RECSYS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  // Lane i: the sum of the i-th of `size` rows of `size` floats each.
+  static RECSYS_INLINE Vec sum_rows(const float* p) {
+    __m512 four[4];  // each 128-bit part: a part's sums of four rows
+    for (int i = 0; i < 4; ++i, p += 4 * size) {
+      const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + size);
+      const __m512 c = _mm512_loadu_ps(p + 2 * size), d = _mm512_loadu_ps(p + 3 * size);
+      const __m512d ab = _mm512_castps_pd(
+          _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+      const __m512d cd = _mm512_castps_pd(
+          _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+      four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    const auto halve = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return {halve(halve(four[0], four[1]), halve(four[2], four[3]))};
+  }
 
-  // 2^v, relative error below 5e-7 and exact at 0; 0 far below, infinity far above, NaN stays NaN.
-  // 2^x = 2^floor(s) 2^frac(s) 2^(x - s) with s = x rounded to sixteenths: a shuffle of a table in a
-  // register and a parabola. Fewer multiplications than a polynomial over the whole of [-.5, .5].
+  // 2^v, relative error below 2e-7 and exact at 0; 0 far below, infinity far above, NaN stays NaN.
+  // 2^x = 2^floor(s) 2^frac(s) 2^(x - s) with s = x rounded to 1/32: a shuffle of a table in two
+  // registers, and a parabola. Fewer multiplications than a polynomial over the whole of [-.5, .5].
   RECSYS_INLINE Vec exp2() const {
-    const __m512 magic = _mm512_set1_ps(786432.f);  // 1.5 2^19: the last mantissa bits count sixteenths
+    const __m512 magic = _mm512_set1_ps(393216.f);  // 1.5 2^18: the last mantissa bits count 1/32
     const __m512 shifted = _mm512_add_ps(v, magic);
     const __m512 s = _mm512_sub_ps(shifted, magic);
     const __m512 r = _mm512_sub_ps(v, s);
-    const __m512 t =
-        _mm512_permutexvar_ps(_mm512_castps_si512(shifted), _mm512_load_ps(kExp2Table));
-    const __m512 q = _mm512_fmadd_ps(_mm512_set1_ps(.240226566f), r, _mm512_set1_ps(.693187725f));
+    const __m512 t = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), _mm512_castps_si512(shifted),
+                                            _mm512_load_ps(kExp2Table + 16));
+    const __m512 q =
+        _mm512_fmadd_ps(_mm512_set1_ps(.240226763f), r, _mm512_set1_ps(.693157334f));
     return {_mm512_scalef_ps(_mm512_fmadd_ps(q, _mm512_mul_ps(r, t), t), s)};
   }
 };
@@ -145,6 +179,15 @@ struct Vec {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static RECSYS_INLINE Vec sum_rows(const float* p) {
+    __m256 four[2];
+    for (int i = 0; i < 2; ++i, p += 4 * size)
+      four[i] = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + size)),
+                               _mm256_hadd_ps(_mm256_loadu_ps(p + 2 * size),
+                                              _mm256_loadu_ps(p + 3 * size)));
+    return {_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                          _mm256_permute2f128_ps(four[0], four[1], 0x31))};
   }
 
   // 2^v, relative error below 2e-7 and exact at 0; 2^-126 far below, infinity or NaN far above.
@@ -198,6 +241,10 @@ struct Vec {
     return {vbslq_f32(vcltq_s32(vreinterpretq_s32_f32(x.v), vdupq_n_s32(0)), a.v, b.v)};
   }
   RECSYS_INLINE float sum() const { return vaddvq_f32(v); }
+  static RECSYS_INLINE Vec sum_rows(const float* p) {
+    return {vpaddq_f32(vpaddq_f32(vld1q_f32(p), vld1q_f32(p + 4)),
+                       vpaddq_f32(vld1q_f32(p + 8), vld1q_f32(p + 12)))};
+  }
 
   RECSYS_INLINE Vec exp2() const {  // as for AVX2
     const float32x4_t x = vminq_f32(vdupq_n_f32(128.f), vmaxq_f32(vdupq_n_f32(-126.f), v));
@@ -262,6 +309,9 @@ struct Vec {
     return each([&](int i) { return float_to_bits(x.v[i]) >> 31 ? a.v[i] : b.v[i]; });
   }
   RECSYS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static RECSYS_INLINE Vec sum_rows(const float* p) {
+    return each([&](int i) { return load(p + 4 * i).sum(); });
+  }
 
   RECSYS_INLINE Vec exp2() const {  // as for AVX2
     const Vec x = min(all(128.f), max(all(-126.f), *this));
