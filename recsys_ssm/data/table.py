@@ -82,9 +82,9 @@ class TableData(TwoTowerData):
     def __init__(
         self,
         *,
-        interactions: Table = None,
-        users: Table = None,
-        items: Table = None,
+        interactions: Table | None = None,
+        users: Table | None = None,
+        items: Table | None = None,
         user_key: str = "user_id",
         item_key: str = "item_id",
         target: str | None = None,
@@ -489,8 +489,8 @@ def _open(
         source = source.collect()
     if not isinstance(source, pl.DataFrame):
         try:
-            source = pl.DataFrame(dict(source) if isinstance(source, Mapping) else source)
-        except (TypeError, ValueError, ImportError, pl.exceptions.PolarsError) as error:
+            source = _to_polars(source)
+        except (TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
             raise UserError(
                 f"{option}: neither a file's path nor a data frame but {type(source).__name__} "
                 f"({error})"
@@ -502,6 +502,15 @@ def _open(
     if source.height == 0:
         raise UserError(f"{option}: the data frame has no row")
     return source.select(columns), option
+
+
+def _to_polars(source: Any) -> pl.DataFrame:
+    try:
+        return pl.DataFrame(dict(source) if isinstance(source, Mapping) else source)
+    except ImportError:  # pandas without pyarrow, which polars takes its columns through
+        plain = source.astype(object).where(source.notna(), None)
+        cells = {str(name): plain[name].tolist() for name in plain.columns}
+        return pl.DataFrame(cells, strict=False)
 
 
 def _keys(frame: pl.DataFrame, key: str, where: str) -> pl.Series:
