@@ -178,11 +178,12 @@ def selective_scan_reference(
         new_B11 = (valid_B & (current_B >= 0) & (seq_idx[:, t] != current_B))[:, None, None]
         current_B = torch.where(valid_B, seq_idx[:, t], current_B)
 
-        delta_BE = dt[:, t] if dt_bias is None else dt[:, t] + dt_bias
+        # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
+        delta_BE = torch.where(valid_B1, dt[:, t], 0)
+        if dt_bias is not None:
+            delta_BE = delta_BE + dt_bias
         if dt_softplus:
             delta_BE = F.softplus(delta_BE)
-        # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
-        delta_BE = torch.where(valid_B1, delta_BE, 0)
         u_BE = torch.where(valid_B1, u[:, t], 0)
         B_BN = torch.where(valid_B1, B[:, t], 0)
         C_BN = torch.where(valid_B1, C[:, t], 0)
@@ -225,18 +226,20 @@ def _scan_loop(
     with torch.autocast(u.device.type, enabled=False):
         u_BLE, dt_BLE, B_BLN, C_BLN = (x.to(wide) for x in (u, dt, B, C))
         A_EN = A.to(wide)
-        if dt_bias is not None:
-            dt_BLE = dt_BLE + dt_bias
-        if dt_softplus:
-            dt_BLE = F.softplus(dt_BLE)
         keep: tuple[Tensor, ...] | None = None
         if seq_idx is not None:
             pad_BL1 = (seq_idx < 0).unsqueeze(-1)
-            # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
             u_BLE, dt_BLE, B_BLN, C_BLN = (
                 x.masked_fill(pad_BL1, 0) for x in (u_BLE, dt_BLE, B_BLN, C_BLN)
             )
             keep = (~_resets(seq_idx)).unbind(1)
+        if dt_bias is not None:
+            dt_BLE = dt_BLE + dt_bias
+        if dt_softplus:
+            dt_BLE = F.softplus(dt_BLE)
+        if seq_idx is not None:
+            # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
+            dt_BLE = dt_BLE.masked_fill(pad_BL1, 0)
         h_BEN = (
             u_BLE.new_zeros(u.shape[0], u.shape[2], A.shape[1])
             if initial_state is None
