@@ -53,6 +53,8 @@ def quiet_dependencies() -> None:
         )
     )
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A resumed run goes on in its own folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
 
@@ -118,7 +120,7 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                         version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
                     )(guarded)()
             except KeyboardInterrupt:
-                sys.exit("stopped; go on with ckpt_path=last")
+                sys.exit("stopped; the same command with ckpt_path=last goes on from the last validation")
             except Exception as error:
                 if not (_is_users(error) or any(error is known for _, known in failures)):
                     raise

@@ -85,9 +85,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             logger.log_hyperparams(config)
 
         start = time.perf_counter()
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stop
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,

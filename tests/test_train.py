@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -330,3 +332,35 @@ def test_from_the_shell(tmp_path: Path) -> None:
         and wrong.stderr.startswith("error: ")
         and wrong.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C, or killed outright: the run goes on in its folder and ends with the same figures."""
+    base = [*QUICK, "trainer.max_steps=400", "validations=40"]
+    command = [sys.executable, "-m", "recsys_ssm.train", *base]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert "ckpt_path=last goes on" in err and "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*/*/metrics.json"))
+
+    def run(*more: str) -> None:
+        subprocess.run(
+            [*command, *more], cwd=tmp_path, check=True, capture_output=True, timeout=300
+        )
+
+    run("ckpt_path=last")
+    run("output_root=whole")
+    [resumed], [whole] = (
+        list(tmp_path.glob(f"{root}/*/*/metrics.json")) for root in ("runs", "whole")
+    )
+    assert json.loads(resumed.read_text())["metrics"] == json.loads(whole.read_text())["metrics"]
