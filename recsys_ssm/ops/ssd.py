@@ -236,20 +236,22 @@ def _chunked(
     K = -(-length // Q)
     with torch.autocast(x.device.type, enabled=False):
         x_BLHP, dt_BLH, B_BLGN, C_BLGN, A_H = (tensor.to(wide) for tensor in (x, dt, B, C, A))
-        if dt_bias is not None:
-            dt_BLH = dt_BLH + dt_bias
-        if dt_softplus:
-            dt_BLH = F.softplus(dt_BLH)
         sequence_BKQ = None
         if seq_idx is not None:
             pad_BL1 = (seq_idx < 0).unsqueeze(-1)
-            # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
             dt_BLH = dt_BLH.masked_fill(pad_BL1, 0)
             x_BLHP, B_BLGN, C_BLGN = (
                 tensor.masked_fill(pad_BL1.unsqueeze(-1), 0) for tensor in (x_BLHP, B_BLGN, C_BLGN)
             )
             # Numbered along the row, so that sequences are the same iff their numbers are.
             sequence_BKQ = _to_chunks(_resets(seq_idx).cumsum(1), K, Q, repeat_last=True)
+        if dt_bias is not None:
+            dt_BLH = dt_BLH + dt_bias
+        if dt_softplus:
+            dt_BLH = F.softplus(dt_BLH)
+        if seq_idx is not None:
+            # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
+            dt_BLH = dt_BLH.masked_fill(pad_BL1, 0)
 
         # Positions beyond the length have step size 0 as well.
         x_BKQGRP = _to_chunks(dt_BLH[..., None] * x_BLHP, K, Q).unflatten(3, (groups, per_group))
@@ -353,7 +355,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_batch", "x_time", "b_batch", "b_time")),
         *((name, ctypes.c_int64) for name in ("c_batch", "c_time", "dy_batch", "dy_time")),
         *((name, ctypes.c_void_p) for name in ("x", "b", "c", "dt", "a", "d", "seq_idx", "state")),
-        *((name, ctypes.c_void_p) for name in ("y", "yo", "final_state", "dy", "dfinal")),
+        *((name, ctypes.c_void_p) for name in ("y", "yh", "final_state", "dy", "dfinal")),
         *((name, ctypes.c_void_p) for name in ("dx", "db", "dc", "ddt", "da", "dd", "dstate")),
     )
 
@@ -363,7 +365,7 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? seq_idx, "
     "Tensor? initial_state"
 )
-# -> y; the final state if wanted; if to be kept for backward: y without each position's own input
+# -> y; the final state if wanted; if to be kept for backward: what y takes from blocks before
 _LIBRARY.define(f"ssd({_INPUTS}, bool return_final_state, bool keep_for_backward) -> Tensor[]")
 # -> the gradients of those floating-point inputs that are given, in their order
 _LIBRARY.define(
@@ -435,7 +437,7 @@ def _forward_cpu(*arguments: Any) -> list[Tensor]:
     if return_final_state:
         args.final_state = next(left).data_ptr()
     if keep_for_backward:
-        args.yo = next(left).data_ptr()
+        args.yh = next(left).data_ptr()
     assert _OPERATOR.functions is not None
     _OPERATOR.functions[0](args)
     return outputs
@@ -455,7 +457,7 @@ def _backward_cpu(*arguments: Any) -> list[Tensor]:
     dD_BHP = x.new_empty(batch, heads, headdim, dtype=torch.float32)
     args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
     args.dfinal = None if dfinal_state is None else dfinal_state.data_ptr()
-    args.yo = others.data_ptr()
+    args.yh = others.data_ptr()
     args.dx, args.ddt = next(left).data_ptr(), next(left).data_ptr()
     dA = next(left)
     args.db, args.dc = next(left).data_ptr(), next(left).data_ptr()

@@ -110,9 +110,12 @@ def test_random_shapes(dtype: torch.dtype, bound: float) -> None:
             expected_y + 0 * sum(tensor.sum() for tensor in doubles), doubles, dy.double()
         )
         assert y.dtype == dtype
-        for name, a, b in zip("yabcd", (y, *found), (expected_y, *expected), strict=False):
+        results = [(y, expected_y), *zip(found, expected, strict=True)]
+        for i, (a, b) in enumerate(results):
+            # The taps' gradients are sums over all positions; of few channels all may nearly cancel.
+            limit = bound if i < 2 or E > 1 else 3 * bound
             error = relative_error(a, b)
-            assert error <= bound, (name, error, (B, L, E, W), ahead, silu, packed)
+            assert error <= limit, (i, error, (B, L, E, W), ahead, silu, packed)
 
 
 @pytest.mark.parametrize("width", [1, 4, 16])

@@ -13,9 +13,12 @@
 // chunk to chunk is the state S; a short sequence is one chunk and has none. The backward pass is the
 // same thing backwards: V(i) = exp(cs(i) - r) dy(i) is the history, and dS the state.
 //
-// The gradient of the log-decay at t is the sum over i >= t > j of all terms, which is what the
-// outputs from t on received from others minus what the inputs from t on gave to others:
-//   sum over i >= t  dy(i) . yo(i) - u(i) . duo(i),   yo, duo without the terms i = j.
+// The gradient of the log-decay at t is the sum over i >= t > j of all terms. Terms of a block with
+// itself are summed as they stand. Of those with other blocks, the ones that end in t's block are a sum
+// over its outputs yh from before the block, the ones that begin in it a sum over the gradients duh from
+// after it. What passes over the whole block is carried from block to block: it gains what ends in the
+// block after and loses what begins in this one. (The shorter way, one sum of dy . y - u . du over all
+// positions from t on, loses the digits that it cancels.)
 #include "rows.h"
 
 namespace {
@@ -37,7 +40,7 @@ extern "C" struct SsdArgs {
   const int32_t* seq_idx;         // (batch, length) or null
   const float* state;             // (batch, groups * heads * headdim, states) or null
   void* y;                        // (batch, length, channels)
-  float* yo;                      // the same: y without a position's own input; may be null
+  float* yh;                      // the same: what y takes from before its block; may be null
   float* final_state;             // as state, may be null
   const void* dy;
   const float* dfinal;            // as state, or null
@@ -187,7 +190,7 @@ class Group {
       dweights_ = arena.matrix(kT, chunk_);
       to_end_ = arena.matrix(kT, wide_);
       w_ = arena.matrix(kT, wide_);
-      yo_ = arena.matrix(kT, wide_);
+      yh_ = arena.matrix(kT, wide_);
       dt_ = arena.matrix(kT, wide_);
       dlog_ = arena.matrix(kT, wide_);
       ddt_ = arena.matrix(kT, wide_);
@@ -195,7 +198,9 @@ class Group {
       square_ = arena.matrix(wide_, states_);
       pairs_ = arena.floats(kT * kT * Vec::size);
       dskip_ = arena.floats(wide_);
-      suffix_ = reinterpret_cast<double*>(arena.floats(2 * args.heads));
+      ended_ = arena.floats(wide_);
+      begun_ = arena.floats(wide_);
+      passing_ = reinterpret_cast<double*>(arena.floats(2 * args.heads));
       da_ = reinterpret_cast<double*>(arena.floats(2 * args.heads));
       const bool kept = args.length > chunk_ || args.dfinal != nullptr;
       starts_ = arena.floats(kept ? ceil_div(args.length, chunk_) * states_ * state_.stride : 0);
@@ -411,7 +416,7 @@ class Group {
   }
 
   // The pairs within a block; block_ has what its outputs take from before, scaled to the block's
-  // start. Leaves yo in block_, y without the skip in out_, the block's rows of u_ scaled to its end.
+  // start. Leaves yh in block_, y without the skip in out_, the block's rows of u_ scaled to its end.
   void forward_block(int64_t past) {
     for (int64_t c = 0; c < wide_; c += Vec::size) {
       Vec history[kT];
@@ -421,12 +426,12 @@ class Group {
         const float* weights = weights_.row(i) + past;
         since = since * decay;
         Vec sum = since * Vec::load(block_.row(i) + c);
+        sum.store(block_.row(i) + c);
         for (int j = 0; j < i; ++j) {
           history[j] = history[j] * decay;
           sum = Vec::fma(Vec::all(weights[j]), history[j], sum);
         }
         history[i] = Vec::load(u_.row(past + i) + c);
-        sum.store(block_.row(i) + c);
         Vec::fma(Vec::all(weights[i]), history[i], sum).store(out_.row(i) + c);
       }
       for (int i = 0; i < kT; ++i) history[i].store(u_.row(past + i) + c);
@@ -436,7 +441,7 @@ class Group {
 
   template <class T>
   void write_output(int64_t t, int64_t i) {
-    if (a_.yo != nullptr) write_row(block_.row(i), channels_, channel_row<float>(a_.yo, t));
+    if (a_.yh != nullptr) write_row(block_.row(i), channels_, channel_row<float>(a_.yh, t));
     float* out = out_.row(i);
     if (a_.d != nullptr) {
       float* x = x_.row(i);
@@ -471,14 +476,8 @@ class Group {
       add_to_state(b_, u_, round_up(size, kT), has_state, next);
       has_state = true;
     }
-    for (int64_t h = 0; h < a_.heads; ++h) suffix_[h] = 0;
-    if (dfinal != nullptr) {
-      read_state(dfinal, dstate_);
-      const Matrix end = start_of(chunks);
-      for (int64_t n = 0; n < a_.states; ++n)
-        for (int64_t e = 0; e < channels_; ++e)
-          suffix_[e / a_.headdim] += static_cast<double>(dstate_.row(n)[e]) * end.row(n)[e];
-    }
+    for (int64_t h = 0; h < a_.heads; ++h) passing_[h] = 0;
+    if (dfinal != nullptr) read_state(dfinal, dstate_);
     bool has_dstate = dfinal != nullptr;
     for (int64_t k = chunks - 1; k >= 0; --k) {
       const Matrix* state = nullptr;
@@ -489,11 +488,23 @@ class Group {
       }
       const int64_t size = min64(chunk_, count - k * chunk_);
       const bool carry = k > 0 || dinitial != nullptr;
+      if (has_dstate) meet_state(start_of(k + 1));
       backward_chunk<T>(k * chunk_, size, state, has_dstate, carry);
       if (carry) add_to_state(c_, v_, round_up(size, kT), has_dstate, dstate_);
       has_dstate = true;
     }
     if (dinitial != nullptr) write_state(dstate_, dinitial);
+  }
+
+  // All terms that pass over the end of a chunk, from the state there and its gradient.
+  void meet_state(const Matrix& state) {
+    for (int64_t c = 0; c < wide_; c += Vec::size) {
+      Vec sum = Vec::zero();
+      for (int64_t n = 0; n < states_; ++n)
+        sum = Vec::fma(Vec::load(dstate_.row(n) + c), Vec::load(state.row(n) + c), sum);
+      sum.store(ended_ + c);
+    }
+    for (int64_t h = 0; h < a_.heads; ++h) passing_[h] = head_sum(ended_, h);
   }
 
   // u_ scaled to the end of a chunk, the chunk's decay in factor_.
@@ -546,7 +557,7 @@ class Group {
         scale_rows(w_, 0, kT, factor_);
         multiply<true>(w_, 0, 0, square_, 0, db_, kT, wide_);
       }
-      for (int64_t i = rows - 1; i >= 0; --i) write_gradients<T>(positions_[start + past + i], i);
+      write_block<T>(start + past, rows, past > 0 || state != nullptr);
       if (past == 0 && !carry && state == nullptr) break;
       scale_rows(v_, next, end, block_decay_);
       for (int64_t c = 0; c < wide_; c += Vec::size)
@@ -568,7 +579,7 @@ class Group {
       write_row(dc_.row(i), a_.states, states_row<T>(a_.dc, positions_[start + i]));
   }
 
-  // What a block's gradients need beside u and the decays: x, dt, dy (into v_) and yo.
+  // What a block's gradients need beside u and the decays: x, dt, dy (into v_) and yh.
   template <class T>
   void load_block(int64_t start, int64_t past, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -576,14 +587,14 @@ class Group {
       load_x<T>(t, x_.row(i));
       const T* dy = static_cast<const T*>(a_.dy) + batch_ * a_.dy_batch + t * a_.dy_time;
       read_row(dy + group_ * channels_, channels_, v_.row(past + i));
-      read_row(channel_row<float>(a_.yo, t), channels_, yo_.row(i));
+      read_row(channel_row<float>(a_.yh, t), channels_, yh_.row(i));
       for (int64_t h = 0; h < a_.heads; ++h)
         fill(dt_.row(i) + h * a_.headdim, a_.headdim, a_.dt[head_at(t) + h]);
     }
     for (int64_t i = rows; i < kT; ++i) {
       fill_zero(x_.row(i), wide_);
       fill_zero(v_.row(past + i), wide_);
-      fill_zero(yo_.row(i), wide_);
+      fill_zero(yh_.row(i), wide_);
       fill_zero(dt_.row(i), wide_);
     }
   }
@@ -604,13 +615,13 @@ class Group {
   // The pairs within a block; block_ has what its inputs gave to later ones, scaled to the block's
   // end. Leaves in out_ the gradient of x, in dlog_ and ddt_ each channel's share of those of the
   // log-decay and of dt, in dweights_ those of the pairs, in the block's rows of v_ dy scaled to the
-  // block's start.
+  // block's start, in ended_ and begun_ the terms that end here from before and begin here for later.
   void backward_block(int64_t past) {
     for (int64_t k = 0; k < kT * kT; ++k) Vec::zero().store(pairs_ + k * Vec::size);
     for (int64_t c = 0; c < wide_; c += Vec::size) {
-      Vec history[kT];
+      Vec history[kT], dlog[kT];
       const Vec skip = Vec::load(skip_ + c);
-      Vec dskip = Vec::load(dskip_ + c);
+      Vec dskip = Vec::load(dskip_ + c), ended = Vec::zero();
       for (int j = kT - 1; j >= 0; --j) {
         const Vec decay = Vec::load(decay_.row(past + j) + c);
         const Vec u = Vec::load(u_.row(past + j) + c);
@@ -618,9 +629,10 @@ class Group {
         const Vec x = Vec::load(x_.row(j) + c);
         const float* weights = weights_.row(j) + past;
         float* pairs = pairs_ + j * kT * Vec::size;
-        Vec duo = Vec::load(to_end_.row(j) + c) * Vec::load(block_.row(j) + c);
-        for (int i = j + 1; i < kT; ++i) {
-          duo = Vec::fma(Vec::all(weights[i]), history[i], duo);
+        Vec du = Vec::zero();
+        for (int i = kT - 1; i > j; --i) {
+          du = Vec::fma(Vec::all(weights[i]), history[i], du);
+          dlog[i] = Vec::fma(u, du, dlog[i]);
           float* pair = pairs + i * Vec::size;
           Vec::fma(history[i], u, Vec::load(pair)).store(pair);
           history[i] = history[i] * decay;
@@ -628,13 +640,23 @@ class Group {
         history[j] = dy * decay;
         float* own = pairs + j * Vec::size;
         Vec::fma(dy, u, Vec::load(own)).store(own);
-        const Vec du = Vec::fma(Vec::all(weights[j]), dy, duo);
-        (dy * Vec::load(yo_.row(j) + c) - u * duo).store(dlog_.row(j) + c);
+        ended = Vec::fma(dy, Vec::load(yh_.row(j) + c), ended);
+        dlog[j] = ended;
+        const Vec duh = Vec::load(to_end_.row(j) + c) * Vec::load(block_.row(j) + c);
+        (u * duh).store(block_.row(j) + c);
+        du = Vec::fma(Vec::all(weights[j]), dy, du + duh);
         (du * x).store(ddt_.row(j) + c);
         Vec::fma(skip, dy, Vec::load(dt_.row(j) + c) * du).store(out_.row(j) + c);
         dskip = Vec::fma(dy, x, dskip);
       }
-      for (int i = 0; i < kT; ++i) history[i].store(v_.row(past + i) + c);
+      Vec begun = Vec::zero();
+      for (int i = 0; i < kT; ++i) {
+        (dlog[i] + begun).store(dlog_.row(i) + c);
+        begun = begun + Vec::load(block_.row(i) + c);
+        history[i].store(v_.row(past + i) + c);
+      }
+      ended.store(ended_ + c);
+      begun.store(begun_ + c);
       dskip.store(dskip_ + c);
     }
     for (int64_t j = 0; j < kT; ++j)
@@ -643,33 +665,41 @@ class Group {
             i < j ? 0.f : Vec::load(pairs_ + (j * kT + i) * Vec::size).sum();
   }
 
-  // Row i of the block, which is position t; rows come last to first.
-  template <class T>
-  void write_gradients(int64_t t, int64_t i) {
-    write_row(out_.row(i), channels_, channel_row<T>(a_.dx, t));
-    write_row(db_.row(i), a_.states, states_row<T>(a_.db, t));
-    for (int64_t h = 0; h < a_.heads; ++h) {
-      const float *dlog = dlog_.row(i) + h * a_.headdim, *ddt = ddt_.row(i) + h * a_.headdim;
-      float log_sum = 0, dt_sum = 0;
-      int64_t p = 0;
-      if (a_.headdim >= Vec::size) {
-        Vec logs = Vec::zero(), dts = Vec::zero();
-        for (; p + Vec::size <= a_.headdim; p += Vec::size) {
-          logs = logs + Vec::load(dlog + p);
-          dts = dts + Vec::load(ddt + p);
-        }
-        log_sum = logs.sum();
-        dt_sum = dts.sum();
-      }
-      for (; p < a_.headdim; ++p) {
-        log_sum += dlog[p];
-        dt_sum += ddt[p];
-      }
-      suffix_[h] += log_sum;
-      a_.ddt[head_at(t) + h] =
-          dt_sum + a_.a[group_ * a_.heads + h] * static_cast<float>(suffix_[h]);
-      da_[h] += suffix_[h] * a_.dt[head_at(t) + h];
+  // The sum over a head's channels.
+  RECSYS_INLINE float head_sum(const float* row, int64_t head) const {
+    const float* at = row + head * a_.headdim;
+    float sum = 0;
+    int64_t p = 0;
+    if (a_.headdim >= Vec::size) {
+      Vec sums = Vec::zero();
+      for (; p + Vec::size <= a_.headdim; p += Vec::size) sums = sums + Vec::load(at + p);
+      sum = sums.sum();
     }
+    for (; p < a_.headdim; ++p) sum += at[p];
+    return sum;
+  }
+
+  // The rows of a block, whose first position is `start` of the sequence; `before`: something is.
+  template <class T>
+  void write_block(int64_t start, int64_t rows, bool before) {
+    for (int64_t h = 0; h < a_.heads; ++h) {
+      passing_[h] -= head_sum(begun_, h);
+      // What passes over has decayed by this much; what is left beyond that is rounding, and would be
+      // counted at every earlier position.
+      if (!before || block_decay_[h * a_.headdim] < 1e-7f) passing_[h] = 0;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t t = positions_[start + i];
+      write_row(out_.row(i), channels_, channel_row<T>(a_.dx, t));
+      write_row(db_.row(i), a_.states, states_row<T>(a_.db, t));
+      for (int64_t h = 0; h < a_.heads; ++h) {
+        const double dlog = passing_[h] + head_sum(dlog_.row(i), h);
+        a_.ddt[head_at(t) + h] =
+            head_sum(ddt_.row(i), h) + a_.a[group_ * a_.heads + h] * static_cast<float>(dlog);
+        da_[h] += dlog * a_.dt[head_at(t) + h];
+      }
+    }
+    for (int64_t h = 0; h < a_.heads; ++h) passing_[h] += head_sum(ended_, h);
   }
 
   const Args& a_;
@@ -679,11 +709,12 @@ class Group {
   Matrix b_, c_, transposed_;                   // transposed_: B's (forward) or C's (backward)
   Matrix u_, decay_, v_, v_transposed_, dc_;    // a chunk's
   Matrix weights_, dweights_;                   // a block's positions against a chunk's
-  Matrix x_, yo_, dt_, block_, out_, w_, to_end_, dlog_, ddt_, db_;  // a block's
+  Matrix x_, yh_, dt_, block_, out_, w_, to_end_, dlog_, ddt_, db_;  // a block's
   Matrix state_, dstate_, square_;              // square_: the transpose of a state
   float *block_decay_ = nullptr, *factor_ = nullptr;  // decay of a block, and since the chunk's edge
-  float *skip_ = nullptr, *dskip_ = nullptr, *pairs_ = nullptr, *starts_ = nullptr;
-  double *suffix_ = nullptr, *da_ = nullptr;    // of heads
+  float *skip_ = nullptr, *dskip_ = nullptr, *ended_ = nullptr, *begun_ = nullptr;  // of channels
+  float *pairs_ = nullptr, *starts_ = nullptr;
+  double *passing_ = nullptr, *da_ = nullptr;  // of heads
 };
 
 template <class F>
