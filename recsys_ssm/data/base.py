@@ -297,7 +297,7 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
             self._sets = self.build()
         return self._sets
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 (Lightning's signature)
+    def setup(self, stage: str | None = None) -> None:
         _ = self.sets
 
     def train_dataloader(self) -> PairLoader:
