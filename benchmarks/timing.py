@@ -1,0 +1,203 @@
+"""What every benchmark here shares: fair timing, peak memory, floors of the machine, tables, JSON.
+
+Fair means: contenders take turns (a busy neighbour then slows all of them alike), medians, threads
+that sleep rather than spin, and both clocks: wall time, and the processor time that was spent, which
+a neighbour disturbs less.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP
+
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Floors", "Timing", "machine", "peak_memory", "table", "take_turns", "write_json"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians, in milliseconds."""
+
+    wall: float
+    cpu: float
+    repetitions: int
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], Any]], repetitions: int, budget: float
+) -> dict[str, Timing]:
+    """Time each contender `repetitions` times, interleaved, after one call to warm up.
+
+    A contender whose calls would take longer than `budget` seconds together is called less often,
+    but twice at least.
+    """
+    turns, spent = {}, {name: ([], []) for name in contenders}
+    for name, call in contenders.items():
+        call()
+        start = time.perf_counter()
+        call()
+        turns[name] = max(2, min(repetitions, int(budget / (time.perf_counter() - start + 1e-9))))
+    for turn in range(repetitions):
+        for name, call in contenders.items():
+            if turn >= turns[name]:
+                continue
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            spent[name][1].append(time.process_time() - cpu)
+            spent[name][0].append(time.perf_counter() - wall)
+    return {
+        name: Timing(1e3 * statistics.median(wall), 1e3 * statistics.median(cpu), len(wall))
+        for name, (wall, cpu) in spent.items()
+    }
+
+
+def peak_memory(call: Callable[[], Any]) -> float | None:
+    """MiB that `call` holds at its peak beyond what was held before; None where it is not known."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def read(key: str) -> float:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
+
+
+_EXPONENTIALS = r"""
+#include <chrono>
+#include <cmath>
+extern "C" double exponentials(int repetitions) {  // a second, of an array that stays in L1
+  alignas(64) static float x[4096], y[4096];
+  for (int i = 0; i < 4096; ++i) x[i] = -(i % 64) * .05f;
+  auto start = std::chrono::steady_clock::now();
+  for (int r = 0; r < repetitions; ++r) {
+    for (int i = 0; i < 4096; ++i) y[i] = expf(x[i]);
+    asm volatile("" ::"r"(y) : "memory");
+  }
+  std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+  return 4096. * repetitions / passed.count();
+}
+"""
+
+
+class Floors:
+    """What this machine can do on one thread, to be measured again and again during a run."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.bandwidths: list[float] = []
+        self.source = "libmvec's expf"
+        self._function = self._compile()
+        if self._function is None:
+            self.source = "torch.exp (no compiler with libmvec)"
+        self._x = -3 * torch.rand(4096)
+        self._memory = torch.ones(2, 16 * 2**20)
+
+    def _compile(self) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, "e.cpp"), Path(folder, "e.so")
+            source.write_text(_EXPONENTIALS)
+            flags = [
+                "-O3",
+                "-march=native",
+                "-mprefer-vector-width=512",
+                "-ffast-math",
+                "-shared",
+                "-fPIC",
+            ]
+            command = ["c++", *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                return None
+            function = ctypes.CDLL(str(library)).exponentials
+        function.restype = ctypes.c_double
+        return function
+
+    def measure(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        if self._function is not None:
+            self.rates.append(self._function(2000))
+        else:
+            start = time.perf_counter()
+            for _ in range(500):
+                torch.exp(self._x)
+            self.rates.append(500 * 4096 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        self._memory[0].copy_(self._memory[1])
+        self.bandwidths.append(2 * self._memory[0].nbytes / (time.perf_counter() - start))
+        torch.set_num_threads(before)
+
+    @property
+    def exponentials(self) -> float:
+        """A second and thread."""
+        return statistics.median(self.rates)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes read and written a second, one thread copying."""
+        return statistics.median(self.bandwidths)
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ] if Path("/proc/cpuinfo").exists() else [platform.processor()]  # fmt: skip
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown; the columns are those of all rows, in the order they appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
+        return str(value)
+
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row.get(column)) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+    beside.replace(path)
