@@ -1,0 +1,97 @@
+"""Whole training steps (forward, backward, optimizer) of every backbone beside each other.
+
+    python benchmarks/train_step.py [--dataset spotify] [--backbones mamba transformer] [--json FILE]
+
+Each backbone comes with its published recipe for the dataset where there is one. Backbones take
+turns, step by step, on the same batches; medians; wall time, and the processor time spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from timing import machine, table, take_turns, write_json
+
+from recsys_ssm import ops
+from recsys_ssm.cli import make, plain, register_resolvers, spec
+from recsys_ssm.data.base import TwoTowerData
+from recsys_ssm.models.two_tower import TwoTower
+from recsys_ssm.paths import CONF_DIR
+
+
+def step_of(dataset: str, backbone: str, data: TwoTowerData) -> tuple[Callable[[], None], int]:
+    """A function that makes the next training step, and the model's number of parameters."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose(
+            "train",
+            [f"dataset={dataset}", f"backbone={backbone}", "name=benchmark", "output_dir=."],
+        )
+    torch.manual_seed(0)
+    model = TwoTower.for_data(
+        data,
+        tokenizer=plain(cfg.tokenizer),
+        backbone=spec(cfg.backbone, "backbone"),
+        head=plain(cfg.head),
+        optimizer=spec(cfg.optimizer, "optimizer"),
+    )
+    optimizer = model.configure_optimizers()
+    batches = cycle(list(islice(data.train_dataloader(), 20)))
+
+    def step() -> None:
+        loss = model._loss(next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="spotify")
+    parser.add_argument(
+        "--backbones", nargs="+", default=["mamba", "mamba2", "hydra", "transformer"]
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
+    args = parser.parse_args()
+
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", [f"dataset={args.dataset}", "name=benchmark", "output_dir=."])
+    data: TwoTowerData = make(cfg.dataset, "dataset")
+    print(ops.describe_backends())
+    rows = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        made = {backbone: step_of(args.dataset, backbone, data) for backbone in args.backbones}
+        timings = take_turns(
+            {name: step for name, (step, _) in made.items()}, args.repetitions, budget=120
+        )
+        last = timings[args.backbones[-1]].wall
+        rows += [
+            {
+                "backbone": name,
+                "threads": threads,
+                "parameters": made[name][1],
+                "wall ms": timing.wall,
+                "cpu ms": timing.cpu,
+                f"x {args.backbones[-1]}": timing.wall / last,
+            }
+            for name, timing in timings.items()
+        ]
+    print(table(rows))
+    if args.json:
+        write_json(args.json, {"dataset": args.dataset, "machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
