@@ -20,7 +20,7 @@ for float32 and bfloat16 on CPU; ``causal_conv1d``'s CUDA kernel for CUDA tensor
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,27 @@ _OPERATOR = Operator(
 )
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    return_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,37 @@ _OPERATOR = Operator(
 )
 
 
+@overload
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    return_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -276,9 +307,9 @@ def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tens
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, _, _ = inputs
     u_BEL, dt_BEL, B_BNL, C_BNL = (x.transpose(1, 2) for x in (u, dt, B, C))
     z_BEL = None if z is None else z.transpose(1, 2)
-    A, D, dt_bias = (None if x is None else x.float() for x in (A, D, dt_bias))
+    D, dt_bias = (None if x is None else x.float() for x in (D, dt_bias))
     out = function(
-        u_BEL, dt_BEL, A, B_BNL, C_BNL, D, z_BEL, dt_bias, dt_softplus, return_final_state
+        u_BEL, dt_BEL, A.float(), B_BNL, C_BNL, D, z_BEL, dt_bias, dt_softplus, return_final_state
     )
     if return_final_state:
         return out[0].transpose(1, 2), out[1].float()
@@ -311,10 +342,11 @@ _LIBRARY.define(
 
 def _scan_kernel(inputs: _Inputs, return_final_state: bool) -> list[Tensor]:
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state = inputs
-    A, D, dt_bias, initial_state = (
+    D, dt_bias, initial_state = (
         x if x is None or x.dtype == torch.float32 else x.float()
-        for x in (A, D, dt_bias, initial_state)
+        for x in (D, dt_bias, initial_state)
     )
+    A = A if A.dtype == torch.float32 else A.float()
     if seq_idx is not None:
         seq_idx = seq_idx.long()
     return torch.ops.recsys_ssm.selective_scan.default(

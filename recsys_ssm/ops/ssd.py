@@ -19,7 +19,7 @@ the second Q of a pair of positions written S.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,37 @@ _OPERATOR = Operator(
 )
 
 
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    chunk_size: int | None = None,
+) -> Tensor: ...
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    return_final_state: Literal[True],
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -398,9 +429,9 @@ def _by_kernel(
             dt = dt + dt_bias.float()
         if dt_softplus:
             dt = F.softplus(dt)
-    A, D, initial_state = (None if t is None else t.float() for t in (A, D, initial_state))
+    D, initial_state = (None if t is None else t.float() for t in (D, initial_state))
     y, *state = torch.ops.recsys_ssm.ssd.default(
-        x, dt, A, B, C, D, seq_idx, initial_state, return_final_state, False
+        x, dt, A.float(), B, C, D, seq_idx, initial_state, return_final_state, False
     )
     y = y.to(dtype)
     return (y, *state) if return_final_state else y
