@@ -119,7 +119,8 @@ def selective_scan(
         outputs = _scan_kernel(inputs, return_final_state)
         return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    if u.is_cuda and seq_idx is None and initial_state is None and _OPERATOR.cuda_function:
+    plain = seq_idx is None and initial_state is None and u.dtype != torch.float64
+    if u.is_cuda and plain and _OPERATOR.cuda_function:
         return _scan_cuda(inputs, return_final_state)
     y, state = _scan_loop(*inputs)
     return (y, state) if return_final_state else y
