@@ -97,7 +97,7 @@ def kernel_library() -> KernelLibrary:
         return KernelLibrary(
             None,
             "",
-            "the compiled library is of another version; run `python -m recsys_ssm.ops.build`",
+            "the compiled library was built from other sources; run `python -m recsys_ssm.ops.build`",
         )
     _share_openmp_threads(handle)
     isa = _ISA_ORDER[min(handle.recsys_isa(), _ISA_ORDER.index(limit))]

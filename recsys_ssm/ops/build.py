@@ -26,8 +26,19 @@ __all__ = ["ABI", "ISAS", "CompileError", "NoCompilerError", "build", "library_p
 
 SOURCES = Path(__file__).parent / "csrc"
 
-# Raised when a kernel's C interface changes: a library of another number is not used.
-ABI = 1
+
+def _fingerprint() -> int:
+    """31 bits of a hash of the kernels' sources."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*")):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return int.from_bytes(digest.digest()[:4], "little") >> 1
+
+
+ABI = _fingerprint()
+"""Compiled into the library and compared when it is loaded: one that was built from other sources
+(an update without a build) would be called with buffers of the wrong size."""
 
 # Instruction sets by architecture, slowest first, with the flags of (GCC and Clang, MSVC).
 # "baseline" is what every processor of the architecture has: SSE2 on x86-64, NEON on arm64.
@@ -95,7 +106,9 @@ def build(output: Path, *, sanitize: bool = False, cache: Path | None = None) ->
         def compile_one(job: tuple[Path, str, list[str]]) -> Path:
             source, isa, flags = job
             d = "/D" if msvc else "-D"
-            defines = [f"{d}RECSYS_ISA_{isa.upper()}=1", f"{d}RECSYS_ABI={ABI}"]
+            defines = [f"{d}RECSYS_ISA_{isa.upper()}=1"]
+            if source.stem == "runtime":
+                defines.append(f"{d}RECSYS_ABI={ABI}")
             command = [*compiler, *common, *flags, *defines]
             key = hashlib.sha256(repr(command).encode() + headers + source.read_bytes())
             target = folder / f"{source.stem}-{isa}-{key.hexdigest()[:16]}.o"
