@@ -378,7 +378,7 @@ def test_strided_views_are_taken_as_they_are() -> None:
         y = scan(a, b, copy)
         found.append((y, *torch.autograd.grad(y.sin().sum(), [a, b])))
     for view, dense in zip(*found, strict=True):
-        torch.testing.assert_close(view, dense)
+        torch.testing.assert_close(view, dense, rtol=1e-5, atol=1e-4)
 
 
 def test_other_strides() -> None:
@@ -398,7 +398,11 @@ def test_other_strides() -> None:
     "shape", [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 0, 4), (2, 5, 8, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_nothing_is_too_small(shape: tuple[int, int, int, int], packed: bool) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_is_too_small(
+    shape: tuple[int, int, int, int], packed: bool, count: int, threads: Any
+) -> None:
+    threads(count)
     x = leaves(make(0, *shape, packed=packed))
     y, state = public(x)
     assert y.shape == x["u"].shape

@@ -262,7 +262,7 @@ struct Plan {
     ranges = 1;
     if (a.threads > 1) {
       // Several tasks a thread, so that one that is held up does not hold up all.
-      groups = min64(blocks, max64(1, ceil_div(2 * a.threads, max64(a.batch, 1))));
+      groups = max64(1, min64(blocks, ceil_div(2 * a.threads, max64(a.batch, 1))));
       ranges = max64(1, min64(a.batch, 8 * a.threads));
     }
   }
