@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ def records(run_file: Path) -> Iterator[pb.Record]:
             yield record
 
 
+def finished(run_file: Path) -> list[pb.Record]:
+    """All records of an ended run; W&B's own process may still be writing the last ones."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = list(records(run_file))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{run_file}: the run was never finished"
+        time.sleep(0.1)
+
+
 def items(entries: Any) -> dict[str, Any]:
     return {
         entry.key or "/".join(entry.nested_key): json.loads(entry.value_json) for entry in entries
@@ -60,7 +72,7 @@ def test_what_lands_in_an_offline_run(door, tmp_path: Path) -> None:
     )
     assert outcome.code == 0, outcome.text
     [path] = offline_runs(tmp_path)
-    found = list(records(path))
+    found = finished(path)
 
     run = next(record.run for record in found if record.WhichOneof("record_type") == "run")
     assert (run.display_name, run.project, run.entity, run.run_group) == (
@@ -119,7 +131,7 @@ def test_the_git_commit_is_recorded(door, tmp_path: Path) -> None:
     assert door("train", *QUICK, "trainer.max_steps=1").code == 0
     [path] = offline_runs(tmp_path)
     config: dict[str, Any] = {}
-    for record in records(path):
+    for record in finished(path):
         if record.WhichOneof("record_type") == "config":
             config |= items(record.config.update)
     assert config["versions"]["git_commit"] == git("rev-parse", "HEAD")
@@ -132,7 +144,7 @@ def test_a_resumed_run_is_the_same_run(door, tmp_path: Path) -> None:
     ids = {
         record.run.run_id
         for path in paths
-        for record in records(path)
+        for record in finished(path)
         if record.WhichOneof("record_type") == "run"
     }
     assert len(paths) == 2 and len(ids) == 1
@@ -145,7 +157,7 @@ def test_a_failed_job_ends_its_run_and_the_next_has_its_own(door, tmp_path: Path
     assert outcome.code == 1
     codes = {}
     for path in offline_runs(tmp_path):
-        found = list(records(path))
+        found = finished(path)
         [run] = {r.run.run_id for r in found if r.WhichOneof("record_type") == "run"}
         codes[run] = [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"]
     assert sorted(codes.values()) == [[0], [1]]

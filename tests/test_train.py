@@ -339,7 +339,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
     door, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Ctrl-C, or killed outright: the run goes on in its folder and ends with the same figures."""
-    base = [*QUICK, "trainer.max_steps=200", "validations=20"]
+    base = [*QUICK, "trainer.max_steps=600", "validations=30"]
     command = [sys.executable, "-m", "recsys_ssm.train", *base]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
