@@ -120,7 +120,9 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                         version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
                     )(guarded)()
             except KeyboardInterrupt:
-                sys.exit("stopped; the same command with ckpt_path=last goes on from the last validation")
+                sys.exit(
+                    "stopped; the same command with ckpt_path=last goes on from the last validation"
+                )
             except Exception as error:
                 if not (_is_users(error) or any(error is known for _, known in failures)):
                     raise
