@@ -250,6 +250,8 @@ def test_seed_decides_everything_and_parts_are_independent() -> None:
     fewer = make(seed=3, n_train=10, n_val_users=5).sets
     test = fewer.users.categorical[fewer.test_ranking.user]
     assert torch.equal(test, first[1][-100:]), "the other parts' sizes do not matter"
+    fewer = make(seed=3, n_test_users=7).sets
+    assert torch.equal(fewer.train.target, first[4]), "test users have no say in the clusters"
 
 
 # Baselines and configs
@@ -281,7 +283,7 @@ def test_age_band_is_estimated_on_training_pairs_alone() -> None:
         ({"p_different": -0.1}, "dataset.p_different=-0.1"),
         ({"n_test_users": 0}, "dataset.n_test_users=0"),
         ({"age_bands": 0}, "dataset.age_bands=0"),
-        ({"cluster_features": "rew"}, "dataset.cluster_features=rew: choose from raw,"),
+        ({"cluster_features": "rew"}, "dataset.cluster_features=rew: choose from standardized,"),
         ({"message_features": "text"}, "dataset.message_features=text: choose from index,"),
     ],
 )
