@@ -17,7 +17,7 @@ to them. (The paper says "at least 5 purchases"; its R@5 and P@5 imply about 6.5
 user, which counting repeat purchases towards the 5 would not give.) Validation users have as many;
 where too few are left the least number is lowered. No purchase of either is in training.
 
-Ids are compared without leading zeros, which exports lose easily, and shown with ten digits.
+Article ids have ten digits; exports that lost the leading zero get it back.
 
 Where there are no files, :mod:`recsys_ssm.data.hm_generate` makes some and the same code reads them.
 """
@@ -286,8 +286,8 @@ def _read(
     catalogue, purchases = _read_purchases(
         root / TRANSACTIONS, articles, n_items, drop_unknown, notes
     )
-    # Sorted as text: categories and streamed rows come in an order that is not told.
-    buyers = purchases.select(pl.col("customer_id").unique().cast(pl.String)).sort("customer_id")
+    # Streamed rows and groups come in no order to rely on: everything below is sorted.
+    buyers = purchases.select(pl.col("customer_id").unique().sort())
     known = buyers.join(customers, on="customer_id", how="left", maintain_order="left")
     n_known = customers.join(buyers, on="customer_id", how="semi").height
     notes.append(
@@ -299,7 +299,7 @@ def _read(
             f"{absent:,} of {buyers.height:,} buyers are not in {CUSTOMERS}: kept, features unknown"
         )
     rows = (
-        purchases.join(buyers.cast(pl.Categorical).with_row_index("user"), on="customer_id")
+        purchases.join(buyers.with_row_index("user"), on="customer_id")
         .join(catalogue.select("article_id").with_row_index("item"), on="article_id")
         .select(pl.col("user", "item").cast(pl.Int64))
         .sort("user", "item")
@@ -349,8 +349,8 @@ def _read_purchases(
     written = counts.join(ranked, on="article_id", how="semi")["written"].to_list()
     purchases = collect(
         rows.filter(is_known & pl.col("article_id").is_in(written)).select(
-            # A category holds an id once; filtered text would keep every id it was filtered from.
-            pl.col("customer_id").cast(pl.Categorical),
+            # Copied: the text a filter leaves is a view that keeps all it was taken from in memory.
+            pl.concat_str("customer_id", pl.lit("")),
             _canonical("article_id"),
         ),
         path,
@@ -375,7 +375,7 @@ def _read_purchases(
 
 def _canonical(column: str) -> pl.Expr:
     """An article id with ten digits, whatever became of its leading zeros."""
-    return pl.col(column).str.strip_chars().str.strip_chars_start("0").str.zfill(10)
+    return pl.col(column).str.strip_chars().str.zfill(10)
 
 
 def _check_key(table: pl.DataFrame, column: str, path: Path) -> None:

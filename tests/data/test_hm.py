@@ -283,6 +283,10 @@ def test_training_pairs_are_drawn_or_repeated(official: Path) -> None:
     fewer = data(official, n_train=8).sets
     assert fewer.train.user.numel() == 8
     assert "drawn of" in note(fewer, "train pairs")
+    drawn = (
+        bought(s, s.train, 1.0) for s in (data(official, n_train=4, seed=i).sets for i in range(20))
+    )
+    assert {"u3", "u5", "u6", "u7", "u9"} <= set().union(*drawn)
     more = data(official, n_train=1_000).sets
     positive = more.train.target == 1
     assert more.train.user.numel() == 1_000
