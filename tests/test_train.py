@@ -342,7 +342,13 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
     base = [*QUICK, "trainer.max_steps=600", "validations=30"]
     command = [sys.executable, "-m", "recsys_ssm.train", *base]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job is born deaf to Ctrl-C, and passes that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt")):
