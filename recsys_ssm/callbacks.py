@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import platform
+import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
@@ -144,3 +148,69 @@ class History(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records = state_dict["records"]
+
+
+class Cost(L.Callback):
+    """What training takes: time a step, and the peak of memory.
+
+    Times are from one step's start to the next's, data included, without those that a validation or a checkpoint
+    stood between; so they also hold where the device works behind the program's back (CUDA).
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._before: float | None = None
+        self._start = 0.0
+        self.seconds: dict[int, float] = {}
+        """Wall time since the training (or its continuation) began, by the step of each validation."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        if self._before is not None:
+            self._steps.append(now - self._before)
+        self._before = now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._before = None
+        self.seconds[trainer.global_step] = time.perf_counter() - self._start
+
+    def summary(self, device: torch.device) -> dict[str, Any]:
+        """Median time a step, peak memory, and the machine they were measured on."""
+        seconds = statistics.median(self._steps) if self._steps else None
+        return {
+            "seconds_per_step": seconds,
+            "steps_per_second": 1 / seconds if seconds else None,
+            "peak_memory_bytes": peak_memory(device),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "machine": processor(),
+        }
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device where it is a GPU, else of the whole process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

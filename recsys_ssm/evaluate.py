@@ -11,13 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.checkpoints import read_checkpoint
 from recsys_ssm.cli import door, make, plain
-from recsys_ssm.data.base import TwoTowerData
+from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
-from recsys_ssm.models.two_tower import TwoTower
+from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.results import print_results, versions, write_json
+from recsys_ssm.specs import find
 from recsys_ssm.train import check_writable, test_model
 
 log = logging.getLogger(__name__)
+
+TWO_TOWER = "recsys_ssm.models.two_tower.TwoTower"
+"""What a run is of whose config does not say so yet."""
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -30,12 +34,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_writable(output)
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, trained.head.get("_target_", TWO_TOWER))
     if cfg.metrics is not None:
         model.set_metrics(plain(cfg.metrics))
 
-    data: TwoTowerData = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
-    if data.sets.user_schema != model.user_schema or data.sets.item_ids != model.item_ids:
+    data: RecommenderData = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
+    if not model.fits(data):
         raise UserError(
             f"run={cfg.run}: the dataset's columns, categories or items are not those of the training; "
             "evaluate on the data the run was trained with, or train again"
@@ -98,18 +102,20 @@ def load_config(run: Path) -> DictConfig:
     return config
 
 
-def load_model(checkpoint: Path) -> TwoTower:
-    """The model of a checkpoint.
+def load_model(checkpoint: Path, module: str) -> Recommender:
+    """The model of a checkpoint, a LightningModule of the class ``module`` names.
 
     Raises:
-        UserError: The file is no checkpoint of a two-tower model.
+        UserError: The file is no checkpoint of such a model.
     """
     read_checkpoint(checkpoint)
     try:
-        return TwoTower.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, KeyError, TypeError) as error:
+        return find(module, "head").load_from_checkpoint(
+            checkpoint, map_location="cpu", weights_only=True
+        )
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{checkpoint}: no checkpoint of a two-tower model ({str(error).splitlines()[0]})"
+            f"{checkpoint}: no checkpoint of a {module.rpartition('.')[2]} model ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ from recsys_ssm.metrics import COUNTS, METRICS
 # ------------------------------------------------------------------------------------------- files
 
 
-def write_json(path: Path | str, results: Mapping[str, Any]) -> Path:
+def write_json(path: Path | str, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Writes results with sorted keys, whole or not at all.
 
     Floats keep all their digits. NaN and infinities, which JSON does not have, become null. Tensors
@@ -57,6 +58,17 @@ def write_text(path: Path | str, text: str) -> Path:
         UserError: the file cannot be written.
     """
     return _write(Path(path), text.encode())
+
+
+def write_table(path: Path | str, table: pl.DataFrame) -> Path:
+    """Writes a Parquet file, whole or not at all, and returns ``path``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    table.write_parquet(content)
+    return _write(Path(path), content.getvalue())
 
 
 def _plain(value: Any, where: str = "results") -> Any:
@@ -118,8 +130,9 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     Args:
         results: ``name``, ``metrics`` (this run's, name -> value), and where there are such
             ``generated`` (True marks the title), ``metrics_all_users`` (the same with zeros for
-            users without a relevant item; shown if there are such users), ``published`` and
-            ``baselines`` (name -> its metrics).
+            users without a relevant item; shown if there are such users), ``metrics_unfiltered``
+            (items a user has seen may be recommended too), ``published`` and ``baselines``
+            (name -> its metrics).
         width: columns of the terminal; headers are broken at spaces where it does not fit.
 
     Returns:
@@ -129,6 +142,8 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     columns: dict[str, Mapping[str, Any]] = {"this run": metrics}
     if metrics.get("n_users_without_relevant") and results.get("metrics_all_users"):
         columns["all users"] = results["metrics_all_users"]
+    if results.get("metrics_unfiltered"):
+        columns["seen items allowed"] = results["metrics_unfiltered"]
     if results.get("published"):
         columns["published"] = results["published"]
     columns |= results.get("baselines") or {}

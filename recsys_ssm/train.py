@@ -8,18 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import polars as pl
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm import ops
-from recsys_ssm.callbacks import History
+from recsys_ssm.callbacks import Cost, History
 from recsys_ssm.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.cli import check, door, make, make_all, plain, spec
-from recsys_ssm.data.base import RankingLoader, TwoTowerData
+from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
-from recsys_ssm.metrics import RankingMetrics, over_all_users
-from recsys_ssm.models.two_tower import TwoTower
-from recsys_ssm.results import plot_curves, print_results, versions, write_json, write_text
+from recsys_ssm.models.recommender import Recommender
+from recsys_ssm.results import (
+    plot_curves,
+    print_results,
+    versions,
+    write_json,
+    write_table,
+    write_text,
+)
+from recsys_ssm.specs import import_target
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +57,29 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     log.info(ops.describe_backends())
 
-    data: TwoTowerData = make(cfg.dataset, "dataset")
+    data: RecommenderData = make(cfg.dataset, "dataset")
     name = cfg.name + ("-generated" if data.sets.generated else "")
     for note in data.sets.notes:
         log.info("%s: %s", data.name, note)
-    model = TwoTower.for_data(
+    head = plain(cfg.head)
+    model: Recommender = import_target(head.pop("_target_"), "head").for_data(
         data,
         tokenizer=plain(cfg.tokenizer),
         backbone=spec(cfg.backbone, "backbone"),
-        head=plain(cfg.head),
+        head=head,
         optimizer=spec(cfg.optimizer, "optimizer"),
         scheduler=spec(cfg.scheduler, "scheduler"),
         metrics=plain(cfg.metrics),
     )
-    log.info("%s: %s", name, count_parameters(model))
+    counts = model.parameter_counts()
+    log.info("%s: parameters %s", name, describe(counts))
     config = {**plain(cfg), "name": name, "versions": versions()}
     write_text(output / "config.yaml", OmegaConf.to_yaml(config))
 
     if ckpt_path is not None:
         check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
 
-    history = History(every_n_steps=cfg.trainer.get("log_every_n_steps") or 50)
+    history, cost = History(every_n_steps=cfg.trainer.get("log_every_n_steps") or 50), Cost()
     logger = None
     failed = True
     try:
@@ -78,7 +89,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer: L.Trainer = make(
             cfg.trainer,
             "trainer",
-            callbacks=[*make_callbacks(cfg), history],
+            callbacks=[*make_callbacks(cfg), history, cost],
             logger=logger or False,
         )
         if logger is not None:
@@ -96,7 +107,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             "seed": cfg.seed,
             "steps": trainer.global_step,
             "train_seconds": time.perf_counter() - start,
-            "parameters": parameters(model),
+            "cost": cost.summary(model.device),
+            "parameters": counts,
+            "overrides": overrides(),
             "notes": data.sets.notes,
             "versions": versions(),
         }
@@ -104,7 +117,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             results |= test_checkpoint(trainer, model, data, cfg.test)
             results["published"] = plain(cfg.published) or {}
         if trainer.is_global_zero:
-            report(results, history, output, cfg)
+            report(results, history, cost, output, cfg)
             if logger is not None:
                 log_results(logger, results, output)
         failed = False
@@ -114,7 +127,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def test_checkpoint(
-    trainer: L.Trainer, model: TwoTower, data: TwoTowerData, which: str
+    trainer: L.Trainer, model: Recommender, data: RecommenderData, which: str
 ) -> dict[str, Any]:
     """Load the best or last checkpoint and test it, once."""
     kept = {
@@ -130,34 +143,38 @@ def test_checkpoint(
     return {"checkpoint": path or None, **test_model(trainer, model, data)}
 
 
-def test_model(trainer: L.Trainer, model: TwoTower, data: TwoTowerData) -> dict[str, Any]:
-    """Test metrics of the model as it is, and of what is simpler than it, on the same users."""
+def test_model(trainer: L.Trainer, model: Recommender, data: RecommenderData) -> dict[str, Any]:
+    """Test metrics of the model as it is, and of what is simpler than it, on the same users.
+
+    Who was recommended what goes to ``test_users.parquet`` and ``items.parquet`` in the trainer's folder.
+    """
     trainer.test(model, datamodule=data, verbose=False)
-    values = {name: float(value) for name, value in model.test_metrics.compute().items()}
+    users = model.test_rankings.frame()
+    if trainer.is_global_zero:
+        folder = Path(trainer.default_root_dir)
+        write_table(folder / "test_users.parquet", users)
+        items = pl.DataFrame(
+            {"item": data.sets.item_ids, "train_count": data.item_counts().numpy()}
+        )
+        write_table(folder / "items.parquet", items)
     return {
-        "metrics": values,
-        "metrics_all_users": over_all_users(values),
-        "baselines": evaluate_baselines(data, [str(name) for name in model.test_metrics.names]),
+        **model.test_results(),
+        "baselines": data.baseline_metrics([str(name) for name in model.test_metrics.names]),
     }
 
 
-def evaluate_baselines(data: TwoTowerData, metrics: list[str]) -> dict[str, dict[str, float]]:
-    """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""
-    sets = data.sets
-    results = {}
-    for name, scores in sets.baselines.items():
-        # Every process sees all users here: there is nothing to add up.
-        ranking = RankingMetrics(metrics, n_items=len(sets.item_ids), sync_on_compute=False)
-        for batch in RankingLoader(
-            sets.users, sets.test_ranking, len(sets.item_ids), batch_size=data.eval_batch_size
-        ):
-            ranking.update(scores(batch.user_index), batch.relevant, batch.seen)
-        results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
-    return results
-
-
-def report(results: dict[str, Any], history: History, output: Path, cfg: DictConfig) -> None:
+def report(
+    results: dict[str, Any], history: History, cost: Cost, output: Path, cfg: DictConfig
+) -> None:
     """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
+    # Beside the curves' values, not among them: they are the same for the same seed, times are not.
+    records = [
+        record | {"seconds": seconds}
+        if "val/loss" in record and (seconds := cost.seconds.get(int(record["step"])))
+        else record
+        for record in history.records
+    ]
+    write_json(output / "history.json", records)
     written = {
         "metrics": write_json(output / "metrics.json", results),
         "config": output / "config.yaml",
@@ -217,7 +234,7 @@ def finish(logger: Any, failed: bool) -> None:
             wandb.finish(exit_code=int(failed))
 
 
-def logger_tags(cfg: DictConfig, data: TwoTowerData) -> dict[str, Any]:
+def logger_tags(cfg: DictConfig, data: RecommenderData) -> dict[str, Any]:
     """Arguments only the W&B logger takes."""
     if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
         return {}
@@ -255,17 +272,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def parameters(model: TwoTower) -> dict[str, int]:
-    """Trainable parameters of a tower's backbone and of the whole."""
-    return {
-        "backbone_per_tower": sum(p.numel() for p in model.user_tower.backbone.parameters()),
-        "total": sum(p.numel() for p in model.parameters()),
-    }
+def overrides() -> list[str]:
+    """What the command line changed, in its own words."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def count_parameters(model: TwoTower) -> str:
-    counts = parameters(model)
-    return f"{counts['total']:,} parameters, {counts['backbone_per_tower']:,} of them in each tower's backbone"
+def describe(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
 
 
 main = door("train")(train)

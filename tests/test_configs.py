@@ -81,7 +81,9 @@ def test_recipes_of_the_paper() -> None:
                 and cfg["optimizer"]["lr"] == rate
             )
             assert cfg["dataset"]["batch_size"] == 32 and cfg["backbone"]["d_model"] == 128
-            assert cfg["head"] == {"hidden": 64, "output": 32, "final_relu": False, "loss": "mse"}
+            head = cfg["head"]
+            assert head.pop("_target_") == "recsys_ssm.models.two_tower.TwoTower"
+            assert head == {"hidden": 64, "output": 32, "final_relu": False, "loss": "mse"}
 
 
 def test_the_published_cell_follows_the_dataset() -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -20,6 +21,28 @@ QUICK = (*TINY, *SMALL_MAMBA, "logger=none")
 def only_run(folder: Path) -> Path:
     [run] = folder.glob("runs/*/*")
     return run
+
+
+def test_who_was_recommended_what_is_kept(door, tmp_path: Path) -> None:
+    outcome = door("train", "dataset=spotify", *QUICK)
+    assert outcome.code == 0, outcome.text
+    run = only_run(tmp_path)
+    users = pl.read_parquet(run / "test_users.parquet")
+    assert users.height == 20 and users["user"].is_sorted() and users["user"].n_unique() == 20
+    assert (users["n_relevant"] == users["relevant"].list.len()).all()
+    assert (users["recommended"].list.len() == 12).all()  # the largest cut-off, map@12
+    # The table's figure follows from the rows.
+    metrics = json.loads((run / "metrics.json").read_text())["metrics"]
+    hits = users.filter(pl.col("n_relevant") > 0).select(
+        pl.col("recommended").list.head(5).list.set_intersection("relevant").list.len() / 5
+    )
+    assert hits.to_series().mean() == pytest.approx(metrics["p@5"])
+    items = pl.read_parquet(run / "items.parquet")
+    assert items.height == 50 and items["train_count"].sum() > 0
+    history = json.loads((run / "history.json").read_text())
+    validations = [record for record in history if "val/ndcg@10" in record]
+    assert [record["step"] for record in validations] == [4, 8]
+    assert validations[0]["seconds"] < validations[1]["seconds"]
 
 
 def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
@@ -54,6 +77,9 @@ def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
     assert results["baselines"]["oracle"]["p@1"] == 1.0
     assert results["published"]["p@5"] == 0.952
     assert results["metrics"]["n_users"] == 20
+    cost = results["cost"]
+    assert cost["seconds_per_step"] > 0 and cost["peak_memory_bytes"] > 1e8 and cost["machine"]
+    assert results["overrides"][0] == "dataset=spotify"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["backbone"]["d_model"] == 16 and config["dataset"]["n_train"] == 512
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.metrics import RankingMetrics
 
 
 class PairBatch(NamedTuple):
@@ -256,7 +257,27 @@ class RankingLoader:
             )
 
 
-class TwoTowerData(L.LightningDataModule, abc.ABC):
+class RecommenderData(L.LightningDataModule, abc.ABC):
+    """What the doors ask of a dataset, whatever it is of."""
+
+    name: str
+    seed: int
+
+    @property
+    @abc.abstractmethod
+    def sets(self) -> Any:
+        """The prepared data, built at the first use: ``item_ids``, ``notes``, ``generated`` and what it is of."""
+
+    @abc.abstractmethod
+    def item_counts(self) -> Tensor:
+        """(I,) int64, training interactions of each item: its popularity."""
+
+    @abc.abstractmethod
+    def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Test metrics of what is simpler than a model (or of an oracle), by its name."""
+
+
+class TwoTowerData(RecommenderData):
     """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
 
     Args:
@@ -313,6 +334,25 @@ class TwoTowerData(L.LightningDataModule, abc.ABC):
 
     def test_dataloader(self) -> RankingLoader:
         return self._ranking(self.sets.test_ranking)
+
+    def item_counts(self) -> Tensor:
+        """(I,) int64, positive training pairs of each item."""
+        train = self.sets.train
+        return torch.bincount(train.item[train.target > 0], minlength=len(self.sets.item_ids))
+
+    def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""
+        sets = self.sets
+        results = {}
+        for name, scores in sets.baselines.items():
+            # Every process sees all users here: there is nothing to add up.
+            ranking = RankingMetrics(metrics, n_items=len(sets.item_ids), sync_on_compute=False)
+            for batch in RankingLoader(
+                sets.users, sets.test_ranking, len(sets.item_ids), batch_size=self.eval_batch_size
+            ):
+                ranking.update(scores(batch.user_index), batch.relevant, batch.seen)
+            results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
+        return results
 
     def _shard(self) -> dict[str, int]:
         if self.trainer is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-import lightning as L
 import polars as pl
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, rank_top_k
+from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, over_all_users, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
 from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import FeatureTokenizer
+from recsys_ssm.rankings import Rankings
 from recsys_ssm.specs import Spec, build, check_arguments
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Tower(nn.Module):
         return torch.cat(blocks)
 
 
-class TwoTower(L.LightningModule):
+class TwoTower(Recommender):
     """A tower for users, a tower for items, and how they are trained.
 
     Every argument but ``items`` is plain data and is kept in the checkpoint, the catalogue's features beside the
@@ -116,12 +117,22 @@ class TwoTower(L.LightningModule):
 
         self.val_loss = MeanMetric()
         self.set_metrics(metrics)
+        self.test_rankings = Rankings()
         self._item_embeddings: Tensor | None = None
 
     @classmethod
     def for_data(cls, data: TwoTowerData, **options: Any) -> Self:
-        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on)."""
+        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
+
+        Raises:
+            UserError: The dataset is not of users, items and their features.
+        """
         sets = data.sets
+        if not hasattr(sets, "user_schema"):
+            raise UserError(
+                f"head=two_tower needs users and items with features, and dataset {data.name} has sequences; "
+                "leave head= to the dataset, or choose another dataset"
+            )
         return cls(
             user_schema=sets.user_schema.to_dict(),
             item_schema=sets.item_schema.to_dict(),
@@ -181,21 +192,44 @@ class TwoTower(L.LightningModule):
     # Test
 
     def on_test_epoch_start(self) -> None:
+        self.test_rankings.clear()
         self._item_embeddings = self.item_tower.encode(self.items)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
-        self._rank(batch, self.test_metrics)
+        top_UK = self._rank(batch, self.test_metrics)
+        self.test_rankings.add(batch.user_index, top_UK, batch.relevant)
 
     def on_test_epoch_end(self) -> None:
-        """The values stay in ``test_metrics`` (both conventions) until the next test begins."""
+        """The values stay in ``test_metrics`` and ``test_rankings`` until the next test begins."""
         self._item_embeddings = None
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
-    def _rank(self, batch: RankingBatch, metrics: RankingMetrics) -> None:
+    def _rank(self, batch: RankingBatch, metrics: RankingMetrics) -> Tensor:
         assert self._item_embeddings is not None
         scores_UI = self.user_tower(batch.user) @ self._item_embeddings.T
-        metrics.update(scores_UI, batch.relevant, batch.seen)
+        top_UK = rank_top_k(scores_UI, metrics.max_k, batch.seen)
+        metrics.update_from_top(top_UK, batch.relevant)
+        return top_UK
+
+    # For the doors
+
+    def fits(self, data: TwoTowerData) -> bool:
+        """Whether a dataset has the columns, categories and items of the training."""
+        sets = data.sets
+        return sets.user_schema == self.user_schema and sets.item_ids == self.item_ids
+
+    def test_results(self) -> dict[str, dict[str, float]]:
+        """``metrics``, and ``metrics_all_users`` with zeros for users without a relevant item."""
+        values = {name: float(value) for name, value in self.test_metrics.compute().items()}
+        return {"metrics": values, "metrics_all_users": over_all_users(values)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of a tower's backbone, and of the whole."""
+        return {
+            "backbone_per_tower": sum(p.numel() for p in self.user_tower.backbone.parameters()),
+            "total": sum(p.numel() for p in self.parameters()),
+        }
 
     # Use
 
