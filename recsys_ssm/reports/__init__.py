@@ -1,0 +1,1 @@
+"""The papers' tables and figures from folders of runs: collected, put together, drawn."""
