@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning as L
 import numpy as np
@@ -23,6 +23,8 @@ from torch import Tensor
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.metrics import RankingMetrics
+
+Batch = TypeVar("Batch")
 
 
 class PairBatch(NamedTuple):
@@ -82,6 +84,9 @@ class Ragged:
     @property
     def lengths(self) -> Tensor:
         return self.offsets.diff()
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return Ragged(self.values.to(device), self.offsets.to(device))
 
     def mask(self, start: int, stop: int, n_items: int) -> Tensor:
         """Users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
@@ -146,62 +151,58 @@ class TwoTowerSets:
         }
 
 
-class PairLoader:
-    """Batches of pairs, gathered from prepared arrays; a plain iterable Lightning takes as it is.
+class ResumableLoader(abc.ABC, Generic[Batch]):
+    """Batches whose order depends on (seed, epoch) alone; a plain iterable Lightning takes as it is.
 
-    The order of epoch e depends on (seed, e) alone. The state is the batch that comes next (epoch,
-    position) and travels in the checkpoint: a run that was killed in the middle of an epoch goes on
-    with the next batch. Without a loaded state, iterating anew begins the epoch anew. With several
-    processes each takes every ``world_size``-th pair; the last, incomplete round is left out of a
-    shuffled epoch so that all take the same number of steps.
+    The state is the batch that comes next (epoch, position) and travels in the checkpoint: a run
+    that was killed in the middle of an epoch goes on with the next batch. Without a loaded state,
+    iterating anew begins the epoch anew. With several processes each takes every ``world_size``-th
+    of what there is; the last, incomplete round is left out of a shuffled epoch so that all take
+    the same number of steps.
     """
 
-    def __init__(
-        self,
-        users: Features,
-        items: Features,
-        pairs: Pairs,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.users, self.items, self.pairs = users, items, pairs
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+    def __init__(self, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
         self._epoch = 0
         self._position = 0
         self._resumed = False
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        n = self.pairs.user.numel()
+        """Batches an epoch, the same in every one."""
+
+    @abc.abstractmethod
+    def _begin(self, generator: np.random.Generator | None) -> Callable[[int], Batch]:
+        """Settle an epoch's order; what is returned makes the batch at a position.
+
+        Args:
+            generator: Of this epoch; None: no shuffling.
+        """
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        """What of ``order`` this process takes."""
+        if self.shuffle:
+            order = order[: order.size - order.size % self.world_size]
+        return order[self.rank :: self.world_size]
+
+    def _share_size(self, n: int) -> int:
+        """The length of :meth:`_share` of n."""
         if self.shuffle:
             n -= n % self.world_size
-        return -(-len(range(self.rank, n, self.world_size)) // self.batch_size)
+        return len(range(self.rank, n, self.world_size))
 
-    def _order(self) -> Tensor:
-        n = self.pairs.user.numel()
-        if not self.shuffle:
-            return torch.arange(self.rank, n, self.world_size)
-        generator = np.random.default_rng((self.seed, self._epoch))
-        order = torch.from_numpy(generator.permutation(n))
-        return order[: n - n % self.world_size][self.rank :: self.world_size]
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        epoch, order, n_batches = self._epoch, self._order(), len(self)
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, n_batches = self._epoch, len(self)
+        generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
+        batch_at = self._begin(generator)
         start, self._resumed = self._position if self._resumed else 0, False
         for position in range(start, n_batches):
             # The state moves on before the batch is given out: a checkpoint is written while the
             # batch is in use, and whoever counts the batches never asks for one after the last.
             last = position + 1 == n_batches
             self._epoch, self._position = (epoch + 1, 0) if last else (epoch, position + 1)
-            index = order[position * self.batch_size : (position + 1) * self.batch_size]
-            user, item = self.pairs.user[index], self.pairs.item[index]
-            yield PairBatch(
-                self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
-            )
+            yield batch_at(position)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch`` unless the loader is in it already; so an epoch cut short is left."""
@@ -218,6 +219,43 @@ class PairLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._epoch, self._position, self._resumed = state["epoch"], state["position"], True
+
+
+class PairLoader(ResumableLoader[PairBatch]):
+    """Batches of pairs, gathered from prepared arrays."""
+
+    def __init__(
+        self,
+        users: Features,
+        items: Features,
+        pairs: Pairs,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self.users, self.items, self.pairs = users, items, pairs
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self._share_size(self.pairs.user.numel()) // self.batch_size)
+
+    def _begin(self, generator: np.random.Generator | None) -> Callable[[int], PairBatch]:
+        n = self.pairs.user.numel()
+        everything = np.arange(n) if generator is None else generator.permutation(n)
+        order = torch.from_numpy(self._share(everything))
+
+        def batch_at(position: int) -> PairBatch:
+            index = order[position * self.batch_size : (position + 1) * self.batch_size]
+            user, item = self.pairs.user[index], self.pairs.item[index]
+            return PairBatch(
+                self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
+            )
+
+        return batch_at
 
 
 class RankingLoader:
