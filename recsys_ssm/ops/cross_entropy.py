@@ -1,0 +1,114 @@
+"""Softmax over a whole catalogue without the matrix of its logits.
+
+``loss = mean_p (logsumexp_i x_p·w_i − x_p·w_target(p))``. The (P, I) logits of a batch are by far the largest
+thing next-item training would hold (4,096 positions over a million items: 16 GB). Here they exist for a few
+positions at a time, and what the backward pass needs of them is made on the spot: with p_i = softmax,
+
+    dx_p = Σ_i p_i w_i − w_target,        dw_i = Σ_p (p_i(p) − [i = target(p)]) x_p.
+
+The idea of computing gradients in the forward pass is that of fused linear cross-entropies (Liger Kernel,
+arXiv 2410.10989).
+
+Legend: P positions, I items, D = d_model, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Logits held at once: 2 MiB stay in a core's cache; a GPU wants more work at a time."""
+_LEAST_ROWS = 64
+"""Each chunk reads and writes the whole of dw once, which fewer positions would not outweigh."""
+
+
+def linear_cross_entropy_reference(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """As :func:`linear_cross_entropy`, all logits at once."""
+    return F.cross_entropy(x @ weight.T, target) if target.numel() else (x.sum() + weight.sum()) * 0
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """Mean cross-entropy of ``softmax(x @ weight.T)``, its gradients ready when it returns.
+
+    Args:
+        x: (P, D).
+        weight: (I, D).
+        target: (P,) int64 in [0, I).
+        chunk: Positions at a time; None: what suits the device and the catalogue.
+
+    Returns:
+        Scalar, float32 or wider; 0 of no position.
+
+    Raises:
+        ValueError: Shapes do not belong together, or ``chunk`` is below 1.
+    """
+    if (
+        x.dim() != 2
+        or weight.dim() != 2
+        or x.shape[1] != weight.shape[1]
+        or target.shape != x.shape[:1]
+    ):
+        raise ValueError(
+            f"expected x (P, D), weight (I, D), target (P,), "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
+        )
+    if chunk is None:
+        elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS["cuda"])
+        chunk = max(_LEAST_ROWS, elements // weight.shape[0])
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
+    return _LinearCrossEntropy.apply(x, weight, target, chunk)  # type: ignore[no-untyped-call]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, weight_ID: Tensor, target_P: Tensor, chunk: int) -> Tensor:
+        n_positions = x_PD.shape[0]
+        wide = torch.promote_types(x_PD.dtype, torch.float32)
+        x_PD = x_PD.to(weight_ID.dtype)
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        dx_PD = torch.empty_like(x_PD) if want_x else None
+        dw_ID = torch.zeros_like(weight_ID, dtype=wide) if want_weight else None
+        loss = x_PD.new_zeros((), dtype=wide)
+        buffer_CI = x_PD.new_empty(min(chunk, n_positions), weight_ID.shape[0])
+        for start in range(0, n_positions, chunk):
+            x_CD, target_C1 = x_PD[start : start + chunk], target_P[start : start + chunk, None]
+            logits_CI = torch.mm(x_CD, weight_ID.T, out=buffer_CI[: x_CD.shape[0]]).to(wide)
+            top_C1 = logits_CI.amax(1, keepdim=True)
+            own_C1 = logits_CI.gather(1, target_C1)
+            weights_CI = logits_CI.sub_(top_C1).exp_()  # softmax but for its sum
+            sum_C1 = weights_CI.sum(1, keepdim=True)
+            loss += (sum_C1.log() + top_C1 - own_C1).sum()
+            if not (want_x or want_weight):
+                continue
+            # Dividing x and the result by the sum is D divisions a position, dividing the weights I.
+            own_weight_C1 = weights_CI.gather(1, target_C1) - sum_C1
+            weights_CI.scatter_(1, target_C1, own_weight_C1)
+            weights_CI = weights_CI.to(weight_ID.dtype)
+            if dx_PD is not None:
+                dx_CD = torch.mm(weights_CI, weight_ID, out=dx_PD[start : start + chunk])
+                dx_CD /= sum_C1 * n_positions
+            if dw_ID is not None:
+                scaled_CD = x_CD / (sum_C1 * n_positions)
+                dw_ID.addmm_(weights_CI.T.to(wide), scaled_CD.to(wide))
+        ctx.save_for_backward(dx_PD, None if dw_ID is None else dw_ID.to(weight_ID.dtype))
+        ctx.dtype = wide
+        return loss / max(n_positions, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        dx_PD, dw_ID = ctx.saved_tensors
+        return (
+            None if dx_PD is None else dx_PD * grad,
+            None if dw_ID is None else dw_ID * grad,
+            None,
+            None,
+        )
