@@ -95,6 +95,8 @@ METRICS: dict[str, str] = {
     "items): Kaggle's MAP@12 of the H&M competition",
     "coverage": "share of the catalogue that is among the first k of at least one user, with or "
     "without a relevant item",
+    "popularity": "training interactions of a recommended item, mean over all that are among the "
+    "first k of a user: ARP of Yin et al. (2012)",
 }
 """Every family of metrics and its definition."""
 
@@ -252,26 +254,28 @@ def per_user(top: Tensor, relevant: Tensor, metrics: Sequence[str]) -> dict[str,
 
     Args:
         top: (U, K) int64 from `rank_top_k`, K at least the largest cut-off; -1 is an empty place.
-        relevant: (U, I) bool. A relevant item that was excluded from the ranking counts as missed.
-        metrics: names such as ``"p@5"``, all but ``coverage``, which has no value for one user.
+        relevant: (U, I) bool; or (U,) int64, the one relevant item of each user. A relevant item
+            that was excluded from the ranking counts as missed.
+        metrics: names such as ``"p@5"``, all but ``coverage`` and ``popularity``, which have no
+            value for one user.
 
     Returns:
         name -> (U,) float64 on the device of ``top`` (the CPU where the device has no float64); NaN
         for users without a relevant item.
 
     Raises:
-        UserError: an unknown name, or ``coverage``.
+        UserError: an unknown name, ``coverage`` or ``popularity``.
         ValueError: ``top`` has fewer places than a metric needs.
     """
-    _check_mask("relevant", relevant, (top.shape[0], relevant.shape[-1]))
     names = [MetricName.parse(metric) for metric in metrics]
-    if any(name.family not in _PER_USER for name in names):
-        raise UserError(f"coverage has no value for one user; per user there is {list(_PER_USER)}")
+    if other := [name.family for name in names if name.family not in _PER_USER]:
+        raise UserError(
+            f"{other[0]} has no value for one user; per user there is {list(_PER_USER)}"
+        )
     if any(name.k > top.shape[1] for name in names):
         raise ValueError(f"top has {top.shape[1]} places, too few for {list(metrics)}")
 
-    hit_UK = relevant.gather(1, top.clamp(min=0)) & (top >= 0)
-    n_relevant_U = _count_relevant(relevant)
+    hit_UK, n_relevant_U = _hits(top, relevant)
     if top.device.type in _DEVICES_WITHOUT_FLOAT64:
         hit_UK, n_relevant_U = hit_UK.cpu(), n_relevant_U.cpu()
     hit_UK, n_relevant_U = hit_UK.double(), n_relevant_U.double()
@@ -284,6 +288,19 @@ def per_user(top: Tensor, relevant: Tensor, metrics: Sequence[str]) -> dict[str,
     return values
 
 
+def _hits(top: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, K) bool, which places hold a relevant item; (U,), how many relevant items there are."""
+    if relevant.dim() == 1:
+        if relevant.dtype != torch.int64 or relevant.shape != top.shape[:1]:
+            raise ValueError(
+                f"one relevant item a user must be int64 of shape {tuple(top.shape[:1])}, "
+                f"got {relevant.dtype} {tuple(relevant.shape)}"
+            )
+        return (top == relevant[:, None]) & (top >= 0), (relevant >= 0).to(torch.int32)
+    _check_mask("relevant", relevant, (top.shape[0], relevant.shape[-1]))
+    return relevant.gather(1, top.clamp(min=0)) & (top >= 0), _count_relevant(relevant)
+
+
 class RankingMetrics(torchmetrics.Metric):
     """Means of ranking metrics over users, exact whatever the batches and the number of processes.
 
@@ -294,10 +311,11 @@ class RankingMetrics(torchmetrics.Metric):
     Args:
         metrics: names such as ``("p@5", "map@12", "coverage@10")``, see `METRICS`.
         n_items: I, the catalogue's size.
+        item_counts: (I,) training interactions of each item, which ``popularity`` needs.
         kwargs: those of ``torchmetrics.Metric``.
 
     Raises:
-        UserError: an unknown metric.
+        UserError: an unknown metric, or ``popularity`` without ``item_counts``.
     """
 
     full_state_update = False
@@ -308,7 +326,12 @@ class RankingMetrics(torchmetrics.Metric):
     n_users_without_relevant: Tensor  # () int64
 
     def __init__(
-        self, metrics: Sequence[str] = DEFAULT_METRICS, *, n_items: int, **kwargs: Any
+        self,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        *,
+        n_items: int,
+        item_counts: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not metrics:
@@ -318,12 +341,18 @@ class RankingMetrics(torchmetrics.Metric):
         self.names = names
         self.max_k = max(name.k for name in names)
         self._averaged = [str(name) for name in names if name.family in _PER_USER]
-        self._coverage_ks = [name.k for name in names if name.family == "coverage"]
+        self._item_counts = None if item_counts is None else item_counts.double().cpu()
+        if self._item_counts is None and any(name.family == "popularity" for name in names):
+            raise UserError(
+                "metric popularity needs the items' training counts, and there are none"
+            )
+        # Both are of the recommendations alone, and follow from how often each item was made one.
+        self._counted_ks = sorted({name.k for name in names if name.family not in _PER_USER})
         zero = torch.tensor(0)
         self.add_state("sums", torch.zeros(len(self._averaged)).double(), dist_reduce_fx="sum")
         self.add_state("n_users", zero, dist_reduce_fx="sum")
         self.add_state("n_users_without_relevant", zero.clone(), dist_reduce_fx="sum")
-        for k in self._coverage_ks:  # how often each item was among the first k
+        for k in self._counted_ks:  # how often each item was among the first k
             counts = torch.zeros(n_items, dtype=torch.int64)
             self.add_state(f"recommended_{k}", counts, dist_reduce_fx="sum")
 
@@ -332,7 +361,7 @@ class RankingMetrics(torchmetrics.Metric):
 
         Args:
             scores: (U, I), the higher the better.
-            relevant: (U, I) bool.
+            relevant: (U, I) bool; or (U,) int64, the one relevant item of each user.
             exclude: (U, I) bool, items that are not to be recommended.
 
         Raises:
@@ -343,7 +372,8 @@ class RankingMetrics(torchmetrics.Metric):
             raise ValueError(
                 f"scores must be (users, {self.n_items} items), got {tuple(scores.shape)}"
             )
-        _check_mask("relevant", relevant, scores.shape)
+        if relevant.dim() != 1:
+            _check_mask("relevant", relevant, scores.shape)
         self.update_from_top(rank_top_k(scores, self.max_k, exclude), relevant)
 
     def update_from_top(self, top: Tensor, relevant: Tensor) -> None:
@@ -351,16 +381,16 @@ class RankingMetrics(torchmetrics.Metric):
 
         Args:
             top: (U, K) from `rank_top_k`, K at least ``max_k``.
-            relevant: (U, I) bool.
+            relevant: as for `update`.
         """
         values = per_user(top, relevant, self._averaged)
-        n_without = (_count_relevant(relevant) == 0).sum()
+        n_without = (_hits(top[:, :1], relevant)[1] == 0).sum()
         if values:
             sums = torch.stack([value.nan_to_num(0).sum() for value in values.values()])
             self.sums += sums.to(self.sums.device)
         self.n_users += top.shape[0]
         self.n_users_without_relevant += n_without.to(self.n_users.device)
-        for k in self._coverage_ks:
+        for k in self._counted_ks:
             places = top[:, :k].to(self.n_users.device)
             counts = getattr(self, f"recommended_{k}")
             counts += torch.bincount(places[places >= 0], minlength=self.n_items)
@@ -372,13 +402,18 @@ class RankingMetrics(torchmetrics.Metric):
         """
         n_averaged = self.n_users - self.n_users_without_relevant
         means = dict(zip(self._averaged, self.sums / n_averaged, strict=True))
+        means_device = self.sums.device
         values = {}
         for name in self.names:
-            if name.family == "coverage":
-                counts = getattr(self, f"recommended_{name.k}")
+            if name.family in _PER_USER:
+                values[str(name)] = means[str(name)]
+                continue
+            counts = getattr(self, f"recommended_{name.k}")
+            if self._item_counts is None or name.family == "coverage":
                 values[str(name)] = (counts > 0).double().mean()
             else:
-                values[str(name)] = means[str(name)]
+                shown = counts.cpu().double()
+                values[str(name)] = (shown @ self._item_counts / shown.sum()).to(means_device)
         return values | {count: getattr(self, count).double() for count in COUNTS}
 
     def _apply(

@@ -148,7 +148,7 @@ class TestNames:
             MetricName.parse(name)
 
     def test_every_family_has_a_definition_and_a_function(self):
-        assert set(METRICS) == {*metrics_module._PER_USER, "coverage"}
+        assert set(METRICS) == {*metrics_module._PER_USER, "coverage", "popularity"}
 
     def test_no_metrics(self):
         with pytest.raises(UserError, match="metrics is empty"):
@@ -437,3 +437,48 @@ class TestRankingMetrics:
         with pytest.raises(UserError, match="NaN"):
             metric.update(torch.full((1, 40), math.nan), torch.ones(1, 40, dtype=torch.bool))
         assert metric.n_users == before["n_users"]
+
+
+class TestOneRelevantItemAUser:
+    """Next-item protocols hold out one item a user: its index says the same as a row of a mask."""
+
+    def test_an_index_is_a_mask_with_one_item(self):
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.randint(0, 9, (200, 30), generator=generator).float()  # ties galore
+        target = torch.randint(0, 30, (200,), generator=generator)
+        exclude = torch.rand(200, 30, generator=generator) < 0.3
+        mask = torch.nn.functional.one_hot(target, 30).bool()
+        names = ("hr@1", "hr@10", "ndcg@10", "mrr@5", "coverage@3")
+        by_index, by_mask = (RankingMetrics(names, n_items=30) for _ in range(2))
+        by_index.update(scores, target, exclude)
+        by_mask.update(scores, mask, exclude)
+        assert by_index.compute() == by_mask.compute()
+
+    def test_no_item_counts_as_a_user_without(self):
+        metric = RankingMetrics(("hr@1",), n_items=3)
+        metric.update(torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]), torch.tensor([0, -1]))
+        assert metric.compute() == {"hr@1": 1, "n_users": 2, "n_users_without_relevant": 1}
+
+    def test_an_empty_place_is_no_hit(self):
+        top = torch.tensor([[0, -1]])
+        assert per_user(top, torch.tensor([-1]), ["hr@2"])["hr@2"].isnan()
+        assert per_user(top, torch.tensor([1]), ["hr@2"])["hr@2"].item() == 0
+
+    @pytest.mark.parametrize("target", [torch.tensor([0.0]), torch.tensor([0, 1])])
+    def test_it_must_be_an_index_for_each(self, target):
+        with pytest.raises(ValueError, match="must be int64 of shape"):
+            per_user(torch.tensor([[0, 1]]), target, ["hr@1"])
+
+
+class TestPopularity:
+    def test_is_the_mean_training_count_of_what_is_recommended(self):
+        counts = torch.tensor([10, 0, 4])
+        metric = RankingMetrics(("popularity@2",), n_items=3, item_counts=counts)
+        scores = torch.tensor([[3.0, 2, 1], [1.0, 2, 3]])
+        metric.update(scores[:1], torch.tensor([0]))
+        metric.update(scores[1:], torch.tensor([0]))
+        assert metric.compute()["popularity@2"].item() == (10 + 0 + 4 + 0) / 4
+
+    def test_needs_the_counts(self):
+        with pytest.raises(UserError, match="needs the items' training counts"):
+            RankingMetrics(("popularity@2",), n_items=3)

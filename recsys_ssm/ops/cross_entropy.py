@@ -63,7 +63,7 @@ def linear_cross_entropy(
         chunk = max(_LEAST_ROWS, elements // weight.shape[0])
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
-    return _LinearCrossEntropy.apply(x, weight, target, chunk)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(x, weight, target, chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
