@@ -19,14 +19,21 @@ _SEPARATORS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
 
 
 def scan_table(
-    path: str | Path, *, columns: Sequence[str] = (), separator: str = ","
+    path: str | Path,
+    *,
+    columns: Sequence[str] = (),
+    separator: str = ",",
+    names: Sequence[str] | None = None,
+    quote: str | None = '"',
 ) -> pl.LazyFrame:
     """A lazy frame of a CSV (every cell as text, an empty one null) or Parquet file.
 
     Args:
-        path: ``*.parquet`` / ``*.pq`` is Parquet, anything else CSV with a header line.
+        path: ``*.parquet`` / ``*.pq`` is Parquet, anything else CSV.
         columns: Columns that must be there; all others are left out when any is named.
         separator: Between the cells of a CSV, one character.
+        names: What the columns of a CSV without a header line are called; None: it has one.
+        quote: Around a cell of a CSV that holds a separator; None: nothing is.
 
     Raises:
         UserError: The file is missing, unreadable, empty, not such a table, or lacks a column.
@@ -34,24 +41,47 @@ def scan_table(
     path = Path(path).expanduser()
     if len(separator.encode()) != 1:
         raise UserError(f"separator={separator!r}: give one character, for example {_hint()}")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name the file in it")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (looked in {path.parent.resolve()})")
+    _check_file(path, "a header line and rows below it" if names is None else "rows")
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty; it needs a header line and rows below it")
         if _is_parquet(path):
             frame = pl.scan_parquet(path)
         else:
             # Text first: ids keep their leading zeros, and what is no number is named with its row.
-            frame = pl.scan_csv(path, separator=separator, infer_schema=False)
+            frame = pl.scan_csv(
+                path,
+                separator=separator,
+                infer_schema=False,
+                quote_char=quote,
+                has_header=names is None,
+                new_columns=names,
+            )
         present = frame.collect_schema().names()
     except _UNREADABLE as error:
         raise UserError(_unreadable(path, separator, error)) from error
     # Polars decodes a header leniently.
     if any("\N{REPLACEMENT CHARACTER}" in name or "\0" in name for name in present):
         raise UserError(f"{path}: not a readable CSV file ({_NOT_UTF8})")
+    require_columns(path, present, columns, separator)
+    return frame.select(columns) if columns else frame
+
+
+def scan_lines(path: str | Path) -> pl.LazyFrame:
+    """A lazy frame of a text file's lines, one column ``line``.
+
+    Raises:
+        UserError: The file is missing or empty.
+    """
+    path = Path(path).expanduser()
+    _check_file(path, "lines")
+    return pl.scan_lines(path, name="line")
+
+
+def require_columns(
+    path: Path, present: Sequence[str], columns: Sequence[str], separator: str
+) -> None:
+    """Raises:
+    UserError: One of ``columns`` is not among those ``present``, or is there twice.
+    """
     if absent := [name for name in columns if name not in present]:
         shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
@@ -59,7 +89,18 @@ def scan_table(
         )
     if twice := [name for name in columns if f"{name}_duplicated_0" in present]:
         raise UserError(f"{path}: two columns are called {twice[0]!r}; rename or remove one")
-    return frame.select(columns) if columns else frame
+
+
+def _check_file(path: Path, needs: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name the file in it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (looked in {path.parent.resolve()})")
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty; it needs {needs}")
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({_first_line(error)})") from error
 
 
 def read_table(

@@ -1,0 +1,586 @@
+"""What every next-item dataset shares: ragged histories, windows cut on the fly, packed batches.
+
+    histories (E,) + offsets (U+1,) ──► windows (S,) ──pack──► rows ──► batches (B, L)
+
+A dataset is one file: a subclass of :class:`SequenceData` whose ``build`` returns
+:class:`SequenceSets`. Nothing but the histories is held: a sample is a pair of places in them,
+worked out when its batch is made, and several samples share a row, so that a user with five items
+does not cost as much as one with fifty.
+
+Legend: U users, E events, I items; S samples (a window of a history each), M of them in a batch of
+B rows of L positions.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from recsys_ssm.data.base import Ragged, RecommenderData, ResumableLoader
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.metrics import RankingMetrics
+
+NOTHING = -1
+"""Where there is no item: padding, and positions nothing is predicted at."""
+
+Objective = Literal["all", "last"]
+
+
+class SequenceBatch(NamedTuple):
+    """A batch of training, or of the validation loss: several windows packed into each row."""
+
+    item: Tensor
+    """(B, L) int64, catalogue index; -1 at padding."""
+    seq_idx: Tensor
+    """(B, L) int64, which of its row's windows a position belongs to (0, 1, …); -1 at padding."""
+    position: Tensor
+    """(B, L) int64, place within its window from 0; 0 at padding."""
+    target: Tensor
+    """(B, L) int64, the next item; -1 where nothing is predicted."""
+
+
+class HistoryBatch(NamedTuple):
+    """Users for whom the whole catalogue is ranked, their histories packed into rows."""
+
+    item: Tensor
+    """(B, L) int64, catalogue index; -1 at padding."""
+    seq_idx: Tensor
+    """(B, L) int64, which of its row's histories a position belongs to (0, 1, …); -1 at padding."""
+    position: Tensor
+    """(B, L) int64, place within its history from 0; 0 at padding."""
+    last: Tensor
+    """(U,) int64, where each user's latest item is in the flattened (B·L) batch."""
+    target: Tensor
+    """(U,) int64, the item held out."""
+    user: Tensor
+    """(U,) int64, row of the user table."""
+    seen: Ragged
+    """What each of the U users had before the target: the whole history, however long."""
+
+
+class Histories(NamedTuple):
+    """Every user's events, earliest first: ``events[offsets[u]:offsets[u + 1]]``; may be memory-mapped."""
+
+    events: np.ndarray
+    """(E,) integers, catalogue indices."""
+    offsets: np.ndarray
+    """(U+1,) int64."""
+
+
+class HeldOut(NamedTuple):
+    """Events to predict, in order of the users; what a user had before the event is the history."""
+
+    user: np.ndarray
+    """(n,) int64, rows of the user table."""
+    event: np.ndarray
+    """(n,) int64, places in ``Histories.events``."""
+
+
+@dataclass
+class SequenceSets:
+    """A dataset, prepared: what ``build`` returns."""
+
+    item_ids: list[str]
+    """What a recommendation is called, in catalogue order (the order that resolves ties)."""
+    user_ids: pl.Series
+    """(U,) text."""
+    histories: Histories
+    train_stop: np.ndarray
+    """(U,) int64: what may be trained on of user u is ``events[offsets[u]:train_stop[u]]``."""
+    val: HeldOut
+    test: HeldOut
+    item_schema: FeatureSchema | None = None
+    items: Features | None = None
+    """(I,) rows: what is known of the items beside their id; None: nothing."""
+    notes: list[str] = field(default_factory=list)
+    """What was read, dropped and why, a line each."""
+    generated: bool = False
+    """Stand-in data: the run's name, logs and results then say so."""
+    item_counts: Tensor = field(init=False)
+    """(I,) int64, training events of each item."""
+
+    def __post_init__(self) -> None:
+        events, offsets = self.histories
+        if not (self.train_stop - offsets[:-1] > 1).any():
+            raise UserError(
+                "no training pair is left: no user has two items to train on; give the dataset "
+                "more interactions, or hold out fewer"
+            )
+        if self.test.user.size == 0:
+            raise UserError(
+                "no test user is left: with split=leave_one_out a user needs 3 events, with "
+                "split=time some before and some in the test period; give the dataset more data"
+            )
+        # All events but those that are not trained on; in blocks, since bincount copies its input.
+        counts = np.zeros(len(self.item_ids), dtype=np.int64)
+        held = np.flatnonzero(offsets[1:] > self.train_stop)
+        for block in range(0, events.size, _BLOCK):
+            counts += np.bincount(events[block : block + _BLOCK], minlength=counts.size)
+        for block in range(0, held.size, _BLOCK):
+            of = held[block : block + _BLOCK]
+            where = spread(self.train_stop[of], offsets[of + 1] - self.train_stop[of])
+            counts -= np.bincount(events[where], minlength=counts.size)
+        self.item_counts = torch.from_numpy(counts)
+
+
+_BLOCK = 1 << 20
+
+
+def spread(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The ranges ``start[i], start[i] + 1, …`` of ``length[i]`` numbers each, joined; int64."""
+    begin = np.cumsum(length) - length
+    return np.repeat(start - begin, length) + np.arange(length.sum())
+
+
+class Windows:
+    """The samples of a set: the latest ``max_length`` events of a span, the event after them the target.
+
+    A span is ``events[first:stop]`` of one user, with the target at ``stop``. With ``prefixes`` each
+    of a span's events is a target once: span i gives ``stop[i] - first[i]`` samples, found by
+    arithmetic from the sample's number.
+
+    Args:
+        first: (n,) int64, where each span begins.
+        stop: (n,) int64, its target; greater than ``first``.
+        max_length: Events of a window, at most.
+        prefixes: Every non-empty prefix of a span and its target, not the whole span alone.
+    """
+
+    def __init__(
+        self, first: np.ndarray, stop: np.ndarray, max_length: int, *, prefixes: bool = False
+    ) -> None:
+        self.first, self.stop, self.max_length = first, stop, max_length
+        self.ends = np.cumsum(stop - first) if prefixes else None
+        size = stop - first
+        if prefixes:
+            size = spread(np.ones_like(size), size)
+        kind = np.uint16 if max_length < 1 << 16 else np.int64  # 16 bits sort in linear time
+        self.lengths = np.minimum(size, max_length).astype(kind)
+        """(S,) events of each sample's window."""
+
+    def __len__(self) -> int:
+        return self.lengths.size
+
+    def at(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the windows of samples (M,) begin, and where their targets are: (M,), (M,) int64."""
+        if self.ends is None:
+            first, stop = self.first[sample], self.stop[sample]
+        else:
+            span = np.searchsorted(self.ends, sample, side="right")
+            first, size = self.first[span], self.stop[span] - self.first[span]
+            stop = first + 1 + sample - (self.ends[span] - size)
+        return np.maximum(first, stop - self.max_length), stop
+
+
+def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """Rows for sequences so that few positions are left empty: best-fit decreasing.
+
+    Worked out on the histogram of lengths: all sequences of one length are placed together, each
+    into the fullest rows that have room, so the cost grows with the number of different lengths and
+    not with that of the sequences.
+
+    Args:
+        lengths: (S,) integers in [1, row_length], longest first.
+        row_length: Positions of a row.
+
+    Returns:
+        (S,) int32, the row of each, from 0.
+    """
+    row_of = np.empty(lengths.size, dtype=np.int32)
+    free: list[list[np.ndarray]] = [[] for _ in range(row_length + 1)]  # rows by positions left
+    n_rows = begin = 0
+    different, counts = np.unique(lengths, return_counts=True)
+    for length, left in zip(different[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        for room in range(length, row_length + 1):
+            if left == 0:
+                break
+            each = room // length
+            if room == row_length:  # no row in use has room: new ones
+                n_new = -(-left // each)
+                free[room] = [np.arange(n_rows, n_rows + n_new, dtype=np.int32)]
+                n_rows += n_new
+            if not free[room]:
+                continue
+            rows = np.concatenate(free[room])
+            n_filled, rest = min(rows.size, left // each), 0
+            row_of[begin : begin + n_filled * each] = np.repeat(rows[:n_filled], each)
+            free[room - each * length].append(rows[:n_filled])
+            if n_filled < rows.size and n_filled * each < left:
+                rest = left - n_filled * each
+                row_of[begin + n_filled * each : begin + left] = rows[n_filled]
+                free[room - rest * length].append(rows[n_filled : n_filled + 1])
+            taken = n_filled + (rest > 0)
+            free[room] = [rows[taken:]] if taken < rows.size else []
+            begin += n_filled * each + rest
+            left -= n_filled * each + rest
+    return row_of
+
+
+class _Rows:
+    """Slots for sequences, by row: what :func:`pack` says, turned round.
+
+    Slots are numbered longest first; a row's stand from left to right in that order.
+    """
+
+    def __init__(self, lengths: np.ndarray, row_length: int) -> None:
+        row_of = pack(lengths, row_length)
+        # Sorted by row, slots in order within each.
+        self.slots = np.argsort(row_of, kind="stable").astype(np.int32)
+        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def at(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots of some rows, row by row, and how many each row has."""
+        counts = self.offsets[rows + 1] - self.offsets[rows]
+        return self.slots[spread(self.offsets[rows], counts)], counts
+
+
+class _Layout(NamedTuple):
+    """Where the windows of a batch go."""
+
+    source: np.ndarray
+    """(valid positions,) places in the events."""
+    cell: np.ndarray
+    """(valid positions,) places in the flattened batch."""
+    position: np.ndarray
+    """(valid positions,) place within the window."""
+    number: np.ndarray
+    """(valid positions,) which of its row's windows it is."""
+    last: np.ndarray
+    """(M,) cell of each window's last event."""
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, start: np.ndarray, length: np.ndarray, per_row: np.ndarray) -> _Layout:
+        """Windows (M,) of ``length`` events from ``start``, ``per_row`` (B,) of them in each row."""
+        begin = np.cumsum(length) - length
+        row = np.repeat(np.arange(per_row.size), per_row)
+        first_of_row = np.cumsum(per_row) - per_row
+        column = begin - begin[first_of_row][row]
+        width = int((column + length).max())
+        position = np.arange(length.sum()) - np.repeat(begin, length)
+        cell = row * width + column
+        return cls(
+            source=np.repeat(start, length) + position,
+            cell=np.repeat(cell, length) + position,
+            position=position,
+            number=np.repeat(np.arange(length.size) - first_of_row[row], length),
+            last=cell + length - 1,
+            shape=(per_row.size, width),
+        )
+
+    def fill(self, values: np.ndarray, empty: int) -> Tensor:
+        """A (B, L) int64 tensor of one value a valid position."""
+        full = np.full(self.shape[0] * self.shape[1], empty, dtype=np.int64)
+        full[self.cell] = values
+        return torch.from_numpy(full.reshape(self.shape))
+
+
+class SequenceLoader(ResumableLoader[SequenceBatch]):
+    """Windows packed into rows, a set number of rows a batch.
+
+    How rows are made up of lengths is settled once; an epoch assigns its windows to the places of
+    their length at random and shuffles the rows. So every epoch has the same number of batches, with
+    as little padding as the lengths allow, and holds every window once.
+
+    Args:
+        events: (E,) catalogue indices.
+        windows: The samples.
+        every_position: Targets at every position of a window; else at its last one alone.
+        batch_positions: Events a batch, about.
+        row_length: Positions of a row, at least the longest window.
+        shuffle, seed, rank, world_size: See :class:`~recsys_ssm.data.base.ResumableLoader`; what
+            several processes share out are rows.
+    """
+
+    def __init__(
+        self,
+        events: np.ndarray,
+        windows: Windows,
+        *,
+        every_position: bool,
+        batch_positions: int,
+        row_length: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self.events, self.windows, self.every_position = events, windows, every_position
+        self.row_length = row_length
+        self.rows = _Rows(np.sort(windows.lengths)[::-1], row_length)
+        valid = int(windows.lengths.sum(dtype=np.int64))
+        self.padding_share = 1 - valid / (max(len(self.rows), 1) * row_length)
+        """Of the positions of an epoch, those that are empty."""
+        # A batch has about batch_positions events, so a few rows more where they are not full.
+        n_batches = max(
+            1,
+            round(
+                self._share_size(len(self.rows)) * valid / max(len(self.rows), 1) / batch_positions
+            ),
+        )
+        self._n_batches = min(n_batches, self._share_size(len(self.rows)))
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def _begin(self, generator: np.random.Generator | None) -> Callable[[int], SequenceBatch]:
+        windows, n_rows = self.windows, len(self.rows)
+        if generator is None:
+            sample_of = np.argsort(~windows.lengths, kind="stable")
+            rows = self._share(np.arange(n_rows))
+        else:
+            order = generator.permutation(len(windows))
+            sample_of = order[np.argsort(~windows.lengths[order], kind="stable")]
+            rows = self._share(generator.permutation(n_rows))
+
+        def batch_at(position: int) -> SequenceBatch:
+            # Rows are spread evenly over the batches: no small one at the end.
+            begin, end = (rows.size * (position + i) // self._n_batches for i in (0, 1))
+            slots, per_row = self.rows.at(rows[begin:end])
+            return self._gather(sample_of[slots], per_row)
+
+        return batch_at
+
+    def _gather(self, sample: np.ndarray, per_row: np.ndarray) -> SequenceBatch:
+        start, stop = self.windows.at(sample)
+        layout = _Layout.of(start, stop - start, per_row)
+        if self.every_position:
+            target = layout.fill(self.events[layout.source + 1], NOTHING)
+        else:
+            target = torch.full(layout.shape, NOTHING)
+            target.view(-1)[torch.from_numpy(layout.last)] = torch.from_numpy(
+                self.events[stop].astype(np.int64)
+            )
+        return SequenceBatch(
+            item=layout.fill(self.events[layout.source], NOTHING),
+            seq_idx=layout.fill(layout.number, NOTHING),
+            position=layout.fill(layout.position, 0),
+            target=target,
+        )
+
+
+class HistoryLoader:
+    """Blocks of users to rank for, in their order, each block's histories packed into rows.
+
+    Each process takes a contiguous share; no user is padded, left out or counted twice.
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        held_out: HeldOut,
+        *,
+        max_length: int,
+        row_length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.histories, self.held_out = histories, held_out
+        self.max_length, self.row_length, self.batch_size = max_length, row_length, batch_size
+        n = held_out.user.size
+        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[HistoryBatch]:
+        for begin in range(self._start, self._stop, self.batch_size):
+            yield self._block(slice(begin, min(begin + self.batch_size, self._stop)))
+
+    def _block(self, block: slice) -> HistoryBatch:
+        events, offsets = self.histories
+        user, target = self.held_out.user[block], self.held_out.event[block]
+        first = offsets[user]
+        start = np.maximum(first, target - self.max_length)
+        order = np.argsort(start - target, kind="stable")  # longest first
+        rows = _Rows((target - start)[order], self.row_length)
+        slots, per_row = rows.at(np.arange(len(rows)))
+        placed = order[slots]
+        layout = _Layout.of(start[placed], (target - start)[placed], per_row)
+        last = np.empty(user.size, dtype=np.int64)
+        last[placed] = layout.last
+        seen = events[spread(first, target - first)].astype(np.int64)
+        return HistoryBatch(
+            item=layout.fill(events[layout.source], NOTHING),
+            seq_idx=layout.fill(layout.number, NOTHING),
+            position=layout.fill(layout.position, 0),
+            last=torch.from_numpy(last),
+            target=torch.from_numpy(events[target].astype(np.int64)),
+            user=torch.from_numpy(user),
+            seen=Ragged(
+                torch.from_numpy(seen),
+                torch.from_numpy(np.concatenate([[0], np.cumsum(target - first)])),
+            ),
+        )
+
+
+class SequenceData(RecommenderData):
+    """DataModule of users' histories; a dataset implements :meth:`build`.
+
+    Args:
+        name: What runs and results are called after.
+        seed: Of the order, and of which users the validation loss is on.
+        objective: ``all``: a user is one sample, with a target at every position (a causal model
+            only); ``last``: every prefix is a sample, its target at the last position alone.
+        max_length: Items of a history, the latest, that a model sees.
+        batch_positions: Items a training batch (on each process), about.
+        row_length: Positions of a row that sequences are packed into; None: ``max_length``. A
+            multiple of it leaves less empty where histories are nearly as long.
+        eval_batch_size: Users ranked at once.
+        n_val_loss: Users the validation loss is on, at most; None: all.
+        shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        seed: int = 0,
+        objective: Objective = "all",
+        max_length: int = 50,
+        batch_positions: int = 2048,
+        row_length: int | None = None,
+        eval_batch_size: int = 512,
+        n_val_loss: int | None = 2048,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        if objective not in ("all", "last"):
+            raise UserError(f"dataset.objective={objective}: expected all or last")
+        if max_length < 1:
+            raise UserError(f"dataset.max_length={max_length}: give at least 1")
+        if row_length is None:
+            row_length = max_length
+        if row_length < max_length:
+            raise UserError(
+                f"dataset.row_length={row_length}: a row holds at least one sequence of "
+                f"dataset.max_length={max_length}"
+            )
+        if batch_positions < row_length:
+            raise UserError(
+                f"dataset.batch_positions={batch_positions}: a batch has at least one row of "
+                f"{row_length} positions (dataset.max_length={max_length}); give that many or more"
+            )
+        for option, value in (("eval_batch_size", eval_batch_size), ("n_val_loss", n_val_loss)):
+            if value is not None and value < 1:
+                raise UserError(f"dataset.{option}={value}: give at least 1")
+        self.name, self.seed, self.objective = name, seed, objective
+        self.max_length, self.batch_positions = max_length, batch_positions
+        self.row_length, self.eval_batch_size = row_length, eval_batch_size
+        self.n_val_loss, self.shuffle = n_val_loss, shuffle
+        self._sets: SequenceSets | None = None
+
+    @abc.abstractmethod
+    def build(self) -> SequenceSets:
+        """Read everything; deterministic in the constructor's arguments."""
+
+    @property
+    def sets(self) -> SequenceSets:
+        """The prepared data, built at the first use."""
+        if self._sets is None:
+            self._sets = self.build()
+        return self._sets
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.sets
+
+    def train_dataloader(self) -> SequenceLoader:
+        first, stop = self.sets.histories.offsets[:-1], self.sets.train_stop - 1
+        some = stop > first
+        windows = Windows(
+            first[some], stop[some], self.max_length, prefixes=self.objective == "last"
+        )
+        return self._windows(windows, self.objective == "all", self.shuffle)
+
+    def val_dataloader(self) -> list[Any]:
+        """Two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
+        user, event = self.sets.val
+        if self.n_val_loss is not None and user.size > self.n_val_loss:
+            generator = np.random.default_rng(self.seed)
+            some = np.sort(generator.permutation(user.size)[: self.n_val_loss])
+            user, event = user[some], event[some]
+        windows = Windows(self.sets.histories.offsets[user], event, self.max_length)
+        return [self._windows(windows, False, False), self._users(self.sets.val)]
+
+    def test_dataloader(self) -> HistoryLoader:
+        return self._users(self.sets.test)
+
+    def item_counts(self) -> Tensor:
+        """(I,) int64, training events of each item."""
+        return self.sets.item_counts
+
+    def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Test metrics of popularity and of recommending the last item again.
+
+        ``_unfiltered``: what a user has already may be recommended once more.
+        """
+        n_items = len(self.sets.item_ids)
+        counts = self.sets.item_counts.float()
+
+        def popularity(batch: HistoryBatch) -> Tensor:
+            return counts.expand(batch.user.numel(), -1)
+
+        def repeat_last(batch: HistoryBatch) -> Tensor:
+            """The latest item, then those before it."""
+            latest = batch.item.view(-1)[batch.last]
+            scores = torch.zeros(batch.user.numel(), n_items)
+            return scores.scatter_(1, latest[:, None], 1.0)
+
+        results = {}
+        for name, scores, filter_seen in (
+            ("popularity", popularity, True),
+            ("popularity_unfiltered", popularity, False),
+            ("repeat_last_unfiltered", repeat_last, False),
+        ):
+            # Every process sees all users here: there is nothing to add up.
+            ranking = RankingMetrics(metrics, n_items=n_items, sync_on_compute=False)
+            for batch in self._users(self.sets.test, shard=False):
+                n = batch.user.numel()
+                relevant = torch.zeros(n, n_items, dtype=torch.bool)
+                relevant[torch.arange(n), batch.target] = True
+                seen = batch.seen.mask(0, n, n_items) if filter_seen else None
+                if seen is not None:
+                    seen &= ~relevant
+                ranking.update(scores(batch), relevant, seen)
+            results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
+        return results
+
+    def _shard(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _windows(self, windows: Windows, every_position: bool, shuffle: bool) -> SequenceLoader:
+        return SequenceLoader(
+            self.sets.histories.events,
+            windows,
+            every_position=every_position,
+            batch_positions=self.batch_positions,
+            row_length=self.row_length,
+            shuffle=shuffle,
+            seed=self.seed,
+            **self._shard(),
+        )
+
+    def _users(self, held_out: HeldOut, *, shard: bool = True) -> HistoryLoader:
+        return HistoryLoader(
+            self.sets.histories,
+            held_out,
+            max_length=self.max_length,
+            row_length=self.row_length,
+            batch_size=self.eval_batch_size,
+            **(self._shard() if shard else {}),
+        )
