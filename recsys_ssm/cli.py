@@ -10,20 +10,18 @@ import logging
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recsys_ssm import sweeps
 from recsys_ssm.errors import UserError
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.specs import check_arguments, import_target, suggest
@@ -35,6 +33,12 @@ def register_resolvers() -> None:
     """Interpolations the configs use beside OmegaConf's own."""
     OmegaConf.register_new_resolver("every", _every, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", sweeps.job_folder, replace=True)
+    OmegaConf.register_new_resolver("cores", sweeps.cores, replace=True)
+    OmegaConf.register_new_resolver("processes_for", sweeps.processes_for, replace=True)
+    OmegaConf.register_new_resolver("threads_for", sweeps.threads_for, replace=True)
+    OmegaConf.register_new_resolver("trials_left", sweeps.trials_left, replace=True)
+    OmegaConf.register_new_resolver("first", _first, replace=True)
 
 
 def quiet_dependencies() -> None:
@@ -57,6 +61,11 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def _every(max_steps: int, times: int) -> int:
@@ -89,57 +98,70 @@ def _run_folder(root: str, name: str, ckpt_path: str | None) -> str:
 def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make ``task(cfg)`` a command: Hydra composes ``conf/<config_name>.yaml``, mistakes become one clear line.
 
-    A user's mistake (an option, a file) exits with 1 and no traceback; a defect of ours keeps its traceback. In a
-    multirun a failing job says so in its own log and the others go on; the exit code is then 1 as well.
+    A user's mistake (an option, a file) exits with 1 and no traceback; a defect of ours keeps its traceback. The jobs
+    of a multirun are processes of their own (:mod:`recsys_ssm.sweeps`): one that fails keeps its message or traceback
+    in its folder, the others go on, and the exit code is 1 as well.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        failures: list[tuple[str, Exception]] = []
+        failures: list[Exception] = []
 
         def guarded(cfg: DictConfig) -> Any:
             try:
                 return task(cfg)
             except Exception as error:
-                overrides = " ".join(HydraConfig.get().overrides.task)
-                failures.append((overrides, error))
-                if HydraConfig.get().mode != RunMode.MULTIRUN and _is_users(error):
+                failures.append(error)
+                if _is_users(error):
                     return None  # told below; raised here, Hydra would add lines of its own
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    told = explain(error) if _is_users(error) else traceback.format_exc()
-                    log.error("job failed (%s): %s", overrides, told)
                 raise
 
         def main() -> None:
+            sweeps.end_with_parent()
             failures.clear()
             _run_folder.cache_clear()
             register_resolvers()
             quiet_dependencies()
+            name_sweep(config_name)
             try:
                 with _raw_hydra_errors():
                     hydra.main(
                         version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
-                    )(guarded)()
+                    )(sweeps.Task(config_name, guarded))()
             except KeyboardInterrupt:
+                if sweeps.SweepProgress.current is not None:
+                    sys.exit("stopped; the same command again goes on with what is not finished")
                 sys.exit(
                     "stopped; the same command with ckpt_path=last goes on from the last validation"
                 )
             except Exception as error:
-                if not (_is_users(error) or any(error is known for _, known in failures)):
+                if not (_is_users(error) or error in failures):
                     raise
                 if not failures:  # before any job began
-                    failures.append(("", error))
-            if not failures:
-                return
-            if len(failures) == 1 and not _is_users(failures[0][1]):
-                raise failures[0][1]
-            for overrides, failure in failures:
-                where = f" ({overrides})" if len(failures) > 1 else ""
-                print(f"error{where}: {explain(failure, config_name)}", file=sys.stderr)
-            sys.exit(1)
+                    failures.append(error)
+            finally:
+                failed_jobs = sweeps.end_progress()
+            for overrides, message, folder in failed_jobs:
+                print(f"error ({overrides}): {message} [{folder}]", file=sys.stderr)
+            if failures:
+                if not _is_users(failures[0]):
+                    raise failures[0]
+                print(f"error: {explain(failures[0], config_name)}", file=sys.stderr)
+            if failures or failed_jobs:
+                sys.exit(1)
 
         return main
 
     return decorate
+
+
+def name_sweep(config_name: str) -> None:
+    """Give a multirun of a door that has the option ``sweep`` a name of its own, the same for the same command."""
+    arguments = sys.argv[1:]
+    is_sweep = not {"--multirun", "-m"}.isdisjoint(arguments)
+    named = any(argument.startswith("sweep=") for argument in arguments)
+    config = OmegaConf.load(CONF_DIR / f"{config_name}.yaml")
+    if is_sweep and not named and "sweep" in config:
+        sys.argv.append(f"sweep={sweeps.sweep_name(arguments)}")
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Version"] == recsys_ssm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "dev"}
+    extras = {"cuda", "dashboard", "dev", "joblib", "optuna", "ray", "submitit"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
 
     def required(extra: str | None) -> set[str]:
         marker = re.compile(rf"extra == ['\"]{extra}['\"]") if extra else None
@@ -132,8 +133,13 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
         for line in (repository / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     )
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["dev"]:
         requirement = Requirement(text)
+        if requirement.name == "recsys-ssm":  # extras of our own
+            inner = [Requirement(each) for name in requirement.extras for each in extras[name]]
+            assert all(each.name in pins and pins[each.name] in each.specifier for each in inner)
+            continue
         assert requirement.name in pins, f"constraints.txt does not pin {requirement.name}"
         assert pins[requirement.name] in requirement.specifier, requirement
 
@@ -142,7 +148,8 @@ def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]["cuda"]
     names = {Requirement(text).name for text in project["dependencies"] + extra}
-    modules = {"hydra" if name == "hydra-core" else name.replace("-", "_") for name in names}
+    other = {"hydra-core": "hydra", "pyyaml": "yaml"}
+    modules = {other.get(name, name.replace("-", "_")) for name in names}
     known = modules | sys.stdlib_module_names | {"recsys_ssm"}
     for path in (repository / "recsys_ssm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
