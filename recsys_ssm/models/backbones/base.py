@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+Init = Literal["own", "normal", "xavier"]
+_NO_STEPS = "{} sees the whole row: it cannot go step by step"
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Parameters of a recurrence stay in float32 (or float64) whatever the precision of the rest."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def reinitialise(module: nn.Module, init: Init, std: float) -> None:
+    """Draw the weights of all linear layers anew, attention's among them; see :class:`Stack` for the choices.
+
+    Raises:
+        ValueError: ``init`` is none of them.
+    """
+    if init not in ("own", "normal", "xavier"):
+        raise ValueError(f"init={init!r}: expected 'own', 'normal' or 'xavier'")
+    if init == "own":
+        return
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            weight, bias = part.weight, part.bias
+        elif isinstance(part, nn.MultiheadAttention):
+            weight, bias = part.in_proj_weight, part.in_proj_bias
+        else:
+            continue
+        if init == "xavier":
+            nn.init.xavier_normal_(weight)
+        else:
+            nn.init.normal_(weight, std=std)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -21,8 +50,9 @@ class Backbone(nn.Module, abc.ABC):
     A new architecture is one file here with a subclass, and one file in ``conf/backbone``.
     """
 
-    causal: ClassVar[bool]
-    """Whether an output depends on no later token. Only such a backbone may be trained at every position."""
+    causal: bool
+    """Whether an output depends on no later token. Only such a backbone may be trained at every position. Of the class,
+    or of the instance where an option decides."""
     pooling: ClassVar[Literal["last", "mean"]] = "last"
     """Which output stands for the whole row: the last token's, or the mean where tokens are not mixed."""
 
@@ -38,32 +68,75 @@ class Backbone(nn.Module, abc.ABC):
                 to. Positions of different sequences do not see each other. None: each row is one sequence.
 
         Returns:
-            (B, L, D); what stands at padding is unspecified.
+            (B, L, D); what stands at padding is unspecified, but finite.
         """
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state before the first token of ``batch_size`` sequences, on the parameters' device.
+
+        Raises:
+            NotImplementedError: The backbone is not causal.
+        """
+        raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token further.
+
+        Args:
+            token: (B, D).
+            state: From :meth:`init_state` or the step before; it is not changed.
+
+        Returns:
+            Output (B, D), equal to :meth:`forward`'s at this position, and the next state.
+
+        Raises:
+            NotImplementedError: The backbone is not causal.
+        """
+        raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
 
 
 class Mixer(nn.Module, abc.ABC):
     """What a layer of a :class:`Stack` mixes tokens with: a Mamba block, say."""
 
     @abc.abstractmethod
-    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """As :meth:`Backbone.forward`."""
+    def forward(self, x_BLD: Tensor, context: Any = None) -> Tensor:
+        """As :meth:`Backbone.forward`; ``context`` is ``seq_idx``, or what :meth:`Stack.context` makes of it."""
 
     def init_state(self, batch_size: int) -> Any:
-        """The state before the first token of ``batch_size`` sequences, on the parameters' device."""
-        raise NotImplementedError(
-            f"{type(self).__name__} sees the whole row: it cannot go step by step"
-        )
+        """As :meth:`Backbone.init_state`."""
+        raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
 
     def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token further: (B, D) and the state to (B, D) and the next state; the given one is not changed."""
-        raise NotImplementedError(
-            f"{type(self).__name__} sees the whole row: it cannot go step by step"
-        )
+        """As :meth:`Backbone.step`."""
+        raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
+
+
+class FeedForward(nn.Module):
+    """``W2 drop(gelu(W1 x))``, each token by itself; ``W2 drop(silu(W1 x) * W3 x)`` without biases for ``swiglu``."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_inner: int,
+        *,
+        activation: Literal["gelu", "swiglu"] = "gelu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        gated = activation == "swiglu"
+        self.linear1 = nn.Linear(d_model, d_inner, bias=not gated)
+        self.linear2 = nn.Linear(d_inner, d_model, bias=not gated)
+        self.linear3 = nn.Linear(d_model, d_inner, bias=False) if gated else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        inner = self.linear1(x_D)
+        inner = F.gelu(inner) if self.linear3 is None else F.silu(inner) * self.linear3(x_D)
+        return self.linear2(self.dropout(inner))
 
 
 class Layer(nn.Module):
-    """A mixer with normalisation, dropout and, if asked for, a residual connection around it."""
+    """A mixer, and perhaps a feed-forward network, each a sublayer: see :class:`Stack`."""
 
     def __init__(
         self,
@@ -71,18 +144,35 @@ class Layer(nn.Module):
         d_model: int,
         *,
         norm: Literal["post", "pre", "none"],
+        norm_eps: float,
         residual: bool,
+        gated: bool,
+        ffn: int,
+        ffn_activation: Literal["gelu", "swiglu"],
         dropout: float,
     ) -> None:
         super().__init__()
+
+        def make_norm() -> nn.Module:
+            return nn.Identity() if norm == "none" else nn.LayerNorm(d_model, eps=norm_eps)
+
         self.mixer = mixer
-        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(d_model)
+        self.norm = make_norm()
         self.norm_first = norm == "pre"
         self.residual = residual
         self.dropout = nn.Dropout(dropout)
+        self.gate = nn.Linear(d_model, d_model) if gated else None
+        self.ffn: FeedForward | None = None
+        self.ffn_gate: nn.Linear | None = None
+        if ffn:
+            self.ffn = FeedForward(
+                d_model, ffn * d_model, activation=ffn_activation, dropout=dropout
+            )
+            self.ffn_norm = make_norm()
+            self.ffn_gate = nn.Linear(d_model, d_model) if gated else None
 
-    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        return self._after(x_BLD, self.mixer(self._before(x_BLD), seq_idx))
+    def forward(self, x_BLD: Tensor, context: Any = None) -> Tensor:
+        return self._after(x_BLD, self.mixer(self._before(x_BLD), context))
 
     def init_state(self, batch_size: int) -> Any:
         return self.mixer.init_state(batch_size)
@@ -95,64 +185,119 @@ class Layer(nn.Module):
         return self.norm(x) if self.norm_first else x
 
     def _after(self, x: Tensor, y: Tensor) -> Tensor:
+        """All that comes after the mixer, which turned the layer's input x into y; each token by itself."""
+        y = self._add(x if self.residual else None, y, self.gate)
+        x = y if self.norm_first else self.norm(y)
+        if self.ffn is None:
+            return x
+        y = self._add(x, self.ffn(self.ffn_norm(x) if self.norm_first else x), self.ffn_gate)
+        return y if self.norm_first else self.ffn_norm(y)
+
+    def _add(self, x: Tensor | None, y: Tensor, gate: nn.Linear | None) -> Tensor:
         y = self.dropout(y)
-        if self.residual:
-            y = x + y
-        return y if self.norm_first else self.norm(y)
+        if x is None:
+            return y
+        return x + y if gate is None else torch.addcmul(x, gate(x).sigmoid(), y)
 
 
 class Stack(Backbone):
-    """Layers one after the other.
+    """Layers one after the other, each a mixer and, if asked for, a feed-forward network.
+
+    ``norm=post`` (FT-Mamba, Mamba4Rec, SASRec):  ``x = norm(x + drop(mixer(x)));  x = norm(x + drop(ffn(x)))``,
+    ``norm=pre``:  ``x = x + drop(mixer(norm(x)));  x = x + drop(ffn(norm(x)))``, and a norm at the end.
+    The sum around the mixer is there with ``residual``, the one around the feed-forward network always.
+
+    Mamba4Rec (Liu et al. 2024, arXiv 2403.03900) is ``norm=post``, ``ffn=4``, ``norm_eps=1e-12``, ``init=normal`` and
+    ``residual`` where there are several layers: with one its public code has none around Mamba. Its count of
+    parameters has one LayerNorm more, of the item embeddings, which is the tokenizer's.
 
     Args:
         mixers: One a layer.
         d_model: D.
-        norm: ``post``: LayerNorm after the mixer (and the residual sum), as in FT-Mamba; ``pre``: before it, and once
-            more at the end; ``none``.
+        norm: ``post``: LayerNorm after each sum; ``pre``: before the mixer and the network; ``none``.
+        norm_eps: What LayerNorm adds to the variance.
         residual: Add a layer's input to its mixer's output.
-        dropout: On each mixer's output.
+        gated: A sum is ``x + sigmoid(W x + b) * drop(...)`` (LiGR, arXiv 2502.03417); needs ``residual``.
+        ffn: Width of the feed-forward network as a multiple of D; 0: none.
+        ffn_activation: ``gelu``, or ``swiglu`` (three matrices, no biases).
+        final_norm: With ``norm=pre``, whether there is a norm at the end.
+        dropout: On the output of each mixer and network, and within the network.
+        init: ``own``: as each block's authors do. ``normal``: every linear layer's weights N(0, init_std²) and biases
+            0, also those within the mixers, as the public Mamba4Rec does through RecBole. That includes Mamba's
+            ``dt_proj``: its steps then start at softplus(0) = 0.69, not between 0.001 and 0.1; what is no linear layer
+            (convolution, A, D, Mamba-2's ``dt_bias``) stays. ``xavier``: weights of linear layers Xavier-normal, as
+            RecTools does.
+        init_std: Of ``init=normal``.
+
+    Raises:
+        ValueError: An option is none of those above.
     """
 
     def __init__(
         self,
-        mixers: Sequence[Mixer],
-        *,
+        *mixers: Mixer,
         d_model: int,
         norm: Literal["post", "pre", "none"] = "post",
+        norm_eps: float = 1e-5,
         residual: bool = False,
+        gated: bool = False,
+        ffn: int = 0,
+        ffn_activation: Literal["gelu", "swiglu"] = "gelu",
+        final_norm: bool = True,
         dropout: float = 0.0,
+        init: Init = "own",
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if norm not in ("post", "pre", "none"):
             raise ValueError(f"norm={norm!r}: expected 'post', 'pre' or 'none'")
+        if ffn_activation not in ("gelu", "swiglu"):
+            raise ValueError(f"ffn_activation={ffn_activation!r}: expected 'gelu' or 'swiglu'")
+        if ffn < 0:
+            raise ValueError(f"ffn={ffn}: expected 0 (none) or a multiple of d_model")
+        if gated and not residual:
+            raise ValueError(
+                "gated=true gates what is added to a layer's input: it needs residual=true"
+            )
         self.d_model = d_model
         self.layers = nn.ModuleList(
-            Layer(mixer, d_model, norm=norm, residual=residual, dropout=dropout) for mixer in mixers
+            Layer(
+                mixer,
+                d_model,
+                norm=norm,
+                norm_eps=norm_eps,
+                residual=residual,
+                gated=gated,
+                ffn=ffn,
+                ffn_activation=ffn_activation,
+                dropout=dropout,
+            )
+            for mixer in mixers
         )
-        self.final_norm = nn.LayerNorm(d_model) if norm == "pre" else nn.Identity()
+        self.final_norm = (
+            nn.LayerNorm(d_model, eps=norm_eps) if norm == "pre" and final_norm else nn.Identity()
+        )
+        reinitialise(self, init, init_std)
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Any:
+        """What the mixers are given beside the tokens: worked out once, not in each layer."""
+        return seq_idx
 
     def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        context = self.context(tokens, seq_idx)
         for layer in self.layers:
-            tokens = layer(tokens, seq_idx)
+            tokens = layer(tokens, context)
         return self.final_norm(tokens)
 
     def _layers(self) -> Iterator[Layer]:
         return iter(cast(Iterable[Layer], self.layers))
 
     def init_state(self, batch_size: int) -> list[Any]:
-        """The state before the first token of ``batch_size`` sequences: each layer's."""
+        """As :meth:`Backbone.init_state`: each layer's."""
         return [layer.init_state(batch_size) for layer in self._layers()]
 
     def step(self, token: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """One token further, in time that does not depend on how many came before.
-
-        Args:
-            token: (B, D).
-            state: From :meth:`init_state` or the step before; it is not changed.
-
-        Returns:
-            Output (B, D), equal to :meth:`forward`'s at this position, and the next state.
-        """
+        """As :meth:`Backbone.step`."""
         states = []
         for layer, layer_state in zip(self._layers(), state, strict=True):
             token, layer_state = layer.step(token, layer_state)

@@ -10,7 +10,7 @@ that share B and C, N = d_state, W = d_conv, X = E + 4·G·N channels that are c
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,10 +144,16 @@ def _one_later(y_BLE: Tensor, seq_idx: Tensor | None) -> Tensor:
 class Hydra(Stack):
     """Hydra blocks in a stack. Every position sees every other: not for a loss at every position.
 
-    d_model 64, one layer, d_state 32, d_conv 4 is the mixer of Hydra4Rec.
+    Hydra4Rec is Mamba4Rec's arrangement (see :class:`Stack`) with d_model 64, one layer, d_state 32, d_conv 4, headdim
+    64: 68,038 parameters, 68,166 with the LayerNorm of the item embeddings.
+
+    Args:
+        d_model, d_state, d_conv, expand, headdim, ngroups: As :class:`HydraBlock`.
+        n_layers: How many blocks.
+        stack: The options of :class:`Stack`.
     """
 
-    causal: ClassVar[bool] = False
+    causal = False
 
     def __init__(
         self,
@@ -159,12 +165,10 @@ class Hydra(Stack):
         expand: int = 2,
         headdim: int = 64,
         ngroups: int = 1,
-        norm: Literal["post", "pre", "none"] = "post",
-        residual: bool = False,
-        dropout: float = 0.0,
+        **stack: Any,
     ) -> None:
         super().__init__(
-            [
+            *(
                 HydraBlock(
                     d_model=d_model,
                     d_state=d_state,
@@ -174,9 +178,7 @@ class Hydra(Stack):
                     ngroups=ngroups,
                 )
                 for _ in range(n_layers)
-            ],
+            ),
             d_model=d_model,
-            norm=norm,
-            residual=residual,
-            dropout=dropout,
+            **stack,
         )

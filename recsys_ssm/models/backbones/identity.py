@@ -12,7 +12,7 @@ from recsys_ssm.models.backbones.base import Backbone
 class Identity(Backbone):
     """Tokens as they are; a row is then represented by their mean, since the last one has seen no other."""
 
-    causal: ClassVar[bool] = True
+    causal = True
     pooling: ClassVar[Literal["last", "mean"]] = "mean"
 
     def __init__(self, *, d_model: int = 128) -> None:

@@ -1,0 +1,62 @@
+"""LiGR: a pre-norm Transformer whose residual sums are gated (Borisyuk et al. 2025, arXiv 2502.03417)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from recsys_ssm.models.backbones.attention import CausalAttention, attention_mask
+from recsys_ssm.models.backbones.base import Stack
+
+
+class Ligr(Stack):
+    """Causal attention in a :class:`Stack`; the defaults are eSASRec's layers (arXiv 2508.06450), RecTools'.
+
+    ``x = x + sigmoid(W x + b) * drop(attention(norm(x)))``, then the same around a SwiGLU network of 4·D.
+
+    RecTools' ``LiGRLayers`` end without a norm, so ``final_norm`` is off.
+
+    Args:
+        d_model: D.
+        n_layers: How many.
+        nhead: Attention heads.
+        dropout: Of the attention weights and, as :class:`Stack`, of the sublayers.
+        stack: The other options of :class:`Stack`.
+
+    Raises:
+        ValueError: ``d_model`` is no multiple of ``nhead``, or as :class:`Stack`.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        *,
+        d_model: int = 64,
+        n_layers: int = 1,
+        nhead: int = 1,
+        dropout: float = 0.2,
+        **stack: Any,
+    ) -> None:
+        modern = {
+            "norm": "pre",
+            "residual": True,
+            "gated": True,
+            "ffn": 4,
+            "ffn_activation": "swiglu",
+            "final_norm": False,
+            "init": "xavier",
+        }
+        super().__init__(
+            *(
+                CausalAttention(d_model=d_model, nhead=nhead, dropout=dropout)
+                for _ in range(n_layers)
+            ),
+            d_model=d_model,
+            dropout=dropout,
+            **{**modern, **stack},
+        )
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Tensor | None:
+        return attention_mask(tokens, seq_idx, causal=True)
