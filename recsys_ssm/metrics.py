@@ -383,6 +383,9 @@ class RankingMetrics(torchmetrics.Metric):
             top: (U, K) from `rank_top_k`, K at least ``max_k``.
             relevant: as for `update`.
         """
+        # What torchmetrics does around `update`: without it compute() would give the value before, with a warning.
+        self._computed = None
+        self._update_count += 1
         values = per_user(top, relevant, self._averaged)
         n_without = (_hits(top[:, :1], relevant)[1] == 0).sum()
         if values:

@@ -62,7 +62,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     for note in data.sets.notes:
         log.info("%s: %s", data.name, note)
     head = plain(cfg.head)
-    model: Recommender = import_target(head.pop("_target_"), "head").for_data(
+    module = import_target(head.pop("_target_"), "head")
+    del head["metrics"]  # only what cfg.metrics is by default
+    model: Recommender = module.for_data(
         data,
         tokenizer=plain(cfg.tokenizer),
         backbone=spec(cfg.backbone, "backbone"),
@@ -159,6 +161,7 @@ def test_model(trainer: L.Trainer, model: Recommender, data: RecommenderData) ->
         write_table(folder / "items.parquet", items)
     return {
         **model.test_results(),
+        "latency": model.latency(data),
         "baselines": data.baseline_metrics([str(name) for name in model.test_metrics.names]),
     }
 

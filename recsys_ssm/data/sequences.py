@@ -419,7 +419,7 @@ class HistoryLoader:
             position=layout.fill(layout.position, 0),
             last=torch.from_numpy(last),
             target=torch.from_numpy(events[target].astype(np.int64)),
-            user=torch.from_numpy(user),
+            user=torch.from_numpy(user.astype(np.int64)),  # a copy: maps are read-only
             seen=Ragged(
                 torch.from_numpy(seen),
                 torch.from_numpy(np.concatenate([[0], np.cumsum(target - first)])),
@@ -523,38 +523,27 @@ class SequenceData(RecommenderData):
         return self.sets.item_counts
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Test metrics of popularity and of recommending the last item again.
+        """Test metrics of the most popular items, and of a user's own, the latest first.
 
-        ``_unfiltered``: what a user has already may be recommended once more.
+        ``_unfiltered``: what a user has had already may be recommended once more.
         """
-        n_items = len(self.sets.item_ids)
-        counts = self.sets.item_counts.float()
-
-        def popularity(batch: HistoryBatch) -> Tensor:
-            return counts.expand(batch.user.numel(), -1)
-
-        def repeat_last(batch: HistoryBatch) -> Tensor:
-            """The latest item, then those before it."""
-            latest = batch.item.view(-1)[batch.last]
-            scores = torch.zeros(batch.user.numel(), n_items)
-            return scores.scatter_(1, latest[:, None], 1.0)
-
+        sets = self.sets
+        n_items = len(sets.item_ids)
+        by_count = torch.argsort(sets.item_counts, descending=True, stable=True)
         results = {}
-        for name, scores, filter_seen in (
-            ("popularity", popularity, True),
-            ("popularity_unfiltered", popularity, False),
-            ("repeat_last_unfiltered", repeat_last, False),
+        for name, recommend in (
+            ("popularity", lambda batch, k: _first_unseen(by_count, batch.seen, k)),
+            ("popularity_unfiltered", lambda batch, k: by_count[:k].expand(len(batch.user), -1)),
+            ("repeat_last_unfiltered", lambda batch, k: _latest(batch.seen, k)),
         ):
             # Every process sees all users here: there is nothing to add up.
-            ranking = RankingMetrics(metrics, n_items=n_items, sync_on_compute=False)
-            for batch in self._users(self.sets.test, shard=False):
-                n = batch.user.numel()
-                relevant = torch.zeros(n, n_items, dtype=torch.bool)
-                relevant[torch.arange(n), batch.target] = True
-                seen = batch.seen.mask(0, n, n_items) if filter_seen else None
-                if seen is not None:
-                    seen &= ~relevant
-                ranking.update(scores(batch), relevant, seen)
+            ranking = RankingMetrics(
+                metrics, n_items=n_items, item_counts=sets.item_counts, sync_on_compute=False
+            )
+            for batch in self._users(sets.test, shard=False):
+                top = recommend(batch, ranking.max_k)
+                filled = torch.nn.functional.pad(top, (0, ranking.max_k - top.shape[1]), value=-1)
+                ranking.update_from_top(filled, batch.target)
             results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
         return results
 
@@ -584,3 +573,30 @@ class SequenceData(RecommenderData):
             batch_size=self.eval_batch_size,
             **(self._shard() if shard else {}),
         )
+
+
+def _first_unseen(ranked: Tensor, seen: Ragged, k: int) -> Tensor:
+    """The first ``k`` of ``ranked`` (I,) that each user has not ``seen``; (U, k) int64, -1 where none is left."""
+    n_users = seen.lengths.numel()
+    n = min(ranked.numel(), k + int(seen.lengths.max()))  # so many contain k unseen ones
+    place = torch.empty_like(ranked)
+    place[ranked] = torch.arange(ranked.numel())
+    user = torch.repeat_interleave(torch.arange(n_users), seen.lengths)
+    at = place[seen.values]
+    taken = torch.zeros(n_users, n, dtype=torch.bool)
+    taken[user[at < n], at[at < n]] = True
+    return _left_aligned(ranked[:n].expand(n_users, -1), taken)[:, :k]
+
+
+def _latest(seen: Ragged, k: int) -> Tensor:
+    """The ``k`` items each user had last, the latest first, none twice; (U, k) int64, -1 where there are fewer."""
+    back = torch.arange(1, k + 1)
+    items = seen.values[(seen.offsets[1:, None] - back).clamp(min=0)]
+    again = (items[:, :, None] == items[:, None, :]).tril(-1).any(2)
+    return _left_aligned(items, again | (back > seen.lengths[:, None]))
+
+
+def _left_aligned(items: Tensor, without: Tensor) -> Tensor:
+    """Each row's items in their order but for those ``without``, the places at the end -1."""
+    order = torch.argsort(without.to(torch.uint8), dim=1, stable=True)
+    return items.masked_fill(without, NOTHING).gather(1, order)

@@ -1,16 +1,20 @@
 """From a backbone's outputs to scores and losses.
 
-Legend: B pairs, U users, I items, D = d_model, S = size of the embedding that is compared.
+Legend: B pairs, U users, I items, D = d_model, S = size of the embedding that is compared; P positions with a next
+item, K negatives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from recsys_ssm.ops.cross_entropy import linear_cross_entropy
 
 
 class TowerHead(nn.Sequential):
@@ -71,3 +75,107 @@ def in_batch_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Ten
 
 LossName = Literal["mse", "bce", "softmax"]
 LOSSES: dict[str, PairLoss] = {"mse": mse, "bce": bce, "softmax": in_batch_softmax}
+
+
+class NextItemLoss(nn.Module):
+    """How well a position's output tells the next item from the others; the score is the inner product.
+
+    - ``softmax``: cross-entropy over the whole catalogue, exact, in chunks (:mod:`recsys_ssm.ops.cross_entropy`).
+    - ``sampled_softmax``: over the next item and K sampled ones. With ``logq`` a sampled item's score is lowered by
+      the logarithm of how often it is expected among the K, so that the sum estimates that of the whole catalogue
+      (Bengio and Senécal 2008); the next item is always there, so its score stays.
+    - ``bce``: binary cross-entropy of the next item against K sampled ones (SASRec has one).
+    - ``gbce``: the same with the next item's probability raised to β, which undoes the overconfidence negative
+      sampling brings (gSASRec, Petrov and Macdonald 2023, arXiv 2308.07192); ``t`` of 0 is ``bce``.
+
+    A sampled item that is the next item itself is no negative.
+
+    Args:
+        n_items: I.
+        item_counts: (I,) training interactions of each item, for ``sampling=popularity``.
+        loss: As above.
+        negatives: K.
+        sampling: ``uniform``, or ``popularity``: in proportion to ``item_counts`` (plus one).
+        shared: The same K for the whole batch, one matrix product; or K for each position.
+        logq: As above.
+        gbce_t: t of ``gbce``, in [0, 1].
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_items: int,
+        item_counts: Tensor | None = None,
+        loss: Literal["softmax", "sampled_softmax", "bce", "gbce"] = "softmax",
+        negatives: int = 256,
+        sampling: Literal["uniform", "popularity"] = "uniform",
+        shared: bool = True,
+        logq: bool = True,
+        gbce_t: float = 0.75,
+    ) -> None:
+        super().__init__()
+        if negatives < 1:
+            raise ValueError(f"negatives={negatives}: expected at least 1")
+        if not 0 <= gbce_t <= 1:
+            raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
+        self.n_items, self.loss, self.negatives = n_items, loss, negatives
+        self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
+        counts = torch.ones(n_items, dtype=torch.int64)
+        if sampling == "popularity" and item_counts is not None:
+            counts += item_counts
+        # In the checkpoint, so that a model goes on training without the data's counts; integers, so that no cast
+        # to half precision blurs them.
+        self.register_buffer("cumulative", counts.cumsum(0))
+        self.cumulative: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """The mean over positions.
+
+        Args:
+            x: (P, D), the backbone's outputs where there is a next item.
+            weight: (I, D), the items.
+            target: (P,) int64, the next items.
+
+        Returns:
+            Scalar; 0 of no position.
+        """
+        if self.loss == "softmax":
+            return linear_cross_entropy(x, weight, target)
+        if not target.numel():
+            return (x.sum() + weight.sum()) * 0
+        shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)
+        negative = self.draw(shape)
+        own_P = (x * weight[target]).sum(-1).float()
+        if self.shared:
+            others_PK = (x @ weight[negative].T).float()
+        else:
+            others_PK = torch.einsum("pd,pkd->pk", x, weight[negative]).float()
+        same_PK = negative == target.unsqueeze(1)
+        if self.loss == "sampled_softmax":
+            if self.logq:
+                others_PK = others_PK - self.log_expected(negative)
+            others_PK = others_PK.masked_fill(same_PK, -torch.inf)
+            return (torch.cat([own_P.unsqueeze(1), others_PK], 1).logsumexp(1) - own_P).mean()
+        beta = self.beta() if self.loss == "gbce" else 1.0
+        others = F.softplus(others_PK).masked_fill(same_PK, 0).sum(1)
+        return (beta * F.softplus(-own_P) + others).mean() / (self.negatives + 1)
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        """Sampled items, with replacement."""
+        ticket = torch.randint(int(self.cumulative[-1]), shape, device=self.cumulative.device)
+        if self.sampling == "uniform":
+            return ticket
+        return torch.searchsorted(self.cumulative, ticket, right=True)
+
+    def log_expected(self, item: Tensor) -> Tensor:
+        """Logarithm of how often an item is expected among K draws."""
+        counts = self.cumulative.diff(prepend=self.cumulative.new_zeros(1))
+        return (counts[item] * (self.negatives / self.cumulative[-1])).log()
+
+    def beta(self) -> float:
+        """Exponent of the next item's probability (gSASRec, equation 12)."""
+        share = min(1.0, self.negatives / max(self.n_items - 1, 1))
+        return share * (self.gbce_t * (1 - 1 / share) + 1 / share)

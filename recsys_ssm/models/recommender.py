@@ -43,3 +43,7 @@ class Recommender(L.LightningModule, abc.ABC):
     @abc.abstractmethod
     def parameter_counts(self) -> dict[str, int]:
         """Parameters as the papers count them."""
+
+    def latency(self, data: Any) -> dict[str, float]:
+        """Seconds a call takes to rank the catalogue, by the number of users in it; empty: not measured."""
+        return {}

@@ -193,6 +193,7 @@ class TwoTower(Recommender):
 
     def on_test_epoch_start(self) -> None:
         self.test_rankings.clear()
+        self.test_metrics.reset()
         self._item_embeddings = self.item_tower.encode(self.items)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:

@@ -1,0 +1,346 @@
+"""The next-item LightningModule: a history through a backbone, its outputs against every item of the catalogue.
+
+``items (B, L) → tokenizer → (B, L, D) → backbone → (B, L, D) → inner product with the items' own embeddings``
+(SASRec, Kang and McAuley 2018; Mamba4Rec, Liu et al. 2024).
+
+Legend: B rows, each of one or several histories; L positions, P of them with a next item; U users, I items,
+D = d_model, K places.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import polars as pl
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.metrics import RankingMetrics, rank_top_k
+from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.models.heads import NextItemLoss
+from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.recommender import Recommender
+from recsys_ssm.models.tokenizers import ItemTokenizer
+from recsys_ssm.rankings import Rankings
+from recsys_ssm.specs import Spec, build, check_arguments
+
+if TYPE_CHECKING:
+    from recsys_ssm.data.sequences import HistoryBatch, SequenceBatch, SequenceData
+
+DEFAULT_METRICS: tuple[str, ...] = (
+    *(f"{family}@{k}" for family in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)),
+    "coverage@10",
+    "popularity@10",
+)
+
+
+class NextItem(Recommender):
+    """Item embeddings, a backbone, and how they are trained.
+
+    Every argument but ``items`` and ``item_counts`` is plain data and is kept in the checkpoint, the catalogue's
+    features and counts beside the weights: ``NextItem.load_from_checkpoint(path)`` needs neither Hydra nor the dataset.
+
+    Args:
+        item_ids: What the catalogue's items are called, in catalogue order (equal scores are ranked in it).
+        max_length: Items of a history, the latest, that are seen.
+        backbone: Spec of a :class:`Backbone`.
+        objective: What the data's batches hold: ``all``, a target at every position, or ``last``, at the last of each
+            prefix. A backbone that is not causal sees the targets of ``all`` and is refused.
+        item_schema: :meth:`FeatureSchema.to_dict` of the items' features; none: ids alone.
+        items: The catalogue's features, I rows.
+        item_counts: (I,) training interactions of each item.
+        tokenizer: Arguments of :class:`ItemTokenizer`.
+        head: Arguments of :class:`NextItemLoss`, and ``filter_seen``: whether validation leaves out what a user had
+            already (the test always reports both).
+        optimizer: Spec of a ``torch.optim`` optimizer.
+        scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
+        metrics: Ranking metrics of validation and test, as ``hr@10``.
+
+    Raises:
+        UserError: An option is unknown or of the wrong type, or the backbone would see what it is to predict.
+    """
+
+    def __init__(
+        self,
+        *,
+        item_ids: Sequence[str],
+        max_length: int,
+        backbone: Spec,
+        objective: str = "all",
+        item_schema: Mapping[str, Any] | None = None,
+        items: Features | None = None,
+        item_counts: Tensor | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        optimizer: Spec | None = None,
+        scheduler: Spec | None = None,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+    ) -> None:
+        super().__init__()
+        # Not to the logger: a catalogue may be large, and the composed config is logged already.
+        self.save_hyperparameters(ignore=["items", "item_counts"], logger=False)
+        self.item_ids, self.max_length = list(item_ids), max_length
+        n_items = len(self.item_ids)
+        head = dict(head or {})
+        self.filter_seen = bool(head.pop("filter_seen", True))
+        self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-3}
+        self.scheduler_spec = scheduler
+
+        self.backbone: Backbone = build(backbone, Backbone, "backbone")  # type: ignore[type-abstract]
+        if objective == "all" and not self.backbone.causal:
+            raise UserError(
+                f"backbone {type(self.backbone).__name__} sees the whole history, and with dataset.objective=all that "
+                "is what it is to predict; give dataset.objective=last, or a causal backbone"
+            )
+        schema = None if item_schema is None else FeatureSchema.from_dict(item_schema)
+        self.item_schema = schema
+        sizes = {"n_items": n_items, "d_model": self.backbone.d_model, "schema": schema}
+        check_arguments(ItemTokenizer, tokenizer or {}, "tokenizer", given=sizes)
+        self.tokenizer = ItemTokenizer(**{**(tokenizer or {}), **sizes})
+        counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
+        given = {"n_items": n_items, "item_counts": counts}
+        check_arguments(NextItemLoss, head, "head", given=given)
+        self.loss = NextItemLoss(**head, **given)
+        self.register_buffer("item_counts", counts)
+        self.item_counts: Tensor
+        catalogue = items
+        if catalogue is None:
+            n_numeric, n_categorical = (
+                (0, 0) if schema is None else (len(schema.numeric), len(schema.categorical))
+            )
+            catalogue = Features(
+                torch.zeros(n_items, n_numeric),
+                torch.zeros(n_items, n_categorical, dtype=torch.long),
+            )
+        self.register_buffer("item_numeric", catalogue.numeric)
+        self.register_buffer("item_categorical", catalogue.categorical)
+        self.item_numeric: Tensor
+        self.item_categorical: Tensor
+
+        self.val_loss = MeanMetric()
+        self.set_metrics(metrics)
+        self.test_rankings = Rankings()
+
+    @classmethod
+    def for_data(cls, data: SequenceData, **options: Any) -> Self:
+        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
+
+        Raises:
+            UserError: The dataset is not of sequences.
+        """
+        sets = data.sets
+        if not hasattr(sets, "histories"):
+            raise UserError(
+                f"head=next_item needs a dataset of sequences, and dataset {data.name} has users and items with "
+                "features; leave head= to the dataset, or choose another dataset"
+            )
+        return cls(
+            item_ids=sets.item_ids,
+            max_length=data.max_length,
+            objective=data.objective,
+            item_schema=None if sets.item_schema is None else sets.item_schema.to_dict(),
+            items=sets.items,
+            item_counts=sets.item_counts,
+            **options,
+        )
+
+    def set_metrics(self, metrics: Sequence[str]) -> None:
+        """Which ranking metrics validation and test report."""
+
+        def made() -> RankingMetrics:
+            return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
+
+        self.val_metrics, self.test_metrics, self.test_metrics_unfiltered = made(), made(), made()
+
+    @property
+    def features(self) -> Features | None:
+        """The catalogue's features, I rows."""
+        if self.item_schema is None:
+            return None
+        return Features(self.item_numeric, self.item_categorical)
+
+    def forward(self, item: Tensor, seq_idx: Tensor | None, position: Tensor) -> Tensor:
+        """Outputs (B, L, D) of histories; see :class:`~recsys_ssm.data.sequences.SequenceBatch`."""
+        return self.backbone(self.tokenizer(item, position, self.features), seq_idx)
+
+    # Training
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        loss, n_targets = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=n_targets)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec)
+
+    def _loss(self, batch: SequenceBatch) -> tuple[Tensor, int]:
+        x_BLD = self(batch.item, batch.seq_idx, batch.position)
+        # Padding, and positions nothing follows, never reach the catalogue.
+        where_P = (batch.target.flatten() >= 0).nonzero().squeeze(1)
+        x_PD = x_BLD.flatten(0, 1).index_select(0, where_P)
+        target_P = batch.target.flatten()[where_P]
+        return self.loss(x_PD, self.tokenizer.items(self.features), target_P), target_P.numel()
+
+    # Validation: windows for the loss, then users for the ranking
+
+    def validation_step(
+        self, batch: SequenceBatch | HistoryBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx == 0:
+            self.val_loss.update(*self._loss(batch))  # type: ignore[arg-type]
+            return
+        scores_UI = self.scores(batch)  # type: ignore[arg-type]
+        exclude = self._seen(batch) if self.filter_seen else None  # type: ignore[arg-type]
+        top_UK = rank_top_k(scores_UI, self.val_metrics.max_k, exclude)
+        self.val_metrics.update_from_top(top_UK, batch.target)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
+        self.val_loss.reset()
+        self.val_metrics.reset()
+        self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
+
+    # Test
+
+    def on_test_epoch_start(self) -> None:
+        self.test_rankings.clear()
+        self.test_metrics.reset()
+        self.test_metrics_unfiltered.reset()
+
+    def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
+        scores_UI = self.scores(batch)
+        k = self.test_metrics.max_k
+        self.test_metrics_unfiltered.update_from_top(rank_top_k(scores_UI, k), batch.target)
+        top_UK = rank_top_k(scores_UI, k, self._seen(batch))
+        self.test_metrics.update_from_top(top_UK, batch.target)
+        self.test_rankings.add(batch.user, top_UK, batch.target)
+
+    def on_test_epoch_end(self) -> None:
+        """The values stay in the metrics and ``test_rankings`` until the next test begins."""
+        values = self.test_metrics.compute()
+        self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
+
+    def scores(self, batch: HistoryBatch) -> Tensor:
+        """(U, I), of each user's next item."""
+        x_BLD = self(batch.item, batch.seq_idx, batch.position)
+        return x_BLD.flatten(0, 1)[batch.last] @ self.tokenizer.items(self.features).T
+
+    def _seen(self, batch: HistoryBatch) -> Tensor:
+        """(U, I) bool, what each user had already; not the held-out item, should it be there once more."""
+        n_users = batch.target.numel()
+        seen_UI = batch.seen.mask(0, n_users, len(self.item_ids)).to(batch.target.device)
+        return seen_UI.scatter_(1, batch.target.unsqueeze(1), False)
+
+    # For the doors
+
+    def fits(self, data: SequenceData) -> bool:
+        """Whether a dataset has the items, and what is known of them, of the training."""
+        sets = data.sets
+        return sets.item_schema == self.item_schema and sets.item_ids == self.item_ids
+
+    def test_results(self) -> dict[str, dict[str, float]]:
+        """``metrics``, of items new to the user; ``metrics_unfiltered``, where what he had may come again."""
+        return {
+            name: {key: float(value) for key, value in metric.compute().items()}
+            for name, metric in (
+                ("metrics", self.test_metrics),
+                ("metrics_unfiltered", self.test_metrics_unfiltered),
+            )
+        }
+
+    def parameter_counts(self) -> dict[str, int]:
+        """All of them, and without the embeddings of items and positions, as the papers count."""
+        tables = (self.tokenizer.embedding, self.tokenizer.position)
+        total = sum(p.numel() for p in self.parameters())
+        embeddings = sum(table.weight.numel() for table in tables if table is not None)
+        return {"total": total, "without_embeddings": total - embeddings}
+
+    @torch.no_grad()
+    def latency(self, data: SequenceData, repeat: int = 20) -> dict[str, float]:
+        """Median seconds a call takes to rank the catalogue, by the number of users in it: 1 and 256."""
+        self.eval()
+        found = {}
+        users = next(iter(data.test_dataloader()))
+        histories = [
+            [self.item_ids[i] for i in users.seen.values[start:stop].tolist()]
+            for start, stop in zip(users.seen.offsets[:-1], users.seen.offsets[1:], strict=True)
+        ]
+        for n_users in (1, 256):
+            asked = (histories * (n_users // len(histories) + 1))[:n_users]
+            times = []
+            for _ in range(repeat):
+                start_s = time.perf_counter()
+                self._top(asked, 10, filter_seen=True)
+                times.append(time.perf_counter() - start_s)
+            found[f"users_{n_users}"] = sorted(times)[repeat // 2]
+        return found
+
+    # Use
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, filter_seen: bool = True
+    ) -> pl.DataFrame:
+        """The ``k`` best items to follow each history.
+
+        Args:
+            histories: Item ids, the latest last; those the catalogue does not have are passed over.
+            k: How many.
+            filter_seen: Leave out the items of the history.
+
+        Returns:
+            Columns ``user`` (row number in ``histories``), ``rank`` (from 1), ``item``, ``score``.
+
+        Raises:
+            UserError: A history has no item of the catalogue.
+        """
+        training = self.training
+        self.eval()
+        top_UK, scores_UI = self._top(histories, min(k, len(self.item_ids)), filter_seen)
+        self.train(training)
+        user, place = (top_UK >= 0).nonzero(as_tuple=True)
+        item = top_UK[user, place]
+        return pl.DataFrame(
+            {
+                "user": user.numpy(),
+                "rank": place.numpy() + 1,
+                "item": [self.item_ids[i] for i in item.tolist()],
+                "score": scores_UI[user, item].numpy(),
+            }
+        )
+
+    @torch.no_grad()
+    def _top(
+        self, histories: Sequence[Sequence[str]], k: int, filter_seen: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Catalogue indices (U, k) and scores (U, I), on the CPU."""
+        index = self._index()
+        known = [[index[item] for item in history if item in index] for history in histories]
+        if empty := [row for row, history in enumerate(known) if not history]:
+            raise UserError(
+                f"history {empty[0]} has no item of the catalogue: there is nothing to go on"
+            )
+        latest = [torch.tensor(history[-self.max_length :]) for history in known]
+        lengths_U = torch.tensor([history.numel() for history in latest])
+        item_UL = torch.nn.utils.rnn.pad_sequence(latest, batch_first=True, padding_value=-1)
+        position_UL = torch.arange(item_UL.shape[1]).expand_as(item_UL)
+        seq_idx_UL = torch.where(item_UL >= 0, 0, -1)
+        position_UL = position_UL.where(item_UL >= 0, 0)
+        x_ULD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL)))
+        x_UD = x_ULD[torch.arange(len(latest)), (lengths_U - 1).to(self.device)]
+        scores_UI = (x_UD @ self.tokenizer.items(self.features).T).float().cpu()
+        seen_UI = None
+        if filter_seen:
+            seen_UI = torch.zeros(scores_UI.shape, dtype=torch.bool)
+            for row, history in enumerate(known):
+                seen_UI[row, history] = True
+        return rank_top_k(scores_UI, k, seen_UI), scores_UI
+
+    def _index(self) -> dict[str, int]:
+        if not hasattr(self, "_index_of"):
+            self._index_of = {item: i for i, item in enumerate(self.item_ids)}
+        return self._index_of
