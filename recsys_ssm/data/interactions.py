@@ -6,24 +6,27 @@ Every dataset of this kind is a config of this one class. What it does, in order
 (:mod:`recsys_ssm.data.formats`), those below ``min_rating`` left out, repeated ones too as
 ``duplicates`` says, then users and items with too few events (``k_core``, until none is left);
 what remains is sorted by user and time, rows of equal time in the order of the file; then split.
+The result is kept (:mod:`recsys_ssm.data.cache`) and memory-mapped.
 
 Legend: R rows of the file, E events that are kept, U users and I items, in the order of their ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 
+from recsys_ssm.data.cache import Prepared, cache_folder, load_or_make
+from recsys_ssm.data.download import fetch_member
 from recsys_ssm.data.files import collect
 from recsys_ssm.data.formats import Format, check_format, format_of, scan, scan_sequences
 from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSets
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import numeric_column, text_column
+from recsys_ssm.features import Features, FeatureSchema, numeric_column, text_column
 
 Duplicates = Literal["identical", "first", "last", "keep"]
 Split = Literal["leave_one_out", "time"]
@@ -33,14 +36,14 @@ MIN_EVENTS = 3
 
 
 class Interactions(SequenceData):
-    """Histories from one file of interactions.
+    """Histories from one file of interactions; every option is also a config key.
 
     Args:
         interactions: The file, or several of which the first that is there is read; relative to
-            ``root``. Format and layout: :mod:`recsys_ssm.data.formats`.
+            ``root``. Formats: :mod:`recsys_ssm.data.formats`.
         root: Folder of the files; None: where the program is run.
         format: One of ``csv, parquet, recbole, movielens, sequences``; None: as the name says.
-        user, item: What the id columns are called.
+        user, item: What the id columns are called. Ids are text, however long.
         timestamp: Column that orders a user's events (numbers, dates, or ISO text); None: rows are
             in the order of time already.
         rating: Column of ratings, for ``min_rating``.
@@ -54,7 +57,17 @@ class Interactions(SequenceData):
         split: ``leave_one_out``: a user's last event is the test, the one before it the validation,
             all others training; ``time``: one instant for all parts the training from the
             validation, another that from the test, and a user's first event after it is predicted.
-        val_share, test_share: Of the events, for ``split="time"``.
+        val_share, test_share: Of the events, the latest, for ``split="time"``.
+        val_from, test_from: The two instants themselves, as the column of times has them.
+        items: File of item features (CSV, Parquet, ``.item``, ``movies.dat``), relative to ``root``;
+            items without an event stay out of the catalogue.
+        item_key: Its id column; None: called as in the interactions.
+        item_numeric, item_categorical: Its feature columns.
+        item_names: Names for its columns, where it has no header line.
+        cache_dir: Where prepared data is kept; None: ``$RECSYS_SSM_CACHE`` or the user's cache.
+        download: ``{url, md5, member}`` of a public archive that has the file, for when none is
+            there; None: nothing is ever fetched.
+        source: Where people get the file, told when it is not there.
         name, base: See :class:`~recsys_ssm.data.sequences.SequenceData`.
 
     Raises:
@@ -80,6 +93,16 @@ class Interactions(SequenceData):
         split: Split = "leave_one_out",
         val_share: float = 0.1,
         test_share: float = 0.1,
+        val_from: float | str | None = None,
+        test_from: float | str | None = None,
+        items: str | Path | None = None,
+        item_key: str | None = None,
+        item_numeric: Sequence[str] = (),
+        item_categorical: Sequence[str] = (),
+        item_names: Sequence[str] = (),
+        cache_dir: str | Path | None = None,
+        download: Mapping[str, str] | None = None,
+        source: str | None = None,
         name: str = "interactions",
         **base: Any,
     ) -> None:
@@ -95,232 +118,324 @@ class Interactions(SequenceData):
                 raise UserError(f"dataset.{option}={word}: expected one of {', '.join(known)}")
         if k_core < 0:
             raise UserError(f"dataset.k_core={k_core}: give 0 (all are kept) or more")
-        for option, share in (("val_share", val_share), ("test_share", test_share)):
-            if not 0 < share < 1:
-                raise UserError(f"dataset.{option}={share}: give a share between 0 and 1")
+        if user == item:
+            raise UserError(f"dataset.user, dataset.item: both are {user!r}; name two columns")
         if min_rating is not None and rating is None:
             raise UserError(
                 f"dataset.min_rating={min_rating}: name the column of ratings with dataset.rating"
             )
-        if split == "time" and timestamp is None:
-            raise UserError("dataset.split=time: name the column of times with dataset.timestamp")
+        _check_time_split(split, timestamp, val_share, test_share, val_from, test_from)
+        self.item_numeric, self.item_categorical = _listed(item_numeric), _listed(item_categorical)
+        if items is None and (self.item_numeric or self.item_categorical):
+            raise UserError(
+                "dataset.items: not set, but item_numeric and item_categorical name columns; give "
+                "the file that has them"
+            )
+        if items is not None and not (self.item_numeric or self.item_categorical):
+            raise UserError(
+                f"dataset.items={items}: name its feature columns with dataset.item_numeric and "
+                "dataset.item_categorical"
+            )
+        self.root = Path(root or "").expanduser()
         paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
-        self.paths = [Path(root or "").expanduser() / Path(path).expanduser() for path in paths]
-        self.format, self.names, self.separator = format, tuple(names), separator
+        self.paths = [self.root / Path(path).expanduser() for path in paths]
+        self.format, self.names, self.separator = format, _listed(names), separator
         self.user, self.item, self.timestamp, self.rating = user, item, timestamp, rating
         self.min_rating, self.duplicates, self.k_core = min_rating, duplicates, k_core
         self.split, self.val_share, self.test_share = split, val_share, test_share
+        self.val_from, self.test_from = val_from, test_from
+        self.items = None if items is None else self.root / Path(items).expanduser()
+        self.item_key, self.item_names = item_key or item, _listed(item_names)
+        self.cache = cache_folder(cache_dir)
+        self.download, self.source = download, source
 
     def build(self) -> SequenceSets:
-        notes: list[str] = []
-        events = self._read(self._find(), notes)
-        events = self._without_duplicates(events, notes)
-        events = self._core(events, notes)
-        user, item = events.user, events.item
-        order = _by_user_and_time(events)
-        n_sorted = int((order[:-1] > order[1:])[user[order][:-1] == user[order][1:]].sum())
-        if n_sorted:
-            notes.append("rows were not in the order of time: sorted, equal times in file order")
-        kept_users, user = np.unique(user[order], return_inverse=True)
-        kept_items, item = np.unique(item[order], return_inverse=True)
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
-        histories = Histories(item.astype(np.int32), offsets)
-        time = None if events.time is None else events.time[order]
-        if self.split == "leave_one_out":
-            train_stop, val, test = _leave_one_out(offsets, notes)
-        else:
-            assert time is not None
-            train_stop, val, test = self._by_time(offsets, time, notes)
+        path = self._find()
+        settings = {
+            option: getattr(self, option)
+            for option in (
+                *("format", "names", "separator", "user", "item", "timestamp", "rating"),
+                *("min_rating", "duplicates", "k_core", "split"),
+                *("val_share", "test_share", "val_from", "test_from"),
+            )
+        }
+        prepared = load_or_make(
+            self.cache / "interactions", self.name, [path], settings, lambda: self._prepare(path)
+        )
+        arrays, texts = prepared.arrays, prepared.texts
         sets = SequenceSets(
-            item_ids=events.item_ids.gather(kept_items).to_list(),
-            user_ids=events.user_ids.gather(kept_users),
-            histories=histories,
-            train_stop=train_stop,
-            val=val,
-            test=test,
-            notes=notes,
+            item_ids=texts["item_ids"].to_list(),
+            user_ids=texts["user_ids"],
+            histories=Histories(arrays["events"], arrays["offsets"]),
+            train_stop=arrays["train_stop"],
+            val=HeldOut(arrays["val_user"], arrays["val_event"]),
+            test=HeldOut(arrays["test_user"], arrays["test_event"]),
+            notes=list(prepared.notes),
         )
         _describe(sets)
+        if self.items is not None:
+            sets.item_schema, sets.items = self._item_features(sets)
         return sets
 
     def _find(self) -> Path:
+        """The file to read, fetched if that is possible and needed."""
         for path in self.paths:
             if path.is_file():
                 return path
-        raise UserError(
-            f"{self.paths[0]}: no such file; put it there"
-            + "".join(f", or {path.name}" for path in self.paths[1:])
-            + f" (looked in {self.paths[0].parent.resolve()}), or set dataset.root"
+        absent = (
+            f"{self.paths[0]}: no such file (looked in {self.paths[0].parent.resolve()}); put "
+            + " or ".join(path.name for path in self.paths)
+            + " there"
+            + (f", from {self.source}," if self.source else "")
+            + " or name another folder with dataset.root"
+        )
+        if self.download is None:
+            raise UserError(absent)
+        try:
+            return fetch_member(**self.download, folder=self.cache / "downloads")
+        except UserError as error:
+            raise UserError(f"{absent}; {error}") from error
+
+    # Reading and preparing
+
+    def _prepare(self, path: Path) -> Prepared:
+        """The histories and their split, as they are kept."""
+        notes: list[str] = []
+        kind = self.format or format_of(path)
+        rows = self._sequences(path, notes) if kind == "sequences" else self._table(path, notes)
+        rows = _without_repeats(rows, self.duplicates, notes)
+        rows = _core(rows, self.k_core, notes)
+        order = _by_user_and_time(rows)
+        if (np.diff(order)[np.diff(rows.user[order]) == 0] < 0).any():
+            notes.append("rows were not in the order of time: sorted, equal times in file order")
+        rows = rows.at(order)
+        user, user_ids = _renumber(rows.user, rows.user_ids)
+        events, item_ids = _renumber(rows.item, rows.item_ids)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
+        if self.split == "leave_one_out":
+            train_stop, val, test = _leave_one_out(offsets, notes)
+        else:
+            assert rows.time is not None
+            instants = self._instants(rows.time, rows.is_date)
+            train_stop, val, test = _by_instants(offsets, rows.time, instants, notes)
+        return Prepared(
+            arrays={
+                "events": events,
+                "offsets": offsets,
+                "train_stop": train_stop,
+                "val_user": val.user,
+                "val_event": val.event,
+                "test_user": test.user,
+                "test_event": test.event,
+            },
+            texts={"user_ids": user_ids, "item_ids": item_ids},
+            notes=notes,
         )
 
-    def _read(self, path: Path, notes: list[str]) -> _Events:
+    def _table(self, path: Path, notes: list[str]) -> _Rows:
+        """Rows of a table with named columns, those below ``min_rating`` left out."""
         where = str(path)
-        if (self.format or format_of(path)) == "sequences":
-            return self._read_sequences(path, notes)
         columns = [self.user, self.item]
         columns += [name for name in (self.timestamp, self.rating) if name is not None]
-        frame = collect(
-            scan(
-                path,
-                list(dict.fromkeys(columns)),
-                format=self.format,
-                names=self.names,
-                separator=self.separator,
-            ),
+        scanned = scan(
             path,
+            list(dict.fromkeys(columns)),
+            format=self.format,
+            names=self.names,
+            separator=self.separator,
         )
-        n_rows = frame.height
+        frame = collect(scanned, path)
         user, item = (_keys(frame, name, where) for name in (self.user, self.item))
-        time = None if self.timestamp is None else _instants(frame, self.timestamp, where)
-        kept = np.ones(n_rows, dtype=bool)
-        if self.min_rating is not None:
-            assert self.rating is not None
-            rating = numeric_column(frame, self.rating, where)
-            _refuse(np.isnan(rating), where, self.rating, "the rating is missing")
-            kept = rating >= self.min_rating
-            if not kept.any():
-                raise UserError(
-                    f"{where}: no rating is {self.min_rating:g} or more; the highest is "
-                    f"{rating.max():g}: lower dataset.min_rating"
-                )
+        time, is_date = None, False
+        if self.timestamp is not None:
+            time, is_date = _times(frame, self.timestamp, where)
         user_ids, item_ids = user.unique().sort(), item.unique().sort()
-        notes.append(
-            f"{where}: {n_rows:,} rows, {user_ids.len():,} users, {item_ids.len():,} items"
-        )
-        if not kept.all():
-            notes.append(
-                f"{int((~kept).sum()):,} rows rated below min_rating={self.min_rating:g} left out"
-            )
-        events = _Events(
-            _positions(user, user_ids), _positions(item, item_ids), time, user_ids, item_ids
-        )
-        return events.at(kept)
-
-    def _read_sequences(self, path: Path, notes: list[str]) -> _Events:
-        if self.split == "time":
-            raise UserError(f"{path}: a sequence text has no times; take split=leave_one_out")
-        frame = collect(scan_sequences(path, separator=self.separator), path)
-        without = (frame["items"].list.len() == 0) & ~frame["blank"]
-        if without.any():
-            line = int(without.to_numpy().argmax())
-            raise UserError(
-                f"{path}, line {line + 1}: one id alone ({frame['user'][line]!r}); "
-                "a line is a user and the items, user item item …"
-            )
-        frame = frame.filter(~pl.col("blank")).select("user", "items").explode("items")
-        user_ids, item_ids = frame["user"].unique().sort(), frame["items"].unique().sort()
-        notes.append(
-            f"{path}: {frame.height:,} events, {user_ids.len():,} users, {item_ids.len():,} items"
-        )
-        return _Events(
-            _positions(frame["user"], user_ids),
-            _positions(frame["items"], item_ids),
-            None,
+        rows = _Rows(
+            _positions(user, user_ids),
+            _positions(item, item_ids),
+            time,
+            is_date,
             user_ids,
             item_ids,
         )
-
-    def _without_duplicates(self, events: _Events, notes: list[str]) -> _Events:
-        if self.duplicates == "keep" or (self.duplicates == "identical" and events.time is None):
-            return events
-        order = _by_user_and_time(events)
-        if self.duplicates == "last":
-            order = order[::-1]
-        pair = events.user[order].astype(np.int64) * events.item_ids.len() + events.item[order]
-        if self.duplicates == "identical":
-            assert events.time is not None
-            keys = np.unique(events.time[order], return_inverse=True)[1]
-            _, pair = np.unique(pair, return_inverse=True)
-            pair = pair * (keys.max() + 1) + keys
-        _, first = np.unique(pair, return_index=True)
-        kept = np.sort(order[first])
-        if dropped := events.user.size - kept.size:
-            what = {
-                "identical": "rows repeat user, item and timestamp of another: counted once",
-                "first": "rows repeat a (user, item) pair: its first counts",
-                "last": "rows repeat a (user, item) pair: its last counts",
-            }[self.duplicates]
-            notes.append(f"{dropped:,} {what} (duplicates={self.duplicates})")
-        return events.at(kept)
-
-    def _core(self, events: _Events, notes: list[str]) -> _Events:
-        """Users and items with ``k_core`` events or more, all counted among themselves."""
-        if self.k_core < 2:
-            return events
-        before = events.user.size
-        rounds = 0
-        while events.user.size:
-            enough = np.ones(events.user.size, dtype=bool)
-            for side in (events.user, events.item):
-                enough &= np.bincount(side)[side] >= self.k_core
-            if enough.all():
-                break
-            events, rounds = events.at(enough), rounds + 1
-        if not events.user.size:
+        notes.append(
+            f"{where}: {frame.height:,} rows, {user_ids.len():,} users, {item_ids.len():,} items"
+        )
+        if self.min_rating is None:
+            return rows
+        assert self.rating is not None
+        rating = numeric_column(frame, self.rating, where)
+        _refuse(np.isnan(rating), where, self.rating, "the rating is missing")
+        kept = rating >= self.min_rating
+        if not kept.any():
             raise UserError(
-                f"dataset.k_core={self.k_core} leaves none of {before:,} events: no set of users "
-                f"and items has {self.k_core} events each among themselves; lower it"
+                f"{where}: no {self.rating} is {self.min_rating:g} or more, the highest is "
+                f"{rating.max():g}; lower dataset.min_rating"
             )
-        if dropped := before - events.user.size:
+        if not kept.all():
             notes.append(
-                f"k_core={self.k_core}: {dropped:,} events of users or items with fewer left out, "
-                f"in {rounds} rounds"
+                f"{int((~kept).sum()):,} rows with {self.rating} below {self.min_rating:g} left out"
             )
-        return events
+        return rows.at(kept)
 
-    def _by_time(
-        self, offsets: np.ndarray, time: np.ndarray, notes: list[str]
-    ) -> tuple[np.ndarray, HeldOut, HeldOut]:
-        """Training before one instant, validation up to another, the test from then on."""
-        ordered = np.sort(time)
-        at = [1 - self.val_share - self.test_share, 1 - self.test_share]
-        val_from, test_from = (ordered[int(share * ordered.size)] for share in at)
-        stops = [
-            offsets[:-1]
-            + np.add.reduceat(np.append(time < instant, False).astype(np.int64), offsets[:-1])
-            for instant in (val_from, test_from)
-        ]
-        n_users = offsets.size - 1
-        parts = []
-        for name, begin, end in (
-            ("validation", stops[0], stops[1]),
-            ("test", stops[1], offsets[1:]),
-        ):
-            has_event, has_history = end > begin, begin > offsets[:-1]
-            user = np.flatnonzero(has_event & has_history)
-            notes.append(
-                f"{name}: {user.size:,} of {n_users:,} users, their first event of the period; "
-                f"{int((has_event & ~has_history).sum()):,} users without an earlier one left out"
+    def _sequences(self, path: Path, notes: list[str]) -> _Rows:
+        """Events of a sequence text."""
+        if self.split == "time":
+            raise UserError(f"{path}: a sequence text has no times; take split=leave_one_out")
+        if self.min_rating is not None:
+            raise UserError(f"{path}: a sequence text has no ratings; set dataset.min_rating=null")
+        frame = collect(scan_sequences(path, separator=self.separator), path)
+        alone = ((frame["items"].list.len() == 0) & ~frame["blank"]).to_numpy()
+        if alone.any():
+            line = int(alone.argmax())
+            raise UserError(
+                f"{path}, line {line + 1}: one id alone ({frame['user'][line]!r}); a line is a user "
+                "and that user's items: user item item …"
             )
-            parts.append(HeldOut(user, begin[user]))
-        return stops[0], parts[0], parts[1]
+        frame = frame.filter(~pl.col("blank")).select("user", "items")
+        if not frame.height:
+            raise UserError(f"{path}: every line is blank; a line is user item item …")
+        if again := frame.height - frame["user"].n_unique():
+            notes.append(f"{path}: {again:,} lines go on with the user of an earlier one")
+        frame = frame.explode("items")
+        user, item = frame["user"], frame["items"]
+        user_ids, item_ids = user.unique().sort(), item.unique().sort()
+        notes.append(
+            f"{path}: {frame.height:,} events, {user_ids.len():,} users, {item_ids.len():,} items"
+        )
+        return _Rows(
+            _positions(user, user_ids), _positions(item, item_ids), None, False, user_ids, item_ids
+        )
+
+    def _instants(self, time: np.ndarray, is_date: bool) -> tuple[float, float]:
+        """When validation and test begin."""
+        if self.val_from is None or self.test_from is None:
+            ordered = np.sort(time)
+            shares = (1 - self.val_share - self.test_share, 1 - self.test_share)
+            val_from, test_from = (ordered[int(share * ordered.size)] for share in shares)
+        else:
+            val_from, test_from = (
+                _instant(value, option, is_date)
+                for option, value in (("val_from", self.val_from), ("test_from", self.test_from))
+            )
+        if not val_from < test_from:
+            raise UserError(
+                f"dataset.split=time: validation begins at {val_from}, the test at {test_from}; "
+                "the test comes later: set val_from and test_from, or other shares"
+            )
+        return val_from, test_from
+
+    def _item_features(self, sets: SequenceSets) -> tuple[FeatureSchema, Features]:
+        """Features of the catalogue's items, scaled by what training has events of."""
+        assert self.items is not None
+        where, key = str(self.items), self.item_key
+        columns = [key, *self.item_numeric, *self.item_categorical]
+        scanned = scan(self.items, columns, names=self.item_names)
+        frame = collect(scanned, self.items)
+        keys = _keys(frame, key, where)
+        again = (~keys.is_first_distinct()).to_numpy()
+        _refuse(again, where, key, "this id stands in an earlier row too; each item needs one row")
+        # Cells are checked here, where their row number is the file's.
+        frame = pl.DataFrame(
+            {
+                key: keys,
+                **{name: numeric_column(frame, name, where) for name in self.item_numeric},
+                **{name: text_column(frame, name, where) for name in self.item_categorical},
+            }
+        ).with_columns(pl.col(self.item_numeric).fill_nan(None))
+        catalogue = pl.DataFrame({key: sets.item_ids})
+        n_known = catalogue.join(frame, on=key, how="semi").height
+        if n_known == 0:
+            raise UserError(
+                f"{where}: none of the {catalogue.height:,} items of the interactions is in it, for "
+                f"example {sets.item_ids[0]!r}; its first is {keys[0]!r}: are ids written alike?"
+            )
+        if absent := catalogue.height - n_known:
+            sets.notes.append(
+                f"{where}: {absent:,} items are not in it: their features are missing"
+            )
+        if idle := frame.height - n_known:
+            sets.notes.append(f"{where}: {idle:,} items without an event: not in the catalogue")
+        table = catalogue.join(frame, on=key, how="left", maintain_order="left")
+        schema = FeatureSchema.fit(
+            table.filter(pl.Series(sets.item_counts.numpy() > 0)),
+            numeric=self.item_numeric,
+            categorical=self.item_categorical,
+            where=where,
+        )
+        return schema, schema.encode(table, where=where)
 
 
-class _Events(NamedTuple):
-    """Rows that count, in the order of the file."""
+class _Rows(NamedTuple):
+    """Rows that count, in the order of the file until they are sorted."""
 
     user: np.ndarray
-    """(E,) rows of ``user_ids``."""
+    """(R,) int32, places in ``user_ids``."""
     item: np.ndarray
-    """(E,) rows of ``item_ids``."""
+    """(R,) int32, places in ``item_ids``."""
     time: np.ndarray | None
-    """(E,) int64 or float64."""
+    """(R,) int64 or float64."""
+    is_date: bool
+    """``time`` is in microseconds since 1970."""
     user_ids: pl.Series
     item_ids: pl.Series
 
-    def at(self, rows: np.ndarray) -> _Events:
-        time = None if self.time is None else self.time[rows]
-        return _Events(self.user[rows], self.item[rows], time, self.user_ids, self.item_ids)
+    def at(self, index: np.ndarray) -> _Rows:
+        time = None if self.time is None else self.time[index]
+        return self._replace(user=self.user[index], item=self.item[index], time=time)
 
 
-def _by_user_and_time(events: _Events) -> np.ndarray:
-    """Order of the rows by user, then time, then place in the file."""
-    if events.time is None:
-        return np.argsort(events.user, kind="stable")
-    return np.lexsort((events.time, events.user))  # stable
+def _by_user_and_time(rows: _Rows) -> np.ndarray:
+    """Order by user, then time, then place in the file (both sorts are stable)."""
+    if rows.time is None:
+        return np.argsort(rows.user, kind="stable")
+    return np.lexsort((rows.time, rows.user))
+
+
+def _without_repeats(rows: _Rows, duplicates: str, notes: list[str]) -> _Rows:
+    if duplicates == "keep" or (duplicates == "identical" and rows.time is None):
+        return rows
+    keys = [rows.item, rows.user] if rows.time is None else [rows.time, rows.item, rows.user]
+    order = np.lexsort(keys)
+    compared = keys if duplicates == "identical" else keys[-2:]
+    same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in compared])
+    # Of a run of equal rows the first stays, or the last.
+    same = np.append(same, False) if duplicates == "last" else np.insert(same, 0, False)
+    if dropped := int(same.sum()):
+        what = {
+            "identical": "repeat user, item and timestamp of another, which counts once",
+            "first": "are of an item the user had already: its first counts",
+            "last": "are of an item the user has again later: its last counts",
+        }[duplicates]
+        notes.append(f"{dropped:,} rows {what} (duplicates={duplicates})")
+    return rows.at(np.sort(order[~same]))
+
+
+def _core(rows: _Rows, k_core: int, notes: list[str]) -> _Rows:
+    """Rows of users and items that have ``k_core`` each among what is left."""
+    before, rounds = rows.user.size, 0
+    while k_core > 1 and rows.user.size:
+        enough = np.ones(rows.user.size, dtype=bool)
+        for side in (rows.user, rows.item):
+            enough &= np.bincount(side)[side] >= k_core
+        if enough.all():
+            break
+        rows, rounds = rows.at(enough), rounds + 1
+    if not rows.user.size:
+        raise UserError(
+            f"dataset.k_core={k_core} leaves none of {before:,} events: no users and items have "
+            f"{k_core} or more each among themselves; lower it"
+        )
+    if dropped := before - rows.user.size:
+        notes.append(
+            f"k_core={k_core}: {dropped:,} events of users or items with fewer left out, in "
+            f"{rounds} rounds"
+        )
+    return rows
 
 
 def _leave_one_out(offsets: np.ndarray, notes: list[str]) -> tuple[np.ndarray, HeldOut, HeldOut]:
+    """The last event to the test, the one before it to the validation."""
     lengths = np.diff(offsets)
     user = np.flatnonzero(lengths >= MIN_EVENTS)
     train_stop = offsets[1:].copy()
@@ -332,12 +447,34 @@ def _leave_one_out(offsets: np.ndarray, notes: list[str]) -> tuple[np.ndarray, H
     return train_stop, HeldOut(user, offsets[user + 1] - 2), HeldOut(user, offsets[user + 1] - 1)
 
 
+def _by_instants(
+    offsets: np.ndarray, time: np.ndarray, instants: tuple[float, float], notes: list[str]
+) -> tuple[np.ndarray, HeldOut, HeldOut]:
+    """Each user's first event of a period is predicted from all before the period."""
+    val_begin, test_begin = (
+        offsets[:-1] + np.add.reduceat(time < instant, offsets[:-1], dtype=np.int64)
+        for instant in instants
+    )
+    held_out = []
+    for period, begin, end in (
+        ("validation", val_begin, test_begin),
+        ("test", test_begin, offsets[1:]),
+    ):
+        active, known = end > begin, begin > offsets[:-1]
+        user = np.flatnonzero(active & known)
+        notes.append(
+            f"{period}: {user.size:,} users, their first event of the period; "
+            f"{int((active & ~known).sum()):,} without an earlier event are left out"
+        )
+        held_out.append(HeldOut(user, begin[user]))
+    return val_begin, held_out[0], held_out[1]
+
+
 def _describe(sets: SequenceSets) -> None:
     events, offsets = sets.histories
-    n_trained = int(sets.item_counts.sum())
     sets.notes.append(
         f"{events.size:,} events of {offsets.size - 1:,} users and {len(sets.item_ids):,} items; "
-        f"{n_trained:,} trained on, {sets.val.user.size:,} users validated, "
+        f"{int(sets.item_counts.sum()):,} trained on, {sets.val.user.size:,} users validated on, "
         f"{sets.test.user.size:,} tested"
     )
     if untrained := int((sets.item_counts == 0).sum()):
@@ -346,7 +483,42 @@ def _describe(sets: SequenceSets) -> None:
         )
 
 
+def _check_time_split(
+    split: str,
+    timestamp: str | None,
+    val_share: float,
+    test_share: float,
+    val_from: float | str | None,
+    test_from: float | str | None,
+) -> None:
+    for option, share in (("val_share", val_share), ("test_share", test_share)):
+        if not 0 < share < 1:
+            raise UserError(f"dataset.{option}={share}: give a share between 0 and 1")
+    if val_share + test_share >= 1:
+        raise UserError(
+            f"dataset.val_share={val_share}, dataset.test_share={test_share}: leave some to train on"
+        )
+    if (val_from is None) != (test_from is None):
+        raise UserError("dataset.val_from, dataset.test_from: give both instants, or neither")
+    if split == "time" and timestamp is None:
+        raise UserError("dataset.split=time: name the column of times with dataset.timestamp")
+    if split != "time" and val_from is not None:
+        raise UserError("dataset.val_from: only split=time has instants; set that, or leave it out")
+
+
+def _listed(names: Sequence[str] | None) -> tuple[str, ...]:
+    """One name written without the brackets of a list is that one column."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _renumber(codes: np.ndarray, ids: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    """Codes and ids without those that no row has."""
+    used = np.bincount(codes, minlength=ids.len()) > 0
+    return (np.cumsum(used, dtype=np.int32) - 1)[codes], ids.filter(pl.Series(used))
+
+
 def _keys(frame: pl.DataFrame, column: str, where: str) -> pl.Series:
+    """An id column as text, all there."""
     keys = text_column(frame, column, where)
     _refuse(keys.is_null().to_numpy(), where, column, "empty; every row needs its id")
     return keys
@@ -362,8 +534,8 @@ def _positions(keys: pl.Series, ids: pl.Series) -> np.ndarray:
     return keys.cast(pl.Enum(ids)).to_physical().cast(pl.Int32).to_numpy()
 
 
-def _instants(frame: pl.DataFrame, column: str, where: str) -> np.ndarray:
-    """Times as numbers that order them, int64 where they are whole (float64 holds 53 bits only).
+def _times(frame: pl.DataFrame, column: str, where: str) -> tuple[np.ndarray, bool]:
+    """Times as numbers, int64 where they are whole (float64 has 53 bits), and whether they are dates.
 
     Raises:
         UserError: A cell is empty, or neither a number nor a date.
@@ -375,12 +547,15 @@ def _instants(frame: pl.DataFrame, column: str, where: str) -> np.ndarray:
             times = text.cast(kind, strict=False)
             if not times.null_count():
                 break
-        if times.null_count() > times.len() / 2:
-            times = text.str.to_datetime(strict=False, time_unit="us", time_zone="UTC")
-    if times.dtype.is_temporal():
+        if times.null_count() > times.len() / 2:  # else the few that are no numbers are mistakes
+            times = _dates(text)
+    is_date = times.dtype.is_temporal()
+    if is_date:
         times = times.cast(pl.Datetime("us")).cast(pl.Int64)
-    if times.dtype.is_float():
+    elif times.dtype.is_float():
         times = times.set(~times.is_finite().fill_null(value=False), None)
+    elif not times.dtype.is_integer():
+        raise UserError(f"{where}: column {column!r} holds {times.dtype}, no times")
     wrong = times.is_null().to_numpy()
     if wrong.any():
         row = int(wrong.argmax())
@@ -388,4 +563,28 @@ def _instants(frame: pl.DataFrame, column: str, where: str) -> np.ndarray:
             f"{where}, row {row + 1}, column {column!r}: {frame[column][row]!r} is no time; "
             "give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row"
         )
-    return times.to_numpy()
+    return times.to_numpy(), is_date
+
+
+def _dates(text: pl.Series) -> pl.Series:
+    """ISO dates, with or without a time of day; null what is none."""
+    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M"):
+        dates = text.str.strip_suffix("Z").str.to_datetime(form, strict=False, time_unit="us")
+        if dates.null_count() <= dates.len() / 2:
+            return dates
+    return text.str.to_date("%Y-%m-%d", strict=False)
+
+
+def _instant(value: float | str, option: str, is_date: bool) -> float:
+    """``value`` as the column of times has it."""
+    if is_date:
+        date = _dates(pl.Series([str(value)])).cast(pl.Datetime("us")).cast(pl.Int64)[0]
+        if date is None:
+            raise UserError(
+                f"dataset.{option}={value}: the times are dates; give one as YYYY-MM-DD hh:mm:ss"
+            )
+        return int(date)
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"dataset.{option}={value}: the times are numbers; give one") from None

@@ -532,7 +532,7 @@ class SequenceData(RecommenderData):
         by_count = torch.argsort(sets.item_counts, descending=True, stable=True)
         results = {}
         for name, recommend in (
-            ("popularity", lambda batch, k: _first_unseen(by_count, batch.seen, k)),
+            ("popularity", lambda batch, k: _first_unseen(by_count, batch, k)),
             ("popularity_unfiltered", lambda batch, k: by_count[:k].expand(len(batch.user), -1)),
             ("repeat_last_unfiltered", lambda batch, k: _latest(batch.seen, k)),
         ):
@@ -575,17 +575,21 @@ class SequenceData(RecommenderData):
         )
 
 
-def _first_unseen(ranked: Tensor, seen: Ragged, k: int) -> Tensor:
-    """The first ``k`` of ``ranked`` (I,) that each user has not ``seen``; (U, k) int64, -1 where none is left."""
-    n_users = seen.lengths.numel()
-    n = min(ranked.numel(), k + int(seen.lengths.max()))  # so many contain k unseen ones
+def _first_unseen(ranked: Tensor, batch: HistoryBatch, k: int) -> Tensor:
+    """The first ``k`` of ``ranked`` (I,) that are new to each user; (U, k) int64, -1 where none is left.
+
+    The target is not left out, should the user have had it before.
+    """
+    n_users, lengths = batch.user.numel(), batch.seen.lengths
+    n = min(ranked.numel(), k + int(lengths.max()))  # so many have k that are new among them
     place = torch.empty_like(ranked)
     place[ranked] = torch.arange(ranked.numel())
-    user = torch.repeat_interleave(torch.arange(n_users), seen.lengths)
-    at = place[seen.values]
-    taken = torch.zeros(n_users, n, dtype=torch.bool)
-    taken[user[at < n], at[at < n]] = True
-    return _left_aligned(ranked[:n].expand(n_users, -1), taken)[:, :k]
+    seen, target = place[batch.seen.values], place[batch.target]
+    user = torch.arange(n_users)
+    taken = torch.zeros(n_users, n + 1, dtype=torch.bool)  # in the last column all that comes later
+    taken[user.repeat_interleave(lengths), seen.clamp(max=n)] = True
+    taken[user, target.clamp(max=n)] = False
+    return _left_aligned(ranked[:n].expand(n_users, -1), taken[:, :n])[:, :k]
 
 
 def _latest(seen: Ragged, k: int) -> Tensor:
