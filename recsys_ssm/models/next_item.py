@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import polars as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -55,8 +56,9 @@ class NextItem(Recommender):
         items: The catalogue's features, I rows.
         item_counts: (I,) training interactions of each item.
         tokenizer: Arguments of :class:`ItemTokenizer`.
-        head: Arguments of :class:`NextItemLoss`, and ``filter_seen``: whether validation leaves out what a user had
-            already (the test always reports both).
+        head: Arguments of :class:`NextItemLoss`, and two more. ``filter_seen``: whether validation leaves out what a
+            user had already (the test always reports both). ``temperature``: None, the score is the inner product; a
+            number, it is the cosine divided by it, so that no item scores high by its length alone.
         optimizer: Spec of a ``torch.optim`` optimizer.
         scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
@@ -87,7 +89,14 @@ class NextItem(Recommender):
         self.item_ids, self.max_length = list(item_ids), max_length
         n_items = len(self.item_ids)
         head = dict(head or {})
-        self.filter_seen = bool(head.pop("filter_seen", True))
+        own: dict[str, Any] = {
+            name: head.pop(name) for name in ("filter_seen", "temperature") if name in head
+        }
+        check_arguments(_scoring, own, "head", given=None)
+        self.filter_seen: bool = own.get("filter_seen", True)
+        self.temperature: float | None = own.get("temperature")
+        if self.temperature is not None and self.temperature <= 0:
+            raise UserError(f"head.temperature={self.temperature}: give a number above 0, or null")
         self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-3}
         self.scheduler_spec = scheduler
 
@@ -103,7 +112,7 @@ class NextItem(Recommender):
         check_arguments(ItemTokenizer, tokenizer or {}, "tokenizer", given=sizes)
         self.tokenizer = ItemTokenizer(**{**(tokenizer or {}), **sizes})
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
-        given = {"n_items": n_items, "item_counts": counts}
+        given: dict[str, Any] = {"n_items": n_items, "item_counts": counts}
         check_arguments(NextItemLoss, head, "head", given=given)
         self.loss = NextItemLoss(**head, **given)
         self.register_buffer("item_counts", counts)
@@ -184,7 +193,18 @@ class NextItem(Recommender):
         where_P = (batch.target.flatten() >= 0).nonzero().squeeze(1)
         x_PD = x_BLD.flatten(0, 1).index_select(0, where_P)
         target_P = batch.target.flatten()[where_P]
-        return self.loss(x_PD, self.tokenizer.items(self.features), target_P), target_P.numel()
+        return self.loss(self._query(x_PD), self._items(), target_P), target_P.numel()
+
+    def _query(self, x_PD: Tensor) -> Tensor:
+        """What is multiplied with the items for their scores."""
+        if self.temperature is None:
+            return x_PD
+        return F.normalize(x_PD, dim=-1) / self.temperature
+
+    def _items(self) -> Tensor:
+        """(I, D)."""
+        items_ID = self.tokenizer.items(self.features)
+        return items_ID if self.temperature is None else F.normalize(items_ID, dim=-1)
 
     # Validation: windows for the loss, then users for the ranking
 
@@ -228,7 +248,7 @@ class NextItem(Recommender):
     def scores(self, batch: HistoryBatch) -> Tensor:
         """(U, I), of each user's next item."""
         x_BLD = self(batch.item, batch.seq_idx, batch.position)
-        return x_BLD.flatten(0, 1)[batch.last] @ self.tokenizer.items(self.features).T
+        return self._query(x_BLD.flatten(0, 1)[batch.last]) @ self._items().T
 
     def _seen(self, batch: HistoryBatch) -> Tensor:
         """(U, I) bool, what each user had already; not the held-out item, should it be there once more."""
@@ -332,7 +352,7 @@ class NextItem(Recommender):
         position_UL = position_UL.where(item_UL >= 0, 0)
         x_ULD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL)))
         x_UD = x_ULD[torch.arange(len(latest)), (lengths_U - 1).to(self.device)]
-        scores_UI = (x_UD @ self.tokenizer.items(self.features).T).float().cpu()
+        scores_UI = (self._query(x_UD) @ self._items().T).float().cpu()
         seen_UI = None
         if filter_seen:
             seen_UI = torch.zeros(scores_UI.shape, dtype=torch.bool)
@@ -344,3 +364,7 @@ class NextItem(Recommender):
         if not hasattr(self, "_index_of"):
             self._index_of = {item: i for i, item in enumerate(self.item_ids)}
         return self._index_of
+
+
+def _scoring(filter_seen: bool, temperature: float | None) -> None:
+    """Signature the head's options beside the loss's are checked against."""
