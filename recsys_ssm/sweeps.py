@@ -73,10 +73,11 @@ _LOCK_WAIT_S = 10.0
 
 def sweep_name(arguments: Iterable[str]) -> str:
     """What a sweep is called if it is not given a name: its overrides, seeds aside, so that more seeds join it."""
+    values = dict(argument.partition("=")[::2] for argument in _task_only(arguments))
     kept = sorted(
-        f"{name.rpartition('.')[2]}-{value}" if value else name
-        for name, _, value in (argument.partition("=") for argument in _task_only(arguments))
-        if name.lstrip("+~") != "seed" and not _is_incidental(name)
+        f"{key.rpartition('.')[2]}-{value}" if value else key
+        for key, value in values.items()
+        if key.lstrip("+~") != "seed" and not _is_incidental(key)
     )
     text = re.sub(r"[^\w.]+", "-", "_".join(kept)).strip("-_.") or "default"
     return text if len(text) <= 60 else f"{text[:51]}-{_digest(text)}"
@@ -100,11 +101,8 @@ def job_folder(name: str, overrides: Sequence[str]) -> str:
 
 def job_hash(overrides: Sequence[str]) -> str:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    canonical = sorted(
-        f"{override.get_key_element()}={override.value()!r}"
-        for override in parsed
-        if not _is_incidental(override.get_key_element())
-    )
+    values = {override.get_key_element(): override.value() for override in parsed}  # the last wins
+    canonical = sorted(f"{key}={v!r}" for key, v in values.items() if not _is_incidental(key))
     return _digest("\n".join(canonical))
 
 
@@ -519,7 +517,8 @@ class SweepProgress(Callback):
         self.since = time.time()
         self._ended, self._told = (0, 0), ""
         self._stop = threading.Event()
-        self._fixed = set(config.hydra.overrides.task)
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self._fixed = {each.get_key_element() for each in parsed if not each.is_sweep_override()}
         SweepProgress.current = self
         self._thread = threading.Thread(target=self._watch, daemon=True, name="sweep progress")
         self._thread.start()
@@ -543,7 +542,8 @@ class SweepProgress(Callback):
         for job in self.summary().failed:
             status = read_status(job)
             lines = str(status.get("error") or "").strip().splitlines() or ["no message"]
-            own = [each for each in status.get("overrides", ()) if each not in self._fixed]
+            overrides = status.get("overrides", ())
+            own = [each for each in overrides if each.partition("=")[0] not in self._fixed]
             found.append((" ".join(own) or job.name, lines[-1].removeprefix("error: "), job))
         return found
 

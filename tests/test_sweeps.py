@@ -1,0 +1,296 @@
+"""Sweeps: jobs are found again, what is finished is left, what is killed takes nothing down with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+from small import SMALL_MAMBA, TINY
+
+from recsys_ssm import sweeps
+from recsys_ssm.results import write_json
+
+QUICK = (*TINY, *SMALL_MAMBA, "dataset=spotify", "logger=none")
+
+
+def jobs_of(root: Path) -> dict[str, Path]:
+    return {
+        path.name: path
+        for path in sorted(root.glob("multirun/*/*"))
+        if (path / "job_status.json").exists()
+    }
+
+
+def metrics_of(root: Path) -> dict[str, dict]:
+    return {
+        name: json.loads((path / "metrics.json").read_text())["metrics"]
+        for name, path in jobs_of(root).items()
+    }
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+def test_a_job_is_what_it_does_not_how_it_is_said() -> None:
+    plain = sweeps.job_hash(["optimizer.lr=0.0001", "seed=1", "metrics=[p@5,r@5]"])
+    assert plain == sweeps.job_hash(["seed=1", "metrics=[p@5, r@5]", "optimizer.lr=1e-4"])
+    elsewhere = ["launcher=joblib", "launcher.threads=2", "sweep=x", "logger=csv", "output_root=/x"]
+    assert plain == sweeps.job_hash(
+        ["seed=1", "optimizer.lr=1e-4", "metrics=[p@5,r@5]", *elsewhere, "logger.mode=offline"]
+    )
+    for other in (["seed=2"], ["optimizer.lr=1e-3"], ["+optimizer.eps=1"], ["backbone=mamba2"]):
+        assert sweeps.job_hash(["seed=1", *other]) != sweeps.job_hash(["seed=1"])
+    # A folder's name is safe whatever the run's name is.
+    assert sweeps.job_folder("my run/ü:1", ["seed=1"]).startswith("my-run-ü-1-")
+
+
+def test_a_sweep_is_called_after_its_options_so_that_more_seeds_join_it() -> None:
+    name = sweeps.sweep_name(["--multirun", "seed=range(3)", "dataset=spotify", "backbone=a,b"])
+    assert name == "backbone-a-b_dataset-spotify"
+    assert name == sweeps.sweep_name(
+        ["backbone=a,b", "seed=range(100)", "-m", "dataset=spotify", "launcher=ray", "logger=csv"]
+    )
+    assert sweeps.sweep_name(["seed=1,2", "hydra.verbose=true"]) == "default"
+    long = sweeps.sweep_name([f"option_{i}=1" for i in range(30)])
+    assert len(long) <= 60 and long != sweeps.sweep_name([f"option_{i}=1" for i in range(31)])
+
+
+def test_cores_are_not_oversubscribed() -> None:
+    for count in range(1, 9):
+        assert sweeps.processes_for(count) * count <= max(count, sweeps.cores())
+        assert sweeps.threads_for(count) * count <= max(count, sweeps.cores())
+    assert sweeps.processes_for(1) == sweeps.threads_for(1) == sweeps.cores()
+
+
+def test_workers_are_sent_a_task_without_what_runs_it() -> None:
+    task = cloudpickle.loads(cloudpickle.dumps(sweeps.Task("train", lambda cfg: sys.stdin)))
+    assert task.door == "train" and not hasattr(task, "single")
+
+
+# ---------------------------------------------------------------------------------------- statuses
+
+
+def make_job(folder: Path, **status: object) -> Path:
+    folder.mkdir(parents=True)
+    write_json(folder / "job_status.json", status)
+    return folder
+
+
+def test_what_became_of_a_job(tmp_path: Path) -> None:
+    host, gone = os.uname().nodename, subprocess.Popen(["true"])
+    gone.wait()
+    running = {"state": "running", "host": host, "pid": os.getpid()}
+    assert sweeps.job_state(make_job(tmp_path / "a", **running)) == "running"
+    assert (
+        sweeps.job_state(make_job(tmp_path / "b", **running | {"pid": gone.pid})) == "interrupted"
+    )
+    assert sweeps.job_state(make_job(tmp_path / "c", state="failed")) == "failed"
+    assert sweeps.job_state(tmp_path / "none") == "missing"
+    (tmp_path / "b" / "metrics.json").write_text('{"metrics": {"p@5": 0.')
+    assert sweeps.job_state(tmp_path / "b") == "interrupted"  # half a file is no result
+    write_json(tmp_path / "b" / "metrics.json", {"metrics": {}})
+    assert sweeps.job_state(tmp_path / "b") == "finished"
+    (tmp_path / "c" / "job_status.json").write_text("{")
+    assert sweeps.job_state(tmp_path / "c") == "missing"
+
+
+def test_the_line_of_a_sweep(tmp_path: Path) -> None:
+    began = time.time() - 100
+    times = {"started": sweeps._iso(began + 1), "ended": sweeps._iso(began + 31), "seconds": 30}
+    for i, value in enumerate([0.5, 0.75, None]):
+        job = make_job(tmp_path / f"job{i}-0000000{i}", state="finished", objective=value, **times)
+        write_json(job / "metrics.json", {})
+    make_job(tmp_path / "job-00000003", state="failed", **times)
+    make_job(tmp_path / "old-00000004", state="failed", started=sweeps._iso(1), ended="")
+    alive = {"host": os.uname().nodename, "pid": os.getpid()}
+    make_job(
+        tmp_path / "on-00000005", state="running", started=sweeps._iso(time.time() - 10), **alive
+    )
+    hashes = {f"0000000{i}" for i in range(8)}
+    summary = sweeps.summarize(tmp_path, hashes, 8, "max", began)
+    assert summary.done == 3 and summary.running == 1
+    assert [job.name for job in summary.failed] == ["job-00000003"]
+    assert summary.best == ("job1", 0.75)
+    assert summary.seconds_left == pytest.approx(4 * 30 - 10, abs=2)
+    line = summary.line("mine", "val/ndcg@10")
+    assert line.startswith(
+        "sweep mine: 3 of 8 done, 1 failed, 1 running, 2 min left, best val/ndcg"
+    )
+    assert sweeps.summarize(tmp_path, hashes, 8, "min", began).best == ("job0", 0.5)
+    # What other sweeps left in the folder does not count.
+    assert sweeps.summarize(tmp_path, {"00000001"}, 1, "max", began).done == 1
+    assert sweeps.summarize(tmp_path, None, None, "max", began + 50).done == 0
+
+
+def test_a_search_has_the_trials_left_that_it_lacks(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    assert sweeps.trials_left(20, storage, "study") == 20
+    (tmp_path / "optuna.db").touch()
+    assert sweeps.trials_left(20, storage, "study") == 20
+
+
+# ----------------------------------------------------------------------------------------- for real
+
+
+def test_what_is_finished_is_left_and_what_failed_done_again(door, tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "dataset" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [spotify, _self_]\nthreshold: 0.1\n")
+    overrides = (*QUICK, "seed=0,1", "dataset=own")
+    # Seed 1 fails: a file of its folder cannot be written.
+    job = sweeps.job_folder("spotify-mamba-seed1", [*QUICK, "seed=1", "dataset=own"])
+    folder = tmp_path / "runs" / "multirun" / sweeps.sweep_name(overrides) / job
+    (folder / "config.yaml").mkdir(parents=True)
+    first = door("train", "--multirun", "--config-dir", "mine", *overrides)
+    assert first.code == 1 and "1 of 2 done, 1 failed" in first.err
+    assert "error (seed=1): cannot write" in first.err and "Traceback" not in first.err
+    status = sweeps.read_status(folder)
+    assert status["state"] == "failed" and status["exit_code"] == 1
+    assert "seed=1" in status["overrides"] and "config.yaml" in status["error"]
+
+    [done] = [path for path in jobs_of(tmp_path / "runs").values() if path != folder]
+    before = (done / "metrics.json").stat().st_mtime_ns
+    (folder / "config.yaml").rmdir()
+    own.write_text("defaults: [spotify, _self_]\nthreshold: 0.2\n")
+    second = door("train", "--multirun", "--config-dir", "mine", *overrides)
+    assert second.code == 0, second.text
+    assert "2 of 2 done, 0 failed" in second.err and "best val/ndcg@10" in second.err
+    assert (done / "metrics.json").stat().st_mtime_ns == before
+    assert sweeps.read_status(done)["attempt"] == 1
+    assert sweeps.read_status(folder)["attempt"] == 2
+    # The finished one was made with another option: kept, and said so.
+    assert "dataset.threshold 0.1 then, 0.2 now" in second.text
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers(tmp_path: Path, launcher: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
+    run_sweep(tmp_path, f"launcher={launcher}", "launcher.processes=2", "seed=0,1")
+    jobs = jobs_of(tmp_path / "runs")
+    assert len(metrics_of(tmp_path / "runs")) == len(jobs) == 2
+    assert {sweeps.read_status(job)["state"] for job in jobs.values()} == {"finished"}
+
+
+def run_sweep(cwd: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "recsys_ssm.train", "--multirun", *QUICK, *arguments],
+        check=False,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_a_killed_job_takes_nothing_down_and_goes_on(tmp_path: Path) -> None:
+    """Killed as by a lack of memory: the others go on; the same command again goes on with it."""
+    arguments = ["seed=0,1", "trainer.max_steps=300", "validations=15"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recsys_ssm.train", "--multirun", *QUICK, *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (found := list(tmp_path.glob("runs/multirun/*/*/checkpoints/last.ckpt"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    victim = found[0].parent.parent
+    os.kill(sweeps.read_status(victim)["pid"], signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "1 of 2 done, 1 failed" in err and "killed by SIGKILL (out of memory?)" in err
+    run_sweep(tmp_path, *arguments)
+    assert "ckpt_path=last" in sweeps.read_status(victim)["command"]
+    run_sweep(tmp_path, *arguments, "output_root=whole")
+    assert metrics_of(tmp_path / "runs") == metrics_of(tmp_path / "whole")
+
+
+def test_a_job_ends_when_its_sweep_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "recsys_ssm.train",
+            "--multirun",
+            *QUICK,
+            "trainer.max_steps=100000",
+        ],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while not (found := list(tmp_path.glob("runs/multirun/*/*/config.yaml"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    job = found[0].parent
+    assert sweeps.job_state(job) == "running"
+    with sweeps._lock(job) as lock:
+        assert lock is None  # and no other sweep begins it meanwhile
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while sweeps.job_state(job) != "interrupted":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    arguments = [
+        "seed=range(6)",
+        "head.loss=mse,bce",
+        "trainer.max_steps=200",
+        "validations=10",
+        "launcher=joblib",
+        "launcher.processes=2",
+    ]
+    moments = random.Random(0)
+    finished: dict[str, tuple[int, int]] = {}
+
+    def look() -> dict[str, tuple[int, int]]:
+        return {
+            name: ((job / "metrics.json").stat().st_mtime_ns, sweeps.read_status(job)["attempt"])
+            for name, job in jobs_of(tmp_path / "runs").items()
+            if sweeps.is_finished(job)
+        }
+
+    for _ in range(10):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recsys_ssm.train", "--multirun", *QUICK, *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(moments.uniform(4, 20))
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's workers too: the machine went down
+        process.wait()
+        time.sleep(1)
+        now = look()
+        assert finished.items() <= now.items(), "a finished job ran again"
+        finished = now
+    run_sweep(tmp_path, *arguments)
+    assert finished.items() <= look().items(), "a finished job ran again"
+    run_sweep(tmp_path, *arguments, "output_root=whole")
+    disturbed, whole = metrics_of(tmp_path / "runs"), metrics_of(tmp_path / "whole")
+    assert len(whole) == 12 and disturbed == whole
+
+
+def test_a_search_remembers_its_trials(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ("search=optuna", "hydra.sweeper.n_trials=${trials_left:3,${.storage},${.study_name}}")
+    run_sweep(tmp_path, *search)
+    assert len(jobs_of(tmp_path / "runs")) == 3
+    run_sweep(tmp_path, *search)
+    assert len(jobs_of(tmp_path / "runs")) == 3
