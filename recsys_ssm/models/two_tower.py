@@ -197,7 +197,8 @@ class TwoTower(Recommender):
         self._item_embeddings = self.item_tower.encode(self.items)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
-        top_UK = self._rank(batch, self.test_metrics)
+        # As many as anyone of them likes: how often an item is recommended is held against how often it is liked.
+        top_UK = self._rank(batch, self.test_metrics, int(batch.relevant.sum(dim=1).max()))
         self.test_rankings.add(batch.user_index, top_UK, batch.relevant)
 
     def on_test_epoch_end(self) -> None:
@@ -206,10 +207,11 @@ class TwoTower(Recommender):
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
-    def _rank(self, batch: RankingBatch, metrics: RankingMetrics) -> Tensor:
+    def _rank(self, batch: RankingBatch, metrics: RankingMetrics, k: int = 0) -> Tensor:
+        """Add a batch to the metrics; its top ``k``, or as many as the metrics need."""
         assert self._item_embeddings is not None
         scores_UI = self.user_tower(batch.user) @ self._item_embeddings.T
-        top_UK = rank_top_k(scores_UI, metrics.max_k, batch.seen)
+        top_UK = rank_top_k(scores_UI, max(k, metrics.max_k), batch.seen)
         metrics.update_from_top(top_UK, batch.relevant)
         return top_UK
 
