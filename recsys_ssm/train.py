@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm import ops
-from recsys_ssm.callbacks import Cost, History
+from recsys_ssm.callbacks import Cost, History, StepSeed
 from recsys_ssm.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.cli import check, door, make, make_all, plain, spec
 from recsys_ssm.data.base import RecommenderData
@@ -91,7 +91,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer: L.Trainer = make(
             cfg.trainer,
             "trainer",
-            callbacks=[*make_callbacks(cfg), history, cost],
+            callbacks=[*make_callbacks(cfg), StepSeed(cfg.seed), history, cost],
             logger=logger or False,
         )
         if logger is not None:

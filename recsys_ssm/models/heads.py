@@ -6,7 +6,6 @@ item, K negatives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 

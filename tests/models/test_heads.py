@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from recsys_ssm.models.heads import TowerHead, bce, in_batch_softmax, mse
+from recsys_ssm.models.heads import NextItemLoss, TowerHead, bce, in_batch_softmax, mse
 
 USER = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
 ITEM = torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.5, 0.0]])
@@ -46,3 +46,66 @@ def test_final_relu_is_an_option() -> None:
     assert (TowerHead(d_model=8)(x) < 0).any()
     assert (TowerHead(d_model=8, final_relu=True)(x) >= 0).all()
     assert TowerHead(d_model=8, hidden=5, output=3)(x).shape == (64, 3)
+
+
+def next_item_inputs(P: int = 6, I: int = 40, D: int = 8):  # noqa: E741
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(P, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(I, D, generator=generator, dtype=torch.float64)
+    return x, weight, torch.randint(I, (P,), generator=generator)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_with_logq_the_sampled_sum_estimates_the_whole_one(sampling: str, shared: bool) -> None:
+    x, weight, target = next_item_inputs()
+    counts = torch.arange(40) ** 2
+    options = {"n_items": 40, "item_counts": counts, "sampling": sampling, "shared": shared}
+    whole = NextItemLoss(n_items=40)(x, weight, target)
+    torch.manual_seed(0)
+    many = NextItemLoss(loss="sampled_softmax", negatives=200_000, **options)
+    assert many(x, weight, target).item() == pytest.approx(whole.item(), rel=0.01)
+    raw = NextItemLoss(loss="sampled_softmax", negatives=200_000, logq=False, **options)
+    assert raw(x, weight, target).item() > whole.item() + 1
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce", "gbce"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_next_item_is_no_negative_of_itself(loss: str, shared: bool, monkeypatch) -> None:
+    x, weight, target = next_item_inputs(P=3)
+    head = NextItemLoss(n_items=40, loss=loss, negatives=4, shared=shared, logq=False)
+    others = torch.tensor([7, 11, int(target[0]), 3])
+    drawn = others if shared else others.expand(3, 4)
+    monkeypatch.setattr(head, "draw", lambda shape: drawn)
+    found = head(x, weight, target)
+    expected = []
+    for p in range(3):
+        own = x[p] @ weight[target[p]]
+        negatives = torch.stack([x[p] @ weight[j] for j in others.tolist() if j != target[p]])
+        if loss == "sampled_softmax":
+            expected.append(torch.cat([own[None], negatives]).logsumexp(0) - own)
+        else:
+            share = 4 / 39
+            beta = 1.0 if loss == "bce" else share * (0.75 * (1 - 1 / share) + 1 / share)
+            own_loss = -(torch.sigmoid(own) ** beta).log()
+            expected.append((own_loss - (1 - torch.sigmoid(negatives)).log().sum()) / 5)
+    assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+
+
+def test_items_are_drawn_as_often_as_they_were_bought() -> None:
+    counts = torch.tensor([0, 9, 0, 29])
+    torch.manual_seed(0)
+    head = NextItemLoss(n_items=4, item_counts=counts, sampling="popularity")
+    share = torch.bincount(head.draw((200_000,)), minlength=4) / 200_000
+    expected = (counts + 1) / (counts + 1).sum()
+    torch.testing.assert_close(share, expected, atol=0.004, rtol=0)
+    torch.testing.assert_close(head.log_expected(torch.arange(4)).exp(), 256 * expected)
+
+
+def test_gbce_between_bce_and_full_calibration() -> None:
+    assert NextItemLoss(n_items=101, negatives=10, gbce_t=0.0).beta() == pytest.approx(1)
+    assert NextItemLoss(n_items=101, negatives=10, gbce_t=1.0).beta() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="gbce_t=2"):
+        NextItemLoss(n_items=3, gbce_t=2)
+    with pytest.raises(ValueError, match="negatives=0"):
+        NextItemLoss(n_items=3, negatives=0)

@@ -1,0 +1,360 @@
+"""The next-item model: what it sees, what it is trained on, what it recommends."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from recsys_ssm.callbacks import StepSeed
+from recsys_ssm.data.interactions import Interactions
+from recsys_ssm.data.sequences import SequenceBatch
+from recsys_ssm.errors import UserError
+from recsys_ssm.metrics import per_user, rank_top_k
+from recsys_ssm.models.next_item import NextItem
+
+BACKBONES = "recsys_ssm.models.backbones"
+CAUSAL = {
+    "mamba": {"_target_": f"{BACKBONES}.mamba.Mamba", "d_model": 16, "n_layers": 1, "d_conv": 4},
+    "mamba2": {
+        "_target_": f"{BACKBONES}.mamba2.Mamba2",
+        "d_model": 16,
+        "n_layers": 2,
+        "d_state": 8,
+        "headdim": 8,
+        "residual": True,
+        "norm": "pre",
+        "ffn": 2,
+    },
+    "transformer": {
+        "_target_": f"{BACKBONES}.transformer.Transformer",
+        "d_model": 16,
+        "n_layers": 2,
+        "dim_feedforward": 32,
+        "causal": True,
+    },
+}
+HYDRA = {
+    "_target_": f"{BACKBONES}.hydra.Hydra",
+    "d_model": 16,
+    "n_layers": 1,
+    "d_state": 8,
+    "headdim": 16,
+}
+N_ITEMS = 12
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Every history walks round the circle of items: what comes next is certain."""
+    generator = random.Random(0)
+    lines = []
+    for user in range(60):
+        start, length = generator.randrange(N_ITEMS), generator.randrange(4, 10)
+        lines.append(f"u{user} " + " ".join(f"i{(start + t) % N_ITEMS:02}" for t in range(length)))
+    path = tmp_path / "circle.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def data_of(file: Path, **options) -> Interactions:
+    return Interactions(
+        **{
+            "interactions": str(file),
+            "cache_dir": str(file.parent / "cache"),
+            "max_length": 8,
+            "batch_positions": 64,
+            **options,
+        }
+    )
+
+
+def model_of(data: Interactions, backbone="mamba2", **options) -> NextItem:
+    torch.manual_seed(0)
+    spec = CAUSAL[backbone] if isinstance(backbone, str) else backbone
+    adam = {"_target_": "torch.optim.Adam", "lr": 1e-2}
+    return NextItem.for_data(data, **{"backbone": spec, "optimizer": adam, **options})
+
+
+def trainer_of(folder: Path, **options) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def fit(model: NextItem, data: Interactions, folder: Path, epochs: int = 12) -> L.Trainer:
+    trainer = trainer_of(folder, max_epochs=epochs, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+@pytest.mark.parametrize("backbone", CAUSAL)
+def test_it_learns_what_always_follows(file: Path, tmp_path: Path, backbone: str) -> None:
+    data = data_of(file)
+    model = model_of(data, backbone)
+    trainer = fit(model, data, tmp_path)
+    trainer.test(model, datamodule=data, verbose=False)
+    results = model.test_results()
+    assert results["metrics"]["hr@1"] > 0.95
+    assert results["metrics_unfiltered"]["hr@1"] > 0.95
+
+
+def test_hydra_learns_from_the_last_position(file: Path, tmp_path: Path) -> None:
+    data = data_of(file, objective="last")
+    model = model_of(data, HYDRA)
+    trainer = fit(model, data, tmp_path)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.test_results()["metrics"]["hr@1"] > 0.95
+
+
+def test_a_backbone_that_sees_the_future_is_refused(file: Path) -> None:
+    blind = dict(CAUSAL["transformer"], causal=False)
+    for backbone in (HYDRA, blind):
+        with pytest.raises(UserError, match="sees the whole history") as error:
+            model_of(data_of(file), backbone)
+        assert "dataset.objective=last" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", CAUSAL)
+@pytest.mark.parametrize(
+    "head", [{"loss": "softmax"}, {"loss": "gbce"}, {"loss": "softmax", "temperature": 0.1}]
+)
+def test_no_loss_of_a_position_depends_on_later_items(file: Path, backbone: str, head) -> None:
+    """Packed rows: two histories each; an item changes, no output before it or in the other history does."""
+    data = data_of(file)
+    model = model_of(data, backbone, head=head).double().eval()
+    item = torch.randint(N_ITEMS, (2, 8))
+    seq_idx = torch.tensor([[0] * 3 + [1] * 5, [0] * 6 + [-1] * 2])
+    position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]])
+    item[seq_idx < 0] = -1
+
+    def query(item: torch.Tensor) -> torch.Tensor:
+        return model._query(model(item, seq_idx, position))
+
+    with torch.no_grad():
+        before = query(item)
+        for row, place in ((0, 2), (0, 5), (1, 4)):
+            changed = item.clone()
+            changed[row, place] = (item[row, place] + 1) % N_ITEMS
+            after = query(changed)
+            same = (seq_idx != seq_idx[row, place]) | (position < position[row, place])
+            same[1 - row] = True
+            same &= seq_idx >= 0
+            torch.testing.assert_close(after[same], before[same], rtol=0, atol=1e-12)
+            assert not torch.allclose(after[row, place], before[row, place])
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+@pytest.mark.parametrize("backbone", CAUSAL)
+def test_the_loss_is_that_of_each_history_by_itself(
+    file: Path, objective: str, backbone: str
+) -> None:
+    """Packed or one at a time: the same positions, the same targets, nothing of padding."""
+    data = data_of(file, objective=objective)
+    model = model_of(data, backbone).double().eval()
+    batch = next(iter(data.train_dataloader()))
+    loss, n_targets = model._loss(batch)
+    losses = []
+    weight = model.tokenizer.embedding.weight[1:]
+    for row in range(batch.item.shape[0]):
+        for number in range(int(batch.seq_idx[row].max()) + 1):
+            own = batch.seq_idx[row] == number
+            length = int(own.sum())
+            x_LD = model(batch.item[row, own][None], None, torch.arange(length)[None])[0]
+            target = batch.target[row, own]
+            losses += [
+                F.cross_entropy(x_LD[t] @ weight.T, target[t])
+                for t in range(length)
+                if target[t] >= 0
+            ]
+    assert len(losses) == n_targets
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+def test_targets_are_the_next_items(file: Path) -> None:
+    """The circle says what follows each item; the held-out ones are never a training target."""
+    data = data_of(file)
+    for batch in data.train_dataloader():
+        real = batch.target >= 0
+        assert torch.equal(batch.target[real], (batch.item[real] + 1) % N_ITEMS)
+    loader = data.test_dataloader()
+    for batch in loader:
+        assert torch.equal(batch.target, (batch.item.flatten()[batch.last] + 1) % N_ITEMS)
+
+
+def test_the_test_ranks_all_items_with_and_without_the_seen_ones(
+    file: Path, tmp_path: Path
+) -> None:
+    data = data_of(file)
+    model = model_of(data)
+    trainer_of(tmp_path).test(model, datamodule=data, verbose=False)
+    results = model.test_results()
+    histories = {}
+    for line in file.read_text().splitlines():
+        user, *items = line.split()
+        histories[user] = [int(item[1:]) for item in items]
+    model.eval()
+    found = {True: [], False: []}
+    for row, user in enumerate(data.sets.user_ids):
+        *history, target = histories[user]
+        latest = torch.tensor(history[-8:])[None]
+        with torch.no_grad():
+            x_D = model(latest, None, torch.arange(latest.shape[1])[None])[0, -1]
+        scores = (x_D @ model.tokenizer.embedding.weight[1:].T)[None]
+        for filtered in (True, False):
+            seen = torch.zeros(1, N_ITEMS, dtype=torch.bool)
+            if filtered:
+                seen[0, history] = True
+                seen[0, target] = False
+            top = rank_top_k(scores, 10, seen)
+            found[filtered].append(per_user(top, torch.tensor([target]), ["ndcg@10"])["ndcg@10"])
+            if filtered:
+                kept = model.test_rankings.frame().row(row, named=True)
+                assert kept["recommended"][:5] == [i for i in top[0].tolist() if i >= 0][:5]
+                assert kept["relevant"] == [target]
+    for filtered, name in ((True, "metrics"), (False, "metrics_unfiltered")):
+        expected = torch.cat(found[filtered]).mean().item()
+        assert results[name]["ndcg@10"] == pytest.approx(expected, abs=1e-6)
+    assert results["metrics"]["ndcg@10"] != results["metrics_unfiltered"]["ndcg@10"]
+
+
+def test_a_second_test_begins_anew(file: Path, tmp_path: Path) -> None:
+    data = data_of(file)
+    model, trainer = model_of(data), trainer_of(tmp_path)
+    trainer.test(model, datamodule=data, verbose=False)
+    before = model.test_results()
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.test_results() == before
+    assert model.test_rankings.frame().height == 60
+
+
+@pytest.mark.parametrize("head", [{}, {"loss": "sampled_softmax", "negatives": 5}])
+def test_killed_in_the_middle_and_resumed_is_as_if_never_killed(
+    file: Path, tmp_path: Path, head
+) -> None:
+    """Dropout and negatives are random: a step's random numbers follow from the seed and the step."""
+    options = {"head": head, "tokenizer": {"dropout": 0.3}}
+
+    def run(ckpt: Path | None = None) -> NextItem:
+        data = data_of(file)
+        model = model_of(data, **options)
+        keep = ModelCheckpoint(
+            tmp_path,
+            "step{step}",
+            every_n_train_steps=7,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
+        callbacks = [StepSeed(3), keep]
+        trainer = trainer_of(tmp_path, max_steps=15, limit_val_batches=0, callbacks=callbacks)
+        torch.manual_seed(ckpt is None)  # a new process begins with other numbers
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        assert len(data.train_dataloader()) == 3  # 7 is in the middle of the third epoch
+        return model
+
+    whole, resumed = run(), run(tmp_path / "step7.ckpt")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_recommends_by_itself(file: Path, tmp_path: Path) -> None:
+    data = data_of(file)
+    model = model_of(data)
+    trainer = fit(model, data, tmp_path)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = NextItem.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    found = loaded.recommend([["i03", "i04"], ["i10", "unknown", "i11"]], k=3)
+    first = found.filter(rank=1)
+    assert first["item"].to_list() == ["i05", "i00"]
+    assert found["score"].is_sorted(descending=True) or found["user"].n_unique() == 2
+    assert "i04" not in found.filter(user=0)["item"].to_list()
+    again = loaded.recommend([["i04"]], k=N_ITEMS, filter_seen=False)
+    assert again.height == N_ITEMS
+    with pytest.raises(UserError, match="history 1 has no item of the catalogue"):
+        loaded.recommend([["i01"], ["nothing"]])
+
+
+def test_features_of_items_take_part(tmp_path: Path) -> None:
+    """A user buys one colour only: a history of red says red, whatever the items."""
+    generator = random.Random(1)
+    lines = []
+    for user in range(80):
+        items = [generator.randrange(10) * 2 + user % 2 for _ in range(6)]
+        lines.append(f"u{user}\t" + f"\nu{user}\t".join(f"i{i}" for i in items))
+    events = "\n".join(f"{line}" for line in lines)
+    (tmp_path / "e.csv").write_text("user_id\titem_id\n" + events + "\n")
+    rows = "".join(f"i{i},{'red' if i % 2 else 'blue'}\n" for i in range(20))
+    (tmp_path / "items.csv").write_text("item_id,colour\n" + rows)
+    data = Interactions(
+        interactions=str(tmp_path / "e.csv"),
+        separator="\t",
+        timestamp=None,
+        duplicates="keep",
+        cache_dir=str(tmp_path / "cache"),
+        items=str(tmp_path / "items.csv"),
+        item_categorical=["colour"],
+        max_length=8,
+        batch_positions=64,
+    )
+    model = model_of(data, tokenizer={"init_std": 0.5})
+    colours = model.tokenizer.features.embedding
+    before = colours.detach().clone()
+    fit(model, data, tmp_path, epochs=8)
+    assert not torch.equal(colours, before)
+    top = model.recommend([["i1", "i3", "i5"]], k=5, filter_seen=False)["item"]
+    assert sum(int(item[1:]) % 2 for item in top) >= 4
+    assert model.state_dict()["item_categorical"].shape == (20, 1)  # so a checkpoint has them
+
+
+def test_embeddings_are_counted_apart(file: Path) -> None:
+    data = data_of(file)
+    model = model_of(data, "transformer", tokenizer={"positions": 8, "norm": True})
+    counts = model.parameter_counts()
+    assert counts["total"] - counts["without_embeddings"] == (N_ITEMS + 1) * 16 + 8 * 16
+
+
+def test_padding_row_is_never_trained(file: Path, tmp_path: Path) -> None:
+    data = data_of(file)
+    model = model_of(data)
+    fit(model, data, tmp_path, epochs=2)
+    assert model.tokenizer.embedding.weight[0].eq(0).all()
+
+
+def test_options_are_checked(file: Path) -> None:
+    data = data_of(file)
+    for options, message in [
+        ({"head": {"los": "softmax"}}, "head.los: no such option; did you mean 'loss'?"),
+        ({"head": {"loss": "hinge"}}, "head.loss='hinge'"),
+        ({"head": {"temperature": -1.0}}, "head.temperature=-1.0"),
+        ({"head": {"filter_seen": 3}}, "head.filter_seen=3"),
+        ({"tokenizer": {"dropuot": 0.1}}, "tokenizer.dropuot: no such option"),
+    ]:
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            model_of(data, **options)
+
+
+def test_a_history_longer_than_the_positions_says_so(file: Path) -> None:
+    model = model_of(data_of(file), "transformer", tokenizer={"positions": 4})
+    with pytest.raises(UserError, match=r"tokenizer\.positions=4"):
+        model(torch.zeros(1, 6, dtype=torch.long), None, torch.arange(6)[None])
+
+
+def test_a_batch_without_a_target_is_no_loss(file: Path) -> None:
+    model = model_of(data_of(file))
+    nothing = torch.full((1, 3), -1)
+    batch = SequenceBatch(
+        torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.arange(3)[None], nothing
+    )
+    loss, n_targets = model._loss(batch)
+    assert loss == 0 and n_targets == 0
