@@ -1,0 +1,358 @@
+"""This package beside RecBole, RecTools and skrecsys: the same data, split, sizes, loss and number of epochs.
+
+    python benchmarks/peers/install.py
+    python benchmarks/peers/compare.py --dataset amazon_beauty_2014 --contests sasrec-softmax sasrec-sampled
+    python benchmarks/peers/compare.py --dataset ml_100k --contests recbole --epochs 10 --seeds 0 1 2
+
+A contest is a peer and the settings of both sides (see CONTESTS). Each side runs in a process of its own, one after the
+other; epochs and evaluations are timed by both clocks within it, reading the data is not. All metrics are computed
+here, by recsys_ssm.metrics, from the 20 items each side recommends to each user. A run that is there already is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from install import FOLDER, python_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from timing import machine, table, write_json
+
+from recsys_ssm.cli import make, register_resolvers
+from recsys_ssm.metrics import per_user
+from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.reports.statistics import estimate, paired_difference
+
+HERE = Path(__file__).parent
+METRICS = ("hr@10", "ndcg@10", "mrr@10")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A peer's options and our overrides that mean the same; ``{name}`` stands for a setting of both."""
+
+    peer: str
+    ours: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the peer's script, beside the settings."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of both, where they are not SETTINGS."""
+    sequences: int = 128
+    """In a batch: users, or prefixes where those are the samples."""
+
+
+SETTINGS = {"d_model": 64, "max_length": 50, "dropout": 0.2, "lr": 1e-3}
+BOTH = (
+    "dataset.max_length={max_length}",
+    "dataset.batch_positions={batch_positions}",
+    "tokenizer.dropout={dropout}",
+    "backbone.d_model={d_model}",
+    "backbone.dropout={dropout}",
+    "optimizer.lr={lr}",
+)
+SASREC = ("backbone=transformer", "backbone.dim_feedforward={inner}")
+TWO = {"n_layers": 2, "n_heads": 2}
+RECTOOLS_ADAM = "+optimizer.betas=[0.9,0.98]"
+
+CONTESTS = {
+    # The same model to the last parameter, and the same samples: a prefix each.
+    "recbole": Contest(
+        "recbole", (*SASREC, "dataset.objective=last"), {"inner": 256, **TWO}, sequences=2048
+    ),
+    # Their layers are the authors' of SASRec, ours RecBole's: of one width and number.
+    "sasrec-softmax": Contest(
+        "rectools", (*SASREC, "head.loss=softmax"), {"layers": "sasrec", "loss": "softmax", **TWO}
+    ),
+    "sasrec-sampled": Contest(
+        "rectools",
+        (
+            *SASREC,
+            "head.loss=sampled_softmax",
+            "head.negatives=128",
+            "head.shared=false",
+            "head.logq=false",
+        ),
+        {"layers": "sasrec", "loss": "sampled_softmax", "negatives": 128, **TWO},
+    ),
+    # The same with a batch's negatives shared by its positions, ours alone.
+    "sasrec-shared": Contest(
+        "rectools",
+        (*SASREC, "head.loss=sampled_softmax", "head.negatives=128", "head.logq=false"),
+        {"layers": "sasrec", "loss": "sampled_softmax", "negatives": 128, **TWO},
+    ),
+    "sasrec-bce": Contest(
+        "rectools",
+        (*SASREC, "head.loss=bce", "head.negatives=1", "head.shared=false"),
+        {"layers": "sasrec", "loss": "BCE", "negatives": 1, **TWO},
+    ),
+    # The same layers; positions count from the latest item there, from the first here.
+    "ligr": Contest(
+        "rectools",
+        (
+            "backbone=ligr",
+            "backbone.n_layers=2",
+            "backbone.nhead=2",
+            "tokenizer.positions={max_length}",
+            "tokenizer.norm=false",
+            "tokenizer.init_std={xavier}",
+            "head.loss=softmax",
+            RECTOOLS_ADAM,
+        ),
+        {"layers": "ligr", "loss": "softmax", **TWO},
+    ),
+    "mamba4rec": Contest(
+        "skrecsys", ("backbone=mamba",), {"d_state": 32, "n_layers": 1}, sequences=64
+    ),
+}
+
+
+def sets_of(overrides: list[str]) -> Any:
+    """The data as this package splits it."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", [*overrides, "name=peer", "output_dir=."])
+    return make(cfg.dataset, "dataset").sets
+
+
+def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, dict[str, Any]]:
+    """Overrides that name the data, the exchange file and what is in it.
+
+    Of the first ``n_users`` users (0: all) a file of their own is written, so that both sides have it.
+    """
+    register_resolvers()
+    folder.mkdir(parents=True, exist_ok=True)
+    overrides = [f"dataset={dataset}"]
+    sets = sets_of(overrides)
+    if n_users:
+        events, offsets = sets.histories
+        dataset = f"{dataset}-{n_users}"
+        text = folder / f"{dataset}.txt"
+        rows = (
+            f"{user} {' '.join(map(str, events[offsets[user] : offsets[user + 1]]))}\n"
+            for user in range(n_users)
+        )
+        text.write_text("".join(rows))
+        overrides = [
+            "dataset=interactions",
+            f"dataset.interactions={text}",
+            "dataset.format=sequences",
+        ]
+        sets = sets_of(overrides)
+    events, offsets = (np.asarray(array) for array in sets.histories)
+    if np.diff(offsets).min() < 3:
+        raise SystemExit(f"{dataset} has users with fewer than 3 events: not all can be held out")
+    path = folder / f"{dataset}.npz"
+    data = {"events": events, "offsets": offsets, "n_items": len(sets.item_ids)}
+    np.savez(path, **data)
+    return overrides, path, data
+
+
+def batch_positions(contest: Contest, data: dict[str, Any], max_length: int) -> int:
+    """As many positions as the peer's batches hold beside padding: equally many steps an epoch."""
+    trained = np.diff(data["offsets"]) - 2
+    if contest.peer == "recbole":
+        sizes = [np.minimum(np.arange(1, n), max_length) for n in trained]
+        lengths = np.concatenate(sizes)
+    else:
+        lengths = np.minimum(trained - 1, max_length)
+        lengths = lengths[lengths > 0]
+    steps = math.ceil(lengths.size / contest.sequences)
+    return math.ceil(lengths.sum() / steps)
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def run(command: list[str], out: Path, niceness: int) -> dict[str, Any]:
+    """Run one side, or read what it left behind when it ran last."""
+    key = hashlib.sha256(json.dumps([part for part in command if "--out" not in part]).encode())
+    out = out / key.hexdigest()[:12]
+    if not (out / "done").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        at = command.index("--") if "--" in command else len(command)
+        full = [*command[:at], f"--out={out}", *command[at:]]
+        print("$", *full, flush=True)
+        with (out / "log.txt").open("w") as log:
+            subprocess.run(
+                ["nice", "-n", str(niceness), *full],
+                check=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=HERE.parents[1],
+                env=environment,
+            )
+        (out / "done").touch()
+    return json.loads((out / "run.json").read_text()) | {"folder": str(out)}
+
+
+def measured(record: dict[str, Any], data: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """``val/10/unseen`` and so on to metrics: split, epoch, which lists."""
+    last = data["offsets"][1:]
+    targets = {"val": data["events"][last - 2], "test": data["events"][last - 1]}
+    found = {}
+    for path in sorted(Path(record["folder"]).glob("*_*.npz")):
+        split, epoch = path.stem.split("_")
+        with np.load(path, allow_pickle=False) as lists:
+            for name in lists.files:
+                top = torch.from_numpy(lists[name].astype(np.int64))
+                target = torch.from_numpy(targets[split].astype(np.int64))
+                values = per_user(top, target, METRICS)
+                found[f"{split}/{epoch}/{name}"] = {m: float(v.mean()) for m, v in values.items()}
+    return found
+
+
+def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table: medians of the costs, means of the metrics over seeds."""
+    last = {}
+    for split in ("val", "test"):
+        for name in ("unseen", "all"):
+            values = [r["metrics"].get(f"{split}/{r['last']}/{name}") for r in records]
+            if None not in values:
+                last[f"{split} {name}"] = statistics.mean(v["ndcg@10"] for v in values)
+    epochs = [epoch for record in records for epoch in record["epochs"]]
+    ranked = [e for record in records for e in record["evaluations"]]
+    # The first epoch warms up; there may be no other.
+    later = [epoch for epoch in epochs if epoch["epoch"] > 1] or epochs
+    return {
+        "contest": contest,
+        "side": side,
+        "epochs": records[0]["last"],
+        "epoch cpu s": statistics.median(epoch["cpu"] for epoch in later),
+        "epoch wall s": statistics.median(epoch["wall"] for epoch in later),
+        "evaluation cpu s": statistics.median(e["cpu"] for e in ranked),
+        "peak MiB": max(record["peak_memory_bytes"] for record in records) / 2**20,
+        **{f"{name} N@10": value for name, value in last.items()},
+    }
+
+
+def time_to(record: dict[str, Any], level: float, name: str) -> dict[str, float] | None:
+    """What the epochs cost until the validation's NDCG@10 came to ``level``; None: it never did."""
+    spent = {"cpu": 0.0, "wall": 0.0}
+    for epoch in record["epochs"]:
+        for clock in spent:
+            spent[clock] += epoch[clock]
+        values = record["metrics"].get(f"val/{epoch['epoch']}/{name}")
+        if values is not None and values["ndcg@10"] >= level:
+            return {"epoch": epoch["epoch"], **spent}
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="ml_100k")
+    parser.add_argument("--users", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--contests", nargs="+", choices=CONTESTS, default=["sasrec-softmax"])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--evaluate-every", type=int, default=0, help="0: after the last epoch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTINGS)}"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of install.py")
+    parser.add_argument("--runs", type=Path, help="where runs are kept; default: within --folder")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+
+    runs = args.runs or args.folder.expanduser() / "runs"
+    changed = {n: json.loads(v) for n, v in (pair.split("=", 1) for pair in args.set)}
+    overrides, path, data = export(args.dataset, runs, args.users)
+    rows, comparisons, details = [], [], []
+    for name in args.contests:
+        contest = CONTESTS[name]
+        settings = SETTINGS | contest.settings | changed
+        common = {
+            "data": path,
+            "epochs": args.epochs,
+            "evaluate_every": args.evaluate_every,
+            "threads": args.threads,
+        }
+        values = settings | {
+            "inner": contest.options.get("inner", 4 * settings["d_model"]),
+            "batch_positions": batch_positions(contest, data, settings["max_length"]),
+            "xavier": math.sqrt(2 / (data["n_items"] + 1 + settings["d_model"])),
+        }
+        sides: dict[str, list[dict[str, Any]]] = {contest.peer: [], "recsys_ssm": []}
+        for seed in args.seeds:
+            peer = [
+                str(python_of(args.folder, contest.peer)),
+                str(HERE / f"{contest.peer}_model.py"),
+            ]
+            own = {"batch_size": contest.sequences, "seed": seed}
+            peer += flags(common | settings | contest.options | own)
+            ours = [sys.executable, str(HERE / "ours_model.py"), *flags(common | {"seed": seed})]
+            ours += ["--", *overrides]
+            ours += [text.format(**values) for text in (*contest.ours, *BOTH)]
+            for side, command in ((contest.peer, peer), ("recsys_ssm", ours)):
+                record = run(command, runs / f"{path.stem}-{name}-{side}-{seed}", args.nice)
+                record |= {"seed": seed, "last": record["epochs"][-1]["epoch"]}
+                record["metrics"] = measured(record, data)
+                sides[side].append(record)
+        rows += [row(name, side, records) for side, records in sides.items()]
+        comparisons.append({"contest": name, **compared(sides[contest.peer], sides["recsys_ssm"])})
+        details.append({"contest": name, "settings": values, "sides": sides})
+    print(table(rows))
+    print(table(comparisons))
+    if args.json:
+        found = {"dataset": args.dataset, "users": args.users, "machine": machine(), "rows": rows}
+        write_json(args.json, found | {"comparisons": comparisons, "runs": details})
+
+
+def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many times cheaper ours is, and how far off its NDCG@10 is in percent of the peer's."""
+
+    def cost(records: list[dict[str, Any]], kind: str) -> float:
+        return statistics.median(each["cpu"] for record in records for each in record[kind])
+
+    def peak(records: list[dict[str, Any]]) -> float:
+        return max(record["peak_memory_bytes"] for record in records)
+
+    found: dict[str, Any] = {
+        "epoch x": cost(peer, "epochs") / cost(ours, "epochs"),
+        "evaluation x": cost(peer, "evaluations") / cost(ours, "evaluations"),
+        "memory x": peak(peer) / peak(ours),
+    }
+    for name in ("unseen", "all"):
+        split = "test" if f"test/{peer[0]['last']}/{name}" in peer[0]["metrics"] else "val"
+
+        def values(records: list[dict[str, Any]], at: str) -> dict[int, float]:
+            key = at.format
+            return {r["seed"]: r["metrics"][key(r["last"])]["ndcg@10"] for r in records}
+
+        at = f"{split}/{{}}/{name}"
+        theirs = values(peer, at)
+        mean = estimate(list(theirs.values())).mean
+        off = paired_difference(values(ours, at), theirs)
+        found[f"{split} {name} off %"] = 100 * off.mean / mean
+        found[f"{name} ± %"] = 100 * off.half_width / mean
+        best = max(
+            (v["ndcg@10"] for r in peer for k, v in r["metrics"].items()
+             if k.startswith("val/") and k.endswith(name)),
+        )  # fmt: skip
+        reached = time_to(ours[0], best, name)
+        theirs_cost = time_to(peer[0], best, name)
+        if reached and theirs_cost:
+            found[f"{name} time-to x"] = theirs_cost["cpu"] / reached["cpu"]
+    return found
+
+
+if __name__ == "__main__":
+    main()

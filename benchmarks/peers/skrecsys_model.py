@@ -1,0 +1,65 @@
+"""Mamba4Rec of skrecsys on an exchange file: a target at every position, full softmax, the scan a Python loop.
+
+    ~/.cache/recsys_ssm/peers/skrecsys/bin/python benchmarks/peers/skrecsys_model.py --data FILE --out FOLDER
+
+It scores the histories it was trained on alone, so only the validation is ranked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from common import PLACES, Data, Run, arguments, clocks
+from skrecsys.nn import Mamba4Rec
+
+
+def main() -> None:
+    args = arguments(__doc__, batch_size=64, n_layers=1, d_state=32)
+    torch.set_num_threads(args.threads)
+    data = Data.read(args.data)
+    interactions = np.stack(data.before(2), axis=1)
+    run = Run("skrecsys", args, ("skrecsys", "torch", "numpy"))
+
+    def fit(epochs: int) -> tuple[Mamba4Rec, dict[str, float]]:
+        model = Mamba4Rec(
+            n_factors=args.d_model,
+            n_blocks=args.n_layers,
+            d_state=args.d_state,
+            max_sequence_length=args.max_length,
+            dropout=args.dropout,
+            learning_rate=args.lr,
+            max_iter=epochs,
+            batch_size=args.batch_size,
+            random_state=args.seed,
+            n_jobs=args.threads,
+            learning_rate_schedule="constant",
+            early_stopping=False,
+        )
+        with clocks() as took:
+            model.fit(interactions)
+        return model, took
+
+    # A fit also reads the data and encodes all users; that is not the epochs'.
+    _, overhead = fit(0)
+    model, took = fit(args.epochs)
+    each = {clock: (took[clock] - overhead[clock]) / args.epochs for clock in took}
+    run.epochs = [
+        {"epoch": epoch + 1, "loss": float(loss), **each}
+        for epoch, loss in enumerate(model.loss_curve_)
+    ]
+    top = {}
+    for name, filtered in (("all", False), ("unseen", True)):
+        with clocks() as took:
+            items, _ = model.recommend(
+                np.arange(data.n_users), n_recommendations=PLACES, exclude_seen=filtered
+            )
+        top[name] = np.asarray(items)
+        run.evaluations.append(
+            {"epoch": args.epochs, "split": "val", "filter_seen": filtered, **took}
+        )
+    run.save("val", args.epochs, top)
+    run.write()
+
+
+if __name__ == "__main__":
+    main()
