@@ -8,8 +8,6 @@ turns, step by step, on the same batches; medians; wall time, and the processor 
 
 from __future__ import annotations
 
-from timing import machine, table, take_turns, write_json  # isort: skip  # before torch, for its OMP_WAIT_POLICY
-
 import argparse
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from timing import let_threads_sleep, machine, table, take_turns, write_json
 
 from recsys_ssm import ops
 from recsys_ssm.cli import make, plain, register_resolvers, spec
@@ -95,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    let_threads_sleep()
     main()

@@ -1,7 +1,7 @@
 """Operators of state space models: one file an operator, its reference beside its fast paths."""
 
 from recsys_ssm.ops._dispatch import backends, describe_backends
-from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step, same_conv1d
 from recsys_ssm.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
@@ -14,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "describe_backends",
+    "same_conv1d",
     "selective_scan",
     "selective_scan_reference",
     "selective_scan_step",

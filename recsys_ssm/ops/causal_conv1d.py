@@ -19,13 +19,15 @@ for float32 and bfloat16 on CPU; ``causal_conv1d``'s CUDA kernel for CUDA tensor
 
 from __future__ import annotations
 
-import ctypes
+from array import array
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "same_conv1d"]
@@ -86,8 +88,8 @@ def causal_conv1d(
         y (B, L, E) in x's dtype, or (y, final_state). All of it is differentiable.
 
     Raises:
-        ValueError: shapes or an activation that do not fit; the message names the argument.
-        TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
+        UserError: shapes or an activation that do not fit, a dtype that is not floating
+            point (for ``seq_idx``: not an integer); the message names the argument.
     """
     _check(x, weight, bias, activation, seq_idx, initial_state)
     y = _convolve(x, weight, bias, activation, seq_idx, initial_state, 0)
@@ -109,7 +111,7 @@ def same_conv1d(
     outputs. Arguments, result and errors as for :func:`causal_conv1d`.
     """
     _check(x, weight, bias, activation, seq_idx, None)
-    return _reference(x, weight, bias, activation, seq_idx, None, (weight.shape[1] - 1) // 2)
+    return _convolve(x, weight, bias, activation, seq_idx, None, (weight.shape[1] - 1) // 2)
 
 
 def causal_conv1d_step(
@@ -237,18 +239,6 @@ def _reference(
 # --- the C++ kernel ------------------------------------------------------------------------------
 
 
-class _Args(ctypes.Structure):
-    """``CausalConv1dArgs`` in csrc/causal_conv1d.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "batch", "length", "channels", "width")),
-        *((name, ctypes.c_int64) for name in ("ahead", "groups", "bf16", "silu")),
-        *((name, ctypes.c_int64) for name in ("x_batch", "x_time", "dy_batch", "dy_time")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "seq_idx", "state", "y")),
-        *((name, ctypes.c_void_p) for name in ("dy", "dx", "dweight", "dstate")),
-    )
-
-
 # Two operators known to torch.library, registered as in selective_scan.py.
 _LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
 _INPUTS = (
@@ -273,34 +263,22 @@ def _backward_fake(_dy: Tensor, *inputs: Any) -> list[Tensor]:
 
 def _forward_cpu(*inputs: Any) -> Tensor:
     y = _forward_fake(*inputs)
-    args, _alive = _arguments(*inputs)
-    args.y = y.data_ptr()
-    assert _OPERATOR.functions is not None
-    _OPERATOR.functions[0](args)
+    _call(0, inputs, (0, 0), y.data_ptr())
     return y
 
 
 def _backward_cpu(dy: Tensor, *inputs: Any) -> list[Tensor]:
     x, weight, bias, _, state, *_ = inputs
-    B, E, W = x.shape[0], x.shape[2], weight.shape[1]
-    args, _alive = _arguments(*inputs)
-    dy = _rows(dy.to(x.dtype))
+    dy = _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype))
     dx = x.new_empty(x.shape)
-    # Taps and bias, group of rows by group: summed here, in one order whatever the threads did.
-    dtaps_KWE = x.new_empty(args.groups, W + 1, E, dtype=torch.float32)
-    dstate_BWE = x.new_empty(0 if state is None else B, W - 1, E, dtype=torch.float32)
-    args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
-    args.dx, args.dweight = dx.data_ptr(), dtaps_KWE.data_ptr()
-    args.dstate = None if state is None else dstate_BWE.data_ptr()
-    assert _OPERATOR.functions is not None
-    _OPERATOR.functions[1](args)
-    dtaps_WE = dtaps_KWE.sum(0)
-    gradients = [dx, dtaps_WE[:-1].t().to(weight.dtype).contiguous()]
-    if bias is not None:
-        gradients.append(dtaps_WE[-1].to(bias.dtype, copy=True))
-    if state is not None:
-        gradients.append(dstate_BWE.transpose(1, 2).to(state.dtype).contiguous())
-    return gradients
+    parameters = [
+        None if t is None else torch.empty(t.shape, dtype=torch.float32)
+        for t in (weight, bias, state)
+    ]
+    at = [0 if t is None else t.data_ptr() for t in parameters]
+    _call(1, inputs, dy.stride()[:2], 0, dy.data_ptr(), dx.data_ptr(), *at)
+    found = zip(parameters, (weight, bias, state), strict=True)
+    return [dx, *(d if d.dtype == t.dtype else d.to(t.dtype) for d, t in found if d is not None)]
 
 
 class _Convolution(torch.autograd.Function):
@@ -345,44 +323,34 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    silu: bool,
-    ahead: int,
-) -> tuple[_Args, list[Tensor | None]]:
-    """What both directions need, and the tensors that must live until the kernel is done."""
-    (B, L, E), W = x.shape, weight.shape[1]
+def _call(which: int, inputs: Sequence[Any], dy_strides: Sequence[int], *results: int) -> None:
+    """Call a C function with ``CausalConv1dArgs`` of csrc/causal_conv1d.cpp: 8-byte integers all.
+
+    A plain array, because filling a ctypes structure by name takes longer than a short convolution.
+    """
+    x, weight, bias, seq_idx, state, silu, ahead = inputs
     x = _rows(x)
-    taps_WE = weight.float().t().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-    state = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()
-    blocks = -(-E // 128)  # kBlock in csrc/causal_conv1d.cpp
-    args = _Args(
-        threads=torch.get_num_threads(),
-        batch=B,
-        length=L,
-        channels=E,
-        width=W,
-        ahead=ahead,
-        # Enough tasks for many threads, of at least some 10 microseconds each. Nothing here depends
-        # on the number of threads, so neither does any sum.
-        groups=max(1, min(B, -(-32 // max(1, blocks)), B * L * E * W // 2**17)),
-        bf16=x.dtype == torch.bfloat16,
-        silu=silu,
-        x_batch=x.stride(0),
-        x_time=x.stride(1),
-        x=x.data_ptr(),
-        weight=taps_WE.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        seq_idx=None if seq_idx is None else seq_idx.data_ptr(),
-        state=None if state is None else state.data_ptr(),
-    )
-    return args, [x, taps_WE, bias, seq_idx, state]
+    # Held here until the kernel is done with them.
+    dense = [
+        None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
+        for t, dtype in (
+            (weight, torch.float32), (bias, torch.float32), (seq_idx, torch.int64),
+            (state, torch.float32),
+        )
+    ]  # fmt: skip
+    batch, time, _ = x.stride()
+    values = [
+        8 * _ARGUMENTS, torch.get_num_threads(), *x.shape, weight.shape[1], ahead,
+        x.dtype == torch.bfloat16, silu, batch, time, *dy_strides, x.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in dense), *results,
+    ]  # fmt: skip
+    block = array("q", values)
+    block.extend([0] * (_ARGUMENTS - len(block)))
+    assert _OPERATOR.functions is not None
+    _OPERATOR.functions[which](block.buffer_info()[0])
+
+
+_ARGUMENTS = 24
 
 
 def _first_sequence(seq_idx: Tensor) -> Tensor:
@@ -427,12 +395,12 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] == 0:
-        raise ValueError(
+        raise UserError(
             "causal_conv1d: x must be (B, L, E) and weight (E, W) with W at least 1, "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if activation not in (None, "silu"):
-        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+        raise UserError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     (batch, length, channels), width = x.shape, weight.shape[1]
     for name, tensor, shape in (
         ("x", x, (batch, length, channels)),
@@ -444,14 +412,14 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"causal_conv1d: {name} must have shape {shape} (x is {tuple(x.shape)}, "
                 f"weight {tuple(weight.shape)}), got {tuple(tensor.shape)}"
             )
         if name == "seq_idx":
             if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise TypeError(f"causal_conv1d: seq_idx must be an integer, got {tensor.dtype}")
+                raise UserError(f"causal_conv1d: seq_idx must be an integer, got {tensor.dtype}")
         elif not tensor.is_floating_point():
-            raise TypeError(f"causal_conv1d: {name} must be floating point, got {tensor.dtype}")
+            raise UserError(f"causal_conv1d: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != x.device:
-            raise ValueError(f"causal_conv1d: {name} is on {tensor.device} but x on {x.device}")
+            raise UserError(f"causal_conv1d: {name} is on {tensor.device} but x on {x.device}")

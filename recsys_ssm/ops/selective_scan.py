@@ -99,11 +99,11 @@ def selective_scan(
         z: gate, (B, L, E): the output is multiplied by ``silu(z)``, after the skip.
         dt_bias: added to ``dt`` before the softplus, (E).
         dt_softplus: Δ = softplus(dt + dt_bias) instead of dt + dt_bias.
-        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  -1 is padding,
-            wherever it stands: its output is 0, it has no gradient, and the state passes it
-            unchanged.  Between two valid positions that differ the state is set to 0, so sequences
-            packed into one row do not see each other.
-        initial_state: state before the row's first valid position, (B, E, N).
+        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  Equal neighbours
+            are one sequence; where another begins the state is set to 0, so sequences packed into
+            one row do not see each other.  -1 is padding, wherever it stands: its output is 0, it
+            has no gradient, and it ends a sequence: what follows it is another one.
+        initial_state: state before the row's first sequence, (B, E, N).
         return_final_state: also return the state after the row's last valid position.
 
     Returns:
@@ -202,13 +202,13 @@ def selective_scan_reference(
     if seq_idx is None:
         seq_idx = torch.zeros(batch, length, dtype=torch.long, device=u.device)
     h_BEN = u.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
-    current_B = torch.full((batch,), -1, dtype=seq_idx.dtype, device=u.device)
+    first_B = torch.ones(batch, dtype=torch.bool, device=u.device)  # no sequence has begun
     outputs = []
     for t in range(length):
         valid_B = seq_idx[:, t] >= 0
         valid_B1, valid_B11 = valid_B[:, None], valid_B[:, None, None]
-        new_B11 = (valid_B & (current_B >= 0) & (seq_idx[:, t] != current_B))[:, None, None]
-        current_B = torch.where(valid_B, seq_idx[:, t], current_B)
+        new_B11 = (~first_B & (seq_idx[:, t] != seq_idx[:, t - 1]))[:, None, None]
+        first_B = first_B & ~valid_B
 
         # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
         delta_BE = torch.where(valid_B1, dt[:, t], 0)
@@ -348,8 +348,6 @@ def _scan_kernel(inputs: _Inputs, return_final_state: bool) -> list[Tensor]:
         for x in (D, dt_bias, initial_state)
     )
     A = A if A.dtype == torch.float32 else A.float()
-    if seq_idx is not None:
-        seq_idx = seq_idx.long()
     return torch.ops.recsys_ssm.selective_scan.default(
         u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state,
         return_final_state, False,
@@ -398,7 +396,7 @@ class _CallArguments:
         self.values = [0, torch.get_num_threads(), *u.shape, A.shape[1], dt_softplus]
         for x in (u, dt, z, B, C):
             self.strided(x)
-        for x in (A, D, dt_bias, initial_state, seq_idx):
+        for x in (A, D, dt_bias, initial_state, None if seq_idx is None else seq_idx.long()):
             self.dense(x)
 
     def strided(self, x: Tensor | None) -> None:
@@ -512,15 +510,13 @@ torch.library.register_fake("recsys_ssm::selective_scan_backward", _backward_fak
 
 
 def _resets(seq_idx: Tensor) -> Tensor:
-    """(B, L) bool: valid positions whose sequence is not that of the valid position before."""
+    """(B, L) bool: where a sequence begins that is not the row's first."""
     valid_BL = seq_idx >= 0
-    if seq_idx.shape[1] == 0:
-        return valid_BL
-    position_L = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    last_BL = torch.where(valid_BL, position_L, -1).cummax(1).values
-    before_BL = F.pad(last_BL[:, :-1], (1, 0), value=-1)  # last valid position before this one
-    same_BL = seq_idx.gather(1, before_BL.clamp(min=0)) == seq_idx
-    return valid_BL & (before_BL >= 0) & ~same_BL
+    begins_BL = (
+        valid_BL
+        & F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
+    )
+    return begins_BL & (begins_BL.cumsum(1) > 1)
 
 
 def _state_dtype(*tensors: Tensor) -> torch.dtype:

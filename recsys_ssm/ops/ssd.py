@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops.selective_scan import _resets, _state_dtype
 
@@ -93,11 +94,11 @@ def ssd(
         D: skip weight, (H), or None for none.
         dt_bias: added to ``dt`` before the softplus, (H).
         dt_softplus: Δ = softplus(dt + dt_bias) instead of dt + dt_bias.
-        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  -1 is padding,
-            wherever it stands: its output is 0, it has no gradient, and the state passes it
-            unchanged.  Between two valid positions that differ the state is set to 0, so sequences
-            packed into one row do not see each other.
-        initial_state: state before the row's first valid position, (B, H, P, N).
+        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  Equal neighbours
+            are one sequence; where another begins the state is set to 0, so sequences packed into
+            one row do not see each other.  -1 is padding, wherever it stands: its output is 0, it
+            has no gradient, and it ends a sequence: what follows it is another one.
+        initial_state: state before the row's first sequence, (B, H, P, N).
         return_final_state: also return the state after the row's last valid position.
         chunk_size: positions the plain PyTorch and the CUDA path treat as one block of attention;
             it changes speed and memory, not the result.  None for what is fast; our kernel always
@@ -109,8 +110,8 @@ def ssd(
         argument.
 
     Raises:
-        ValueError: shapes that do not fit together; the message names the argument.
-        TypeError: a dtype that is not floating point (for ``seq_idx``: not an integer).
+        UserError: shapes that do not fit together, a dtype that is not floating
+            point (for ``seq_idx``: not an integer); the message names the argument.
     """
     _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
     floats = [t for t in (x, dt, A, B, C, D, dt_bias, initial_state) if t is not None]
@@ -155,8 +156,8 @@ def ssd_step(
         should be float32 or wider: rounding the state at every step loses what it remembers.
 
     Raises:
-        ValueError: shapes that do not fit together.
-        TypeError: a dtype that is not floating point.
+        UserError: shapes that do not fit together, a dtype that is not floating
+            point (for ``seq_idx``: not an integer); the message names the argument.
     """
     rows = [tensor.unsqueeze(1) if tensor.dim() else tensor for tensor in (x, dt, B, C)]
     _check(rows[0], rows[1], A, rows[2], rows[3], D, dt_bias, None, state, 1)
@@ -202,13 +203,13 @@ def ssd_reference(
     if seq_idx is None:
         seq_idx = torch.zeros(batch, length, dtype=torch.long, device=x.device)
     h_BHPN = x.new_zeros(batch, heads, headdim, states) if initial_state is None else initial_state
-    current_B = torch.full((batch,), -1, dtype=seq_idx.dtype, device=x.device)
+    first_B = torch.ones(batch, dtype=torch.bool, device=x.device)  # no sequence has begun
     outputs = []
     for t in range(length):
         valid_B = seq_idx[:, t] >= 0
         valid_B11, valid_B111 = valid_B[:, None, None], valid_B[:, None, None, None]
-        new_B111 = (valid_B & (current_B >= 0) & (seq_idx[:, t] != current_B))[:, None, None, None]
-        current_B = torch.where(valid_B, seq_idx[:, t], current_B)
+        new_B111 = (~first_B & (seq_idx[:, t] != seq_idx[:, t - 1]))[:, None, None, None]
+        first_B = first_B & ~valid_B
 
         delta_BH = dt[:, t] if dt_bias is None else dt[:, t] + dt_bias
         if dt_softplus:
@@ -424,7 +425,6 @@ def _by_kernel(
         dt = dt.float()
         if seq_idx is not None:
             dt = dt.masked_fill((seq_idx < 0).unsqueeze(-1), 0)
-            seq_idx = seq_idx.to(torch.int32)
         if dt_bias is not None:
             dt = dt + dt_bias.float()
         if dt_softplus:
@@ -517,6 +517,7 @@ def _arguments(
     batch, length, heads, headdim = x.shape
     groups, states = B.shape[2:]
     x, B, C = _dense_rows(x), _dense_rows(B), _dense_rows(C)
+    seq_idx = None if seq_idx is None else seq_idx.long()
     dense = [None if t is None else t.contiguous() for t in (dt, A, D, seq_idx, initial_state)]
     at = [None if t is None else t.data_ptr() for t in dense]
     args = _Args(
@@ -623,15 +624,15 @@ def _check(
     chunk_size: int | None,
 ) -> None:
     if x.dim() != 4 or B.dim() != 4:
-        raise ValueError(
+        raise UserError(
             "ssd: x must be (B, L, H, P) and B (B, L, G, N), "
             f"got {tuple(x.shape)} and {tuple(B.shape)}"
         )
     (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
     if groups == 0 or heads % groups:
-        raise ValueError(f"ssd: {heads} heads (x) are no multiple of {groups} groups (B)")
+        raise UserError(f"ssd: {heads} heads (x) are no multiple of {groups} groups (B)")
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+        raise UserError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
     for name, tensor, shape in (
         ("dt", dt, (batch, length, heads)),
         ("A", A, (heads,)),
@@ -646,14 +647,14 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"ssd: {name} must have shape {shape} "
                 f"(x is {tuple(x.shape)}, B {tuple(B.shape)}), got {tuple(tensor.shape)}"
             )
         if name == "seq_idx":
             if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise TypeError(f"ssd: seq_idx must be an integer, got {tensor.dtype}")
+                raise UserError(f"ssd: seq_idx must be an integer, got {tensor.dtype}")
         elif not tensor.is_floating_point():
-            raise TypeError(f"ssd: {name} must be floating point, got {tensor.dtype}")
+            raise UserError(f"ssd: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != x.device:
-            raise ValueError(f"ssd: {name} is on {tensor.device} but x on {x.device}")
+            raise UserError(f"ssd: {name} is on {tensor.device} but x on {x.device}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.causal_conv1d import (
     _OPERATOR,
     _convolve,
@@ -258,7 +259,7 @@ def test_export() -> None:
 )
 def test_what_does_not_fit_is_named(changes: dict[str, object], words: str) -> None:
     arguments = {"x": torch.zeros(2, 6, 5), "weight": torch.zeros(5, 3), **changes}
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises(UserError, match=words):
         causal_conv1d(**arguments)
 
 

@@ -150,22 +150,23 @@ def test_reference_is_the_formula_one_scalar_at_a_time() -> None:
     y = np.zeros((2, 6, 3))
     state = v["initial_state"].copy()
     for b in range(2):
-        last = None
+        begun = False
         for t in range(6):
             sequence = v["seq_idx"][b, t]
             if sequence < 0:
                 continue
+            new = begun and sequence != v["seq_idx"][b, t - 1]
+            begun = True
             for e in range(3):
                 delta = math.log1p(math.exp(v["dt"][b, t, e] + v["dt_bias"][e]))
                 total = v["D"][e] * v["u"][b, t, e]
                 for n in range(2):
-                    past = 0.0 if last not in (None, sequence) else state[b, e, n]
+                    past = 0.0 if new else state[b, e, n]
                     decay = math.exp(delta * v["A"][e, n])
                     state[b, e, n] = decay * past + delta * v["B"][b, t, n] * v["u"][b, t, e]
                     total += v["C"][b, t, n] * state[b, e, n]
                 z = v["z"][b, t, e]
                 y[b, t, e] = total * z / (1 + math.exp(-z))
-            last = sequence
     found_y, found_state = reference(x)
     np.testing.assert_allclose(found_y.numpy(), y, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(found_state.numpy(), state, rtol=1e-12, atol=1e-14)

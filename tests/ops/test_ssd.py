@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.ssd import (
     _LONGEST_CHUNK,
     _OPERATOR,
@@ -396,7 +397,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, object], words: str) -> N
         "C": torch.zeros(2, 6, 2, 5),
         **changes,
     }
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises(UserError, match=words):
         ssd(**arguments)
 
 

@@ -173,13 +173,12 @@ Row row_of(const Arguments& a, int64_t b, int64_t* position, uint8_t* starts) {
   Row row{b, a.length, 0, 0, nullptr, nullptr};
   if (a.seq_idx != nullptr) {
     const int64_t* seq = a.seq_idx + b * a.length;
-    int64_t steps = 0, current = 0;
+    int64_t steps = 0;
     bool packed = false;
     for (int64_t t = 0; t < a.length; ++t) {
       if (seq[t] < 0) continue;
-      starts[steps] = steps > 0 && seq[t] != current;
+      starts[steps] = steps > 0 && seq[t] != seq[t - 1];  // after padding too
       packed |= starts[steps] != 0;
-      current = seq[t];
       position[steps++] = t;
     }
     row.steps = steps;

@@ -79,6 +79,9 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
   }
   RECSYS_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Past the caches, to an aligned address; other threads see it after end_of_stream().
+  RECSYS_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static RECSYS_INLINE void end_of_stream() { _mm_sfence(); }
   RECSYS_INLINE void store_bf16(uint16_t* p) const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -153,6 +156,8 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
   RECSYS_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  RECSYS_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static RECSYS_INLINE void end_of_stream() { _mm_sfence(); }
   RECSYS_INLINE void store_bf16(uint16_t* p) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -221,6 +226,8 @@ struct Vec {
     return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))};
   }
   RECSYS_INLINE void store(float* p) const { vst1q_f32(p, v); }
+  RECSYS_INLINE void stream(float* p) const { store(p); }
+  static RECSYS_INLINE void end_of_stream() {}
   RECSYS_INLINE void store_bf16(uint16_t* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -279,6 +286,8 @@ struct Vec {
     return each([&](int i) { return bf16_to_float(p[i]); });
   }
   RECSYS_INLINE void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  RECSYS_INLINE void stream(float* p) const { store(p); }
+  static RECSYS_INLINE void end_of_stream() {}
   RECSYS_INLINE void store_bf16(uint16_t* p) const {
     for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(v[i]);
   }

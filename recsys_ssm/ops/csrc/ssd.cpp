@@ -37,7 +37,7 @@ extern "C" struct SsdArgs {
   const float* dt;                // (batch, length, groups * heads), after bias and softplus
   const float* a;                 // (groups * heads)
   const float* d;                 // (groups * heads) or null
-  const int32_t* seq_idx;         // (batch, length) or null
+  const int64_t* seq_idx;         // (batch, length) or null
   const float* state;             // (batch, groups * heads * headdim, states) or null
   void* y;                        // (batch, length, channels)
   float* yh;                      // the same: what y takes from before its block; may be null
@@ -181,7 +181,6 @@ class Group {
     block_decay_ = arena.floats(wide_);
     factor_ = arena.floats(wide_);
     skip_ = arena.floats(wide_);
-    positions_ = reinterpret_cast<int64_t*>(arena.floats(2 * args.length));
     if (backward) {
       v_ = arena.matrix(chunk_, wide_);
       v_transposed_ = arena.matrix(wide_, chunk_);
@@ -292,27 +291,25 @@ class Group {
                            : base + (batch_ * a_.groups + group_) * channels_ * a_.states;
   }
 
-  // Calls body(count, first, last) for every sequence of the row, its positions in positions_, and
-  // gap(t) for padding; padding within a sequence is passed over.
+  // Calls body(count, first, last) for every sequence of the row, which begins at begin_, and gap(t) for
+  // padding.
   template <class F, class G>
   void each_sequence(const F& body, const G& gap) {
-    const int32_t* ids = a_.seq_idx == nullptr ? nullptr : a_.seq_idx + batch_ * a_.length;
+    const int64_t* ids = a_.seq_idx == nullptr ? nullptr : a_.seq_idx + batch_ * a_.length;
     int64_t last = a_.length - 1;
     while (ids != nullptr && last >= 0 && ids[last] < 0) --last;
     bool first = true;
     for (int64_t t = 0; t < a_.length;) {
-      int64_t count = 0;
-      for (; t < a_.length; ++t) {
-        if (ids != nullptr && ids[t] < 0) {
-          gap(t);
-          continue;
-        }
-        if (ids != nullptr && count > 0 && ids[t] != ids[positions_[0]]) break;
-        positions_[count++] = t;
+      if (ids != nullptr && ids[t] < 0) {
+        gap(t++);
+        continue;
       }
-      if (count == 0) return;
-      body(count, first, positions_[count - 1] == last);
+      int64_t end = ids == nullptr ? a_.length : t + 1;
+      while (end < a_.length && ids[end] == ids[t]) ++end;
+      begin_ = t;
+      body(end - t, first, end - 1 == last);
       first = false;
+      t = end;
     }
   }
 
@@ -343,7 +340,7 @@ class Group {
   template <class T>
   void load_u(int64_t start, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
-      const int64_t t = positions_[start + i];
+      const int64_t t = begin_ + start + i;
       const float* dt = a_.dt + head_at(t);
       float *u = u_.row(i), *decay = decay_.row(i);
       load_x<T>(t, u);
@@ -369,7 +366,7 @@ class Group {
                    int64_t size, const Matrix& to) const {
     const T* rows = static_cast<const T*>(from) + batch_ * batch_stride + group_ * a_.states;
     for (int64_t i = 0; i < size; ++i)
-      read_row(rows + positions_[start + i] * time_stride, a_.states, to.row(i));
+      read_row(rows + (begin_ + start + i) * time_stride, a_.states, to.row(i));
     for (int64_t i = size; i < round_up(size, kT); ++i) fill_zero(to.row(i), states_);
   }
 
@@ -406,7 +403,7 @@ class Group {
       }
       forward_block(past);
       for (int64_t i = past; i < min64(past + kT, size); ++i)
-        write_output<T>(positions_[start + i], i - past);
+        write_output<T>(begin_ + start + i, i - past);
       if (past + kT < end || carry) {
         scale_rows(u_, 0, past, block_decay_);
         for (int64_t c = 0; c < wide_; c += Vec::size)
@@ -576,14 +573,14 @@ class Group {
                      states_);
     }
     for (int64_t i = 0; i < size; ++i)
-      write_row(dc_.row(i), a_.states, states_row<T>(a_.dc, positions_[start + i]));
+      write_row(dc_.row(i), a_.states, states_row<T>(a_.dc, begin_ + start + i));
   }
 
   // What a block's gradients need beside u and the decays: x, dt, dy (into v_) and yh.
   template <class T>
   void load_block(int64_t start, int64_t past, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t t = positions_[start + i];
+      const int64_t t = begin_ + start + i;
       load_x<T>(t, x_.row(i));
       const T* dy = static_cast<const T*>(a_.dy) + batch_ * a_.dy_batch + t * a_.dy_time;
       read_row(dy + group_ * channels_, channels_, v_.row(past + i));
@@ -689,7 +686,7 @@ class Group {
       if (!before || block_decay_[h * a_.headdim] < 1e-7f) passing_[h] = 0;
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t t = positions_[start + i];
+      const int64_t t = begin_ + start + i;
       write_row(out_.row(i), channels_, channel_row<T>(a_.dx, t));
       write_row(db_.row(i), a_.states, states_row<T>(a_.db, t));
       for (int64_t h = 0; h < a_.heads; ++h) {
@@ -705,7 +702,7 @@ class Group {
   const Args& a_;
   const int64_t channels_, wide_, states_, chunk_;  // wide_ and states_ in whole kT
   int64_t batch_ = 0, group_ = 0;
-  int64_t* positions_ = nullptr;                // of the present sequence
+  int64_t begin_ = 0;                           // of the present sequence, in the row
   Matrix b_, c_, transposed_;                   // transposed_: B's (forward) or C's (backward)
   Matrix u_, decay_, v_, v_transposed_, dc_;    // a chunk's
   Matrix weights_, dweights_;                   // a block's positions against a chunk's
