@@ -6,8 +6,8 @@
 
 A contest is a peer and the settings of both sides (see CONTESTS). Each side runs in a process of its own, one after the
 other; epochs and evaluations are timed by both clocks within it, reading the data is not. All metrics are computed
-here, by recsys_ssm.metrics, from the 20 items each side recommends to each user. A run that is there already is not
-repeated.
+here, by recsys_ssm.metrics, from the 20 items each side recommends to each user. A peer's run
+that is there already is not repeated; ours is, since the code may have changed.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def run(command: list[str], out: Path, niceness: int) -> dict[str, Any]:
-    """Run one side, or read what it left behind when it ran last."""
+    """Run one side, or read what a peer left behind when it ran last."""
     key = hashlib.sha256(json.dumps([part for part in command if "--out" not in part]).encode())
     out = out / key.hexdigest()[:12]
-    if not (out / "done").exists():
+    if not (out / "done").exists() or command[0] == sys.executable:
         out.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         at = command.index("--") if "--" in command else len(command)
