@@ -341,7 +341,8 @@ class RankingMetrics(torchmetrics.Metric):
         self.names = names
         self.max_k = max(name.k for name in names)
         self._averaged = [str(name) for name in names if name.family in _PER_USER]
-        self._item_counts = None if item_counts is None else item_counts.double().cpu()
+        # As given, not a copy: a model's are read from its checkpoint after its metrics are made.
+        self._item_counts = item_counts
         if self._item_counts is None and any(name.family == "popularity" for name in names):
             raise UserError(
                 "metric popularity needs the items' training counts, and there are none"
@@ -416,7 +417,8 @@ class RankingMetrics(torchmetrics.Metric):
                 values[str(name)] = (counts > 0).double().mean()
             else:
                 shown = counts.cpu().double()
-                values[str(name)] = (shown @ self._item_counts / shown.sum()).to(means_device)
+                popularity = shown @ self._item_counts.cpu().double() / shown.sum()
+                values[str(name)] = popularity.to(means_device)
         return values | {count: getattr(self, count).double() for count in COUNTS}
 
     def _apply(

@@ -169,8 +169,8 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     fits = sum(max(map(len, [head, *cells[head]])) + 2 for head in cells) <= width
     for head, column in cells.items():
         table.add_column(
-            Text(head),
-            width=max(map(len, [*([head] if fits else head.split()), *column])),
+            Text(head if fits else head.replace("_", " ")),
+            width=max(map(len, [*([head] if fits else head.replace("_", " ").split()), *column])),
             vertical="bottom",
             style="bold" if head == "this run" else "",
         )

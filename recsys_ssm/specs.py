@@ -44,7 +44,10 @@ def build(spec: Spec, kind: type[T], option: str, **given: Any) -> T:
         raise UserError(f"{option}._target_={spec['_target_']}: not a {kind.__name__}")
     arguments = {name: value for name, value in spec.items() if name != "_target_"}
     check_arguments(target, arguments, option, given)
-    return target(**arguments, **given)
+    try:
+        return target(**arguments, **given)
+    except ValueError as error:  # values that do not go together: constructors say which
+        raise UserError(f"{option}: {error}") from error
 
 
 def find(path: str, option: str, *, trust: Iterable[str] = TRUSTED) -> Any:

@@ -1,0 +1,125 @@
+"""Next-item recommendation through the doors: a file of interactions in, a table and a run's folder out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+N_ITEMS = 15
+SMALL = (
+    "backbone.d_model=16",
+    "trainer.max_epochs=2",
+    "dataset.max_length=8",
+    "dataset.batch_positions=128",
+    "trainer.enable_progress_bar=false",
+    "logger=none",
+)
+
+
+@pytest.fixture
+def csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECSYS_SSM_CACHE", str(tmp_path / "cache"))
+    generator = random.Random(0)
+    rows = []
+    for user in range(40):
+        start = generator.randrange(N_ITEMS)
+        rows += [(f"u{user}", f"i{(start + t) % N_ITEMS}", t) for t in range(4 + user % 6)]
+    path = tmp_path / "mine.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    return path
+
+
+def train(door, csv: Path, *options: str):
+    return door("train", "dataset=interactions", f"dataset.interactions={csv}", *SMALL, *options)
+
+
+def only_run(folder: Path) -> Path:
+    [run] = folder.glob("runs/*/*")
+    return run
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "mamba2", "hydra", "transformer", "ligr"])
+def test_every_backbone_ends_with_the_table(door, csv: Path, tmp_path: Path, backbone: str) -> None:
+    extra = ("backbone.headdim=8",) if backbone in ("mamba2", "hydra") else ()
+    outcome = train(door, csv, f"backbone={backbone}", *extra)
+    assert outcome.code == 0, outcome.text
+    for word in ("this", "allowed", "popularity", "repeat", "ndcg@20", "coverage@10"):
+        assert word in outcome.out
+    run = only_run(tmp_path)
+    results = json.loads((run / "metrics.json").read_text())
+    assert results["metrics"]["n_users"] == 40
+    assert set(results["latency"]) == {"users_1", "users_256"}
+    assert results["latency"]["users_1"] > 0
+    embeddings = (N_ITEMS + 1) * 16 + (8 * 16 if backbone in ("transformer", "ligr") else 0)
+    parameters = results["parameters"]
+    assert parameters["total"] - parameters["without_embeddings"] == embeddings
+    users = pl.read_parquet(run / "test_users.parquet")
+    assert users.height == 40 and (users["n_relevant"] == 1).all()
+    assert pl.read_parquet(run / "items.parquet")["train_count"].sum() > 0
+
+
+def test_evaluate_gives_the_same_figures_and_other_metrics(door, csv, tmp_path: Path) -> None:
+    assert train(door, csv).code == 0
+    run = only_run(tmp_path)
+    outcome = door("evaluate", f"run={run}", "output_dir=again")
+    assert outcome.code == 0, outcome.text
+    before = json.loads((run / "metrics.json").read_text())
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    for key in ("metrics", "metrics_unfiltered", "baselines"):
+        assert again[key] == before[key]
+    outcome = door("evaluate", f"run={run}", "output_dir=other", "metrics=[hr@3]")
+    assert outcome.code == 0, outcome.text
+    other = json.loads((tmp_path / "other" / "metrics.json").read_text())
+    assert set(other["metrics"]) == {"hr@3", "n_users", "n_users_without_relevant"}
+    # Other items: another catalogue.
+    csv.write_text(csv.read_text() + "u0,new,99\n")
+    outcome = door("evaluate", f"run={run}", "output_dir=third")
+    assert outcome.code == 1 and "not those of the training" in outcome.err
+
+
+def test_mistakes_are_one_line(door, csv: Path) -> None:
+    for options, message in [
+        (
+            ["backbone=hydra", "backbone.headdim=8", "dataset.objective=all"],
+            "sees the whole history",
+        ),
+        (["backbone=transformer", "backbone.causal=false"], "sees the whole history"),
+        (["backbone=mamba2", "backbone.headdim=64"], "backbone: headdim=64 does not divide"),
+        (["head=two_tower"], "head=two_tower needs users and items with features"),
+        (["head.loss=hinge"], "head.loss='hinge'"),
+        (["dataset.max_length=0"], "dataset.max_length=0"),
+        (["tokenizer.positions=2"], "tokenizer.positions=2"),
+        (["dataset.item=article"], "no column 'article'"),
+    ]:
+        outcome = train(door, csv, *options)
+        assert outcome.code == 1, options
+        assert message in outcome.err and "Traceback" not in outcome.text
+        assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    outcome = door("train", "dataset=spotify", "head=next_item", "logger=none")
+    assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
+
+
+def test_the_same_seed_gives_the_same_digits(door, csv: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        outcome = train(door, csv, f"seed={seed}", f"output_dir=run{len(found)}")
+        assert outcome.code == 0, outcome.text
+        results = json.loads((tmp_path / f"run{len(found)}" / "metrics.json").read_text())
+        found.append(results["metrics"])
+    assert found[0] == found[1] and found[0] != found[2]
+
+
+def test_resumed_after_a_stop_it_is_the_undisturbed_run(door, csv: Path, tmp_path: Path) -> None:
+    options = ("trainer.max_epochs=4", "head.loss=sampled_softmax", "head.negatives=5")
+    assert train(door, csv, *options, "output_dir=whole").code == 0
+    assert train(door, csv, *options, "output_dir=half", "trainer.max_epochs=2").code == 0
+    outcome = train(door, csv, *options, "output_dir=rest", "ckpt_path=half/checkpoints/last.ckpt")
+    assert outcome.code == 0, outcome.text
+    whole, rest = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "rest")
+    )
+    assert whole["metrics"] == rest["metrics"] and whole["steps"] == rest["steps"]
