@@ -201,21 +201,23 @@ class Task:
 
     def __init__(self, door: str, single: Callable[[DictConfig], Any]) -> None:
         self.door, self.single = door, single
+        self.sweep = {"host": socket.gethostname(), "pid": os.getpid()}
 
     def __call__(self, cfg: DictConfig) -> Any:
         is_job = HydraConfig.get().mode == RunMode.MULTIRUN
-        return run_job(self.door, cfg) if is_job else self.single(cfg)
+        return run_job(self.door, cfg, self.sweep) if is_job else self.single(cfg)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"door": self.door}
+        return {"door": self.door, "sweep": self.sweep}
 
 
-def run_job(door: str, cfg: DictConfig) -> float:
+def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
     """One job of a sweep, in a process of its own, unless it is finished already.
 
     Args:
         door: The job's command: ``recsys_ssm.<door>``.
         cfg: The job's config, as Hydra composed it.
+        sweep: ``host`` and ``pid`` of the process the sweep was begun by.
 
     Returns:
         The best value of the monitored metric; NaN if the job failed: what went wrong is in its
@@ -231,7 +233,8 @@ def run_job(door: str, cfg: DictConfig) -> float:
             _warn_of_other_options(folder, cfg)
         else:
             threads = int(OmegaConf.select(cfg, "launcher.threads") or cores())
-            _run(folder, _command(door, folder), list(hydra_cfg.overrides.task), threads, lock)
+            overrides = list(hydra_cfg.overrides.task)
+            _run(folder, _command(door, folder), overrides, threads, lock, sweep)
         if not is_finished(folder):
             return math.nan
         value = objective(folder, monitor, mode)
@@ -286,7 +289,12 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _run(
-    folder: Path, command: Sequence[str], overrides: Sequence[str], threads: int, lock: int
+    folder: Path,
+    command: Sequence[str],
+    overrides: Sequence[str],
+    threads: int,
+    lock: int,
+    sweep: Mapping[str, Any],
 ) -> None:
     """Start the job's process, wait for it, and keep what became of it."""
     if "ckpt_path=last" not in command:
@@ -314,7 +322,7 @@ def _run(
         )
         write_json(folder / STATUS, status | {"pid": process.pid})
         try:
-            process.wait()
+            _wait(process, sweep)
         except BaseException:  # Ctrl-C, which the job got as well: it has a moment to end in order
             try:
                 process.wait(timeout=20)
@@ -337,6 +345,18 @@ def _run(
             if done["state"] == "failed" or code:
                 done["error"] = _what_went_wrong(folder / CONSOLE, begin, code)
             write_json(folder / STATUS, status | done)
+
+
+def _wait(process: subprocess.Popen[bytes], sweep: Mapping[str, Any]) -> None:
+    """Wait for a job's process; end it, and this one, if the sweep is gone and left its workers behind."""
+    while True:
+        try:
+            process.wait(timeout=1)
+            return
+        except subprocess.TimeoutExpired:
+            if not _is_alive(sweep):
+                process.kill()
+                os._exit(1)
 
 
 def _iso(seconds: float) -> str:

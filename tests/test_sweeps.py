@@ -36,6 +36,10 @@ def metrics_of(root: Path) -> dict[str, dict]:
     }
 
 
+def is_running(job: Path) -> bool:
+    return sweeps.job_state(job) == "running"
+
+
 # -------------------------------------------------------------------------------------------- names
 
 
@@ -186,7 +190,7 @@ def run_sweep(cwd: Path, *arguments: str) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr
@@ -271,12 +275,16 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
-        time.sleep(moments.uniform(4, 20))
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher's workers too: the machine went down
+        # A moment that is random however slow the machine is: so many jobs on, and a little more.
+        enough = len(finished) + moments.randrange(2)
+        while len(look()) < enough and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(moments.uniform(0, 12))
+        process.kill()  # its workers are left behind
         process.wait()
-        time.sleep(1)
+        time.sleep(3)
+        assert not [job for job in jobs_of(tmp_path / "runs").values() if is_running(job)]
         now = look()
         assert finished.items() <= now.items(), "a finished job ran again"
         finished = now
@@ -285,6 +293,7 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     run_sweep(tmp_path, *arguments, "output_root=whole")
     disturbed, whole = metrics_of(tmp_path / "runs"), metrics_of(tmp_path / "whole")
     assert len(whole) == 12 and disturbed == whole
+    assert finished, "killed too early each time to tell anything"
 
 
 def test_a_search_remembers_its_trials(tmp_path: Path) -> None:
