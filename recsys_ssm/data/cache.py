@@ -140,7 +140,7 @@ def _load(index: Path) -> Prepared | None:
         return None
     try:
         checksums = json.loads(index.read_text(encoding="utf-8"))["checksums"]
-        if any(_checksum(folder / name) != value for name, value in checksums.items()):
+        if any(_checksum(folder / name) != checksum for name, checksum in checksums.items()):
             return None
         entry = Prepared({}, {})
         for path in (folder / name for name in checksums):
@@ -163,7 +163,7 @@ def _folder_of(index: Path) -> Path | None:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(content, dict) or set(content) != _INDEX_FIELDS:
+    if not isinstance(content, dict) or set(content) != _INDEX_FIELDS or not content["checksums"]:
         return None
     return index.parent / Path(str(content["folder"])).name
 

@@ -65,15 +65,31 @@ def scan_table(
     return frame.select(columns) if columns else frame
 
 
-def scan_lines(path: str | Path) -> pl.LazyFrame:
+def scan_lines(path: str | Path, *, encoding: str = "utf-8") -> pl.LazyFrame:
     """A lazy frame of a text file's lines, one column ``line``.
+
+    Args:
+        path: The file.
+        encoding: Of a file that is not UTF-8 (most are all the same, and then it does not matter).
 
     Raises:
         UserError: The file is missing or empty.
     """
     path = Path(path).expanduser()
     _check_file(path, "lines")
+    if encoding != "utf-8" and not _is_utf8(path):
+        return pl.LazyFrame({"line": path.read_text(encoding).splitlines()})
     return pl.scan_lines(path, name="line")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while file.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def require_columns(

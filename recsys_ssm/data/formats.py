@@ -6,7 +6,7 @@ format         file                        a line
 ``csv``        ``*.csv``, ``*.tsv``, …     cells, below a header line (or without: ``names``)
 ``parquet``    ``*.parquet``, ``*.pq``
 ``recbole``    ``*.inter``, ``*.item``     cells between tabs, below a typed header: ``user_id:token``
-``movielens``  ``*.dat``                   ``user::item::rating::timestamp``, no header
+``movielens``  ``*.dat``                   ``user::item::rating::timestamp``, no header, Latin-1
 ``sequences``  ``*.txt``                   ``user item item …`` in the order of time, no header
 =============  ==========================  =====================================================
 
@@ -83,10 +83,22 @@ def scan(
         require_columns(path, frame.collect_schema().names(), columns, separator or "\t")
         return frame.select(columns)
     separator = separator or ("\t" if path.suffix.lower() in {".tsv", ".data"} else ",")
-    if names and not _has_header(path, columns[0], separator):
-        require_columns(path, names, columns, separator)
-        return scan_table(path, separator=separator, names=names).select(columns)
-    return scan_table(path, columns=columns, separator=separator)
+    first = scan_table(path, separator=separator).collect_schema().names()
+    if not names or columns[0] in first:
+        try:
+            return scan_table(path, columns=columns, separator=separator)
+        except UserError as error:
+            if names or set(columns) & set(first):
+                raise
+            raise UserError(
+                f"{error}; if the file has no header line, name its columns with dataset.names"
+            ) from error
+    if len(names) != len(first):
+        raise UserError(
+            f"{path}: dataset.names names {len(names)} columns, but the file has {len(first)}"
+        )
+    require_columns(path, names, columns, separator)
+    return scan_table(path, separator=separator, names=names).select(columns)
 
 
 def scan_sequences(path: str | Path, *, separator: str | None = None) -> pl.LazyFrame:
@@ -103,18 +115,13 @@ def scan_sequences(path: str | Path, *, separator: str | None = None) -> pl.Lazy
     )
 
 
-def _has_header(path: Path, column: str, separator: str) -> bool:
-    """Whether the first line of a CSV has a cell ``column``."""
-    return column in scan_table(path, separator=separator).collect_schema().names()
-
-
 def _split_lines(
     path: Path, columns: Sequence[str], names: Sequence[str], separator: str
 ) -> pl.LazyFrame:
     """Lines cut at a separator of several characters, which no CSV reader knows."""
     require_columns(path, names, columns, separator)
     cells = pl.col("line").str.split(separator)
-    return scan_lines(path).select(
+    return scan_lines(path, encoding="latin-1").select(
         cells.list.get(names.index(name), null_on_oob=True).alias(name) for name in columns
     )
 

@@ -3,9 +3,10 @@
     data = Interactions(interactions="ratings.csv", user="user_id", item="item_id")
 
 Every dataset of this kind is a config of this one class. What it does, in order: rows are read
-(:mod:`recsys_ssm.data.formats`), those below ``min_rating`` left out, repeated ones too as
-``duplicates`` says, then users and items with too few events (``k_core``, until none is left);
-what remains is sorted by user and time, rows of equal time in the order of the file; then split.
+(:mod:`recsys_ssm.data.formats`), those below ``min_rating`` left out; each user's are put in the
+order of time, those of equal time in the order of the file; repeated ones are left out as
+``duplicates`` says, then users and items with too few events (``k_core``), until none is left;
+what remains is split.
 The result is kept (:mod:`recsys_ssm.data.cache`) and memory-mapped.
 
 Legend: R rows of the file, E events that are kept, U users and I items, in the order of their ids.
@@ -203,12 +204,9 @@ class Interactions(SequenceData):
         notes: list[str] = []
         kind = self.format or format_of(path)
         rows = self._sequences(path, notes) if kind == "sequences" else self._table(path, notes)
+        rows = _by_user_and_time(rows, notes)
         rows = _without_repeats(rows, self.duplicates, notes)
         rows = _core(rows, self.k_core, notes)
-        order = _by_user_and_time(rows)
-        if (np.diff(order)[np.diff(rows.user[order]) == 0] < 0).any():
-            notes.append("rows were not in the order of time: sorted, equal times in file order")
-        rows = rows.at(order)
         user, user_ids = _renumber(rows.user, rows.user_ids)
         events, item_ids = _renumber(rows.item, rows.item_ids)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
@@ -264,8 +262,7 @@ class Interactions(SequenceData):
         if self.min_rating is None:
             return rows
         assert self.rating is not None
-        rating = numeric_column(frame, self.rating, where)
-        _refuse(np.isnan(rating), where, self.rating, "the rating is missing")
+        rating = _numbers(frame, self.rating, where)
         kept = rating >= self.min_rating
         if not kept.any():
             raise UserError(
@@ -367,7 +364,7 @@ class Interactions(SequenceData):
 
 
 class _Rows(NamedTuple):
-    """Rows that count, in the order of the file until they are sorted."""
+    """Rows that count: first in the order of the file, then sorted by user and time."""
 
     user: np.ndarray
     """(R,) int32, places in ``user_ids``."""
@@ -385,20 +382,28 @@ class _Rows(NamedTuple):
         return self._replace(user=self.user[index], item=self.item[index], time=time)
 
 
-def _by_user_and_time(rows: _Rows) -> np.ndarray:
-    """Order by user, then time, then place in the file (both sorts are stable)."""
+def _by_user_and_time(rows: _Rows, notes: list[str]) -> _Rows:
+    """Sorted by user, then time, then place in the file (both sorts are stable)."""
     if rows.time is None:
-        return np.argsort(rows.user, kind="stable")
-    return np.lexsort((rows.time, rows.user))
+        return rows.at(np.argsort(rows.user, kind="stable"))
+    order = np.lexsort((rows.time, rows.user))
+    if (np.diff(order)[np.diff(rows.user[order]) == 0] < 0).any():
+        notes.append("rows were not in the order of time: sorted, equal times in file order")
+    return rows.at(order)
 
 
 def _without_repeats(rows: _Rows, duplicates: str, notes: list[str]) -> _Rows:
+    """Sorted rows without those that count as another's repetition."""
     if duplicates == "keep" or (duplicates == "identical" and rows.time is None):
         return rows
-    keys = [rows.item, rows.user] if rows.time is None else [rows.time, rows.item, rows.user]
-    order = np.lexsort(keys)
-    compared = keys if duplicates == "identical" else keys[-2:]
-    same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in compared])
+    keys = [rows.user, rows.item]
+    if duplicates == "identical":
+        assert rows.time is not None
+        if not ((np.diff(rows.user) == 0) & (np.diff(rows.time) == 0)).any():
+            return rows
+        keys.append(rows.time)
+    order = np.lexsort((rows.item, rows.user))  # stable: a pair's rows stay in the order of time
+    same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
     # Of a run of equal rows the first stays, or the last.
     same = np.append(same, False) if duplicates == "last" else np.insert(same, 0, False)
     if dropped := int(same.sum()):
@@ -564,6 +569,22 @@ def _times(frame: pl.DataFrame, column: str, where: str) -> tuple[np.ndarray, bo
             "give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row"
         )
     return times.to_numpy(), is_date
+
+
+def _numbers(frame: pl.DataFrame, column: str, where: str) -> np.ndarray:
+    """A column of finite numbers, none missing, as float64."""
+    numbers = frame[column]
+    if numbers.dtype == pl.String:
+        numbers = numbers.str.strip_chars()
+    numbers = numbers.cast(pl.Float64, strict=False)
+    wrong = ~numbers.is_finite().fill_null(value=False).to_numpy()
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(
+            f"{where}, row {row + 1}, column {column!r}: {frame[column][row]!r} is no number; every "
+            "row needs one (dataset.min_rating)"
+        )
+    return numbers.to_numpy()
 
 
 def _dates(text: pl.Series) -> pl.Series:

@@ -1,0 +1,568 @@
+"""Windows, packing, order, resuming, shards, histories to rank for: what every next-item dataset shares."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from recsys_ssm.data.base import Ragged
+from recsys_ssm.data.sequences import (
+    HeldOut,
+    Histories,
+    HistoryLoader,
+    SequenceBatch,
+    SequenceData,
+    SequenceLoader,
+    SequenceSets,
+    Windows,
+    pack,
+    spread,
+)
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features
+from recsys_ssm.metrics import RankingMetrics
+
+PLACES = 1000
+"""Event t of user u is item ``u * PLACES + t``: an item tells whose it is and where it stands."""
+
+
+def sets(lengths=(3, 9, 4, 1, 30, 2, 7, 5), **changes) -> SequenceSets:
+    """Users with so many events each, leave-one-out."""
+    lengths = np.asarray(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    events = np.concatenate([u * PLACES + np.arange(n) for u, n in enumerate(lengths)])
+    user = np.flatnonzero(lengths >= 3)
+    train_stop = offsets[1:].copy()
+    train_stop[user] -= 2
+    parts = {
+        "item_ids": [str(i) for i in range(lengths.size * PLACES)],
+        "user_ids": pl.Series([str(u) for u in range(lengths.size)]),
+        "histories": Histories(events.astype(np.int32), offsets),
+        "train_stop": train_stop,
+        "val": HeldOut(user, offsets[user + 1] - 2),
+        "test": HeldOut(user, offsets[user + 1] - 1),
+    }
+    return SequenceSets(**{**parts, **changes})
+
+
+class Data(SequenceData):
+    def __init__(self, prepared=None, **options):
+        super().__init__(name="made up", **{"max_length": 8, "batch_positions": 24, **options})
+        self.prepared = prepared or sets()
+
+    def build(self):
+        return self.prepared
+
+
+RANDOM_LENGTHS = np.random.default_rng(0).geometric(0.12, 300) + 2
+
+
+def random_data(**options) -> Data:
+    return Data(sets(RANDOM_LENGTHS), **{"max_length": 20, "batch_positions": 200, **options})
+
+
+class Window(NamedTuple):
+    items: list[int]
+    targets: list[int]
+
+
+def windows_of(batch) -> list[Window]:
+    """The windows of a batch, row by row; every claim the batch makes about its layout is checked."""
+    found = []
+    target = batch.target if isinstance(batch, SequenceBatch) else torch.full_like(batch.item, -1)
+    for item, number, position, row_target in zip(
+        batch.item, batch.seq_idx, batch.position, target, strict=True
+    ):
+        assert torch.equal(item < 0, number < 0)
+        empty = number < 0
+        assert (item[empty] == -1).all() and (number[empty] == -1).all()
+        assert (position[empty] == 0).all() and (row_target[empty] == -1).all()
+        assert not (empty[:-1] & ~empty[1:]).any(), "padding stands at the end of a row"
+        n = int(number.max()) + 1
+        assert n > 0, "no row is empty"
+        for i in range(n):
+            (where,) = (number == i).nonzero(as_tuple=True)
+            assert where.tolist() == list(range(int(where[0]), int(where[-1]) + 1)), "contiguous"
+            assert position[where].tolist() == list(range(where.numel()))
+            found.append(Window(item[where].tolist(), row_target[where].tolist()))
+    return found
+
+
+def epoch_of(loader) -> list[Window]:
+    return list(itertools.chain.from_iterable(windows_of(batch) for batch in loader))
+
+
+def items_of(loader) -> list[list[list[int]]]:
+    return [batch.item.tolist() for batch in loader]
+
+
+def span(user: int, start: int, stop: int) -> list[int]:
+    return [user * PLACES + t for t in range(start, stop)]
+
+
+# Windows
+
+
+def test_all_positions_one_window_a_user_with_the_next_item_as_target():
+    lengths = (3, 9, 4, 1, 30, 2, 7, 5)
+    trained = {u: n - 2 if n >= 3 else n for u, n in enumerate(lengths)}
+    expected = []
+    for user, n in trained.items():
+        if n >= 2:
+            start = max(0, n - 1 - 8)
+            expected.append(Window(span(user, start, n - 1), span(user, start + 1, n)))
+    assert sorted(epoch_of(Data().train_dataloader())) == sorted(expected)
+
+
+def test_every_prefix_is_a_sample_once_with_its_target_at_the_last_position():
+    lengths = (3, 9, 4, 1, 30, 2, 7, 5)
+    expected = []
+    for user, n in enumerate(lengths):
+        for t in range(1, n - 2 if n >= 3 else n):
+            items = span(user, max(0, t - 8), t)
+            expected.append(Window(items, [-1] * (len(items) - 1) + span(user, t, t + 1)))
+    assert sorted(epoch_of(Data(objective="last").train_dataloader())) == sorted(expected)
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_no_held_out_item_is_in_training(objective):
+    data = Data(objective=objective)
+    events = data.sets.histories.events
+    held = set(events[data.sets.val.event]) | set(events[data.sets.test.event])
+    shown = set()
+    for batch in data.train_dataloader():
+        shown |= set(batch.item.flatten().tolist()) | set(batch.target.flatten().tolist())
+    assert len(held) == 12 and not held & shown
+
+
+def test_validation_loss_is_on_the_held_out_item_alone():
+    loader, _ = Data().val_dataloader()
+    expected = []
+    for user, n in enumerate((3, 9, 4, 1, 30, 2, 7, 5)):
+        if n >= 3:
+            items = span(user, max(0, n - 2 - 8), n - 2)
+            expected.append(Window(items, [-1] * (len(items) - 1) + span(user, n - 2, n - 1)))
+    assert sorted(epoch_of(loader)) == sorted(expected)
+    few, _ = Data(n_val_loss=2, seed=1).val_dataloader()
+    some = epoch_of(few)
+    assert len(some) == 2 and all(window in expected for window in some)
+    other = [epoch_of(Data(n_val_loss=2, seed=seed).val_dataloader()[0]) for seed in range(8)]
+    assert len({str(windows) for windows in other}) > 1
+
+
+def test_windows_by_arithmetic_equal_those_one_by_one():
+    first, stop = np.array([0, 10, 30]), np.array([1, 17, 32])
+    windows = Windows(first, stop, 4, prefixes=True)
+    one_by_one = [
+        (max(f, t - 4), t) for f, s in zip(first, stop, strict=True) for t in range(f + 1, s + 1)
+    ]
+    assert len(windows) == len(one_by_one) == 10
+    assert list(zip(*windows.at(np.arange(10)), strict=True)) == one_by_one
+    assert windows.lengths.tolist() == [stop - start for start, stop in one_by_one]
+
+
+def test_spread_joins_ranges():
+    assert spread(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert spread(np.array([], dtype=int), np.array([], dtype=int)).size == 0
+
+
+# Packing
+
+
+def first_fit_decreasing(lengths, row_length) -> int:
+    left: list[int] = []
+    for length in lengths:
+        for row, room in enumerate(left):
+            if room >= length:
+                left[row] -= length
+                break
+        else:
+            left.append(row_length - length)
+    return len(left)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_overfills_no_row_and_is_as_tight_as_first_fit_decreasing(seed):
+    generator = np.random.default_rng(seed)
+    row_length = int(generator.integers(1, 60))
+    n = int(generator.integers(1, 400))
+    if seed % 2:
+        lengths = generator.integers(1, row_length + 1, n)
+    else:
+        lengths = np.minimum(generator.geometric(0.2, n), row_length)
+    lengths = np.sort(lengths)[::-1]
+    rows = pack(lengths, row_length)
+    filled = np.bincount(rows, weights=lengths)
+    assert rows.shape == (n,) and filled.max() <= row_length and filled.min() > 0
+    bound = max(-(-int(lengths.sum()) // row_length), int((2 * lengths > row_length).sum()))
+    assert bound <= filled.size <= first_fit_decreasing(lengths, row_length) * 1.02 + 1
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_batches_are_nearly_full_and_of_the_size_asked_for(objective):
+    loader = random_data(objective=objective).train_dataloader()
+    valid = [int((batch.item >= 0).sum()) for batch in loader]
+    cells = sum(batch.item.numel() for batch in loader)
+    assert 1 - sum(valid) / cells < 0.03
+    assert loader.padding_share == pytest.approx(1 - sum(valid) / cells, abs=0.005)
+    assert min(valid) > 0.7 * 200 and max(valid) < 1.3 * 200
+    assert abs(np.mean(valid) - 200) < 20
+    assert len(loader) == len(valid)
+
+
+def test_a_short_row_holds_one_window_and_a_long_one_several():
+    one = Data(max_length=8, batch_positions=8)
+    assert max(batch.item.shape[1] for batch in one.train_dataloader()) == 8
+    longer = Data(max_length=8, row_length=24, batch_positions=24)
+    batches = list(longer.train_dataloader())
+    assert max(batch.item.shape[1] for batch in batches) > 16
+    assert sorted(epoch_of(longer.train_dataloader())) == sorted(epoch_of(one.train_dataloader()))
+    # The latest max_length alone, however long the row.
+    assert max(len(window.items) for window in epoch_of(longer.train_dataloader())) == 8
+
+
+# Order, resuming, shards
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_an_epoch_has_every_window_once_in_an_order_of_its_own(objective):
+    loader = random_data(objective=objective).train_dataloader()
+    epochs = [epoch_of(loader) for _ in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len({str(window.items) for window in epochs[0]}) == len(epochs[0])
+    assert epochs[0] != epochs[1] != epochs[2]
+    # Windows of one length are shuffled among the rows, not rows alone.
+    partners = [
+        {frozenset(str(w.items) for w in windows_of(batch)) for batch in loader} for _ in range(2)
+    ]
+    assert not partners[0] & partners[1]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    one, two, other = (
+        random_data(seed=seed, objective="last").train_dataloader() for seed in (0, 0, 1)
+    )
+    epochs = [items_of(one) for _ in range(3)]
+    assert epochs == [items_of(two) for _ in range(3)]
+    assert items_of(other) != epochs[0]
+    late = random_data(objective="last").train_dataloader()
+    late.set_epoch(2)
+    assert items_of(late) == epochs[2]
+
+
+def test_without_shuffling_every_epoch_is_the_same():
+    loader = random_data(shuffle=False).train_dataloader()
+    assert items_of(loader) == items_of(loader)
+    assert sorted(epoch_of(loader)) == sorted(epoch_of(random_data().train_dataloader()))
+
+
+def test_a_killed_run_goes_on_with_the_next_batch():
+    loader = random_data().train_dataloader()
+    n = len(loader)
+    whole = [batch for _ in range(3) for batch in items_of(loader)]
+    for given_out in (0, 1, n - 1, n, n + 1, 2 * n - 1, 2 * n):
+        killed = random_data().train_dataloader()
+        stream = itertools.chain.from_iterable(killed for _ in range(3))
+        for _ in range(given_out):
+            next(stream)
+        resumed = random_data().train_dataloader()
+        resumed.load_state_dict(killed.state_dict())
+        rest = [batch for _ in range(3) for batch in items_of(resumed)]
+        assert rest[: len(whole) - given_out] == whole[given_out:]
+
+
+class Recorder(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches, self.users = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch.item.tolist())
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 1:
+            self.users.append((batch.user.tolist(), batch.seen.lengths.tolist()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_sees_every_batch_and_resumes_within_an_epoch(tmp_path):
+    def fit(ckpt_path=None):
+        model = Recorder()
+        L.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=2,
+            callbacks=[
+                L.pytorch.callbacks.ModelCheckpoint(
+                    tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1
+                )
+            ],
+        ).fit(model, random_data(), ckpt_path=ckpt_path, weights_only=True)
+        return model
+
+    whole = fit()
+    loader = random_data().train_dataloader()
+    assert whole.batches == [*items_of(loader), *items_of(loader)]
+    users, lengths = (list(itertools.chain(*part)) for part in zip(*whole.users, strict=True))
+    test = random_data().sets.val
+    n_users = test.user.size
+    assert users[-n_users:] == test.user.tolist()
+    assert lengths[-n_users:] == (RANDOM_LENGTHS - 2).tolist()
+    for step in (1, len(loader) - 1, len(loader), len(loader) + 2):
+        rest = fit(tmp_path / f"step={step}.ckpt")
+        assert rest.batches == whole.batches[step:], f"resumed after step {step}"
+
+
+def sharded(loader: SequenceLoader, rank: int, world_size: int) -> SequenceLoader:
+    return SequenceLoader(
+        loader.events,
+        loader.windows,
+        every_position=loader.every_position,
+        batch_positions=200,
+        row_length=loader.row_length,
+        shuffle=loader.shuffle,
+        seed=loader.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_shards_are_disjoint_and_take_the_same_number_of_steps(world_size):
+    whole = random_data().train_dataloader()
+    everything = {str(window.items) for window in epoch_of(whole)}
+    shards = [sharded(whole, rank, world_size) for rank in range(world_size)]
+    assert len({len(shard) for shard in shards}) == 1
+    seen = set()
+    for _ in range(12):
+        parts = [[str(w.items) for w in epoch_of(shard)] for shard in shards]
+        together = list(itertools.chain(*parts))
+        assert len(together) == len(set(together)) and set(together) <= everything
+        assert len(together) >= 0.8 * len(everything)
+        seen |= set(together)
+    assert seen == everything, "what one epoch leaves out another has"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 50])
+def test_shards_of_the_validation_loss_are_complete(world_size):
+    whole, _ = random_data(n_val_loss=None).val_dataloader()
+    parts = [epoch_of(sharded(whole, rank, world_size)) for rank in range(world_size)]
+    assert sorted(itertools.chain(*parts)) == sorted(epoch_of(whole))
+
+
+# Histories to rank for
+
+
+def histories_of(batch):
+    """(items, seen, target, user) of each user of a batch."""
+    windows = windows_of(batch)
+    cells = batch.item.flatten()
+    by_last = {window.items[-1]: window.items for window in windows}
+    assert len(windows) == batch.user.numel() == batch.last.numel() == batch.target.numel()
+    offsets = batch.seen.offsets.tolist()
+    return [
+        (
+            by_last[int(cells[batch.last[i]])],
+            batch.seen.values[offsets[i] : offsets[i + 1]].tolist(),
+            int(batch.target[i]),
+            int(batch.user[i]),
+        )
+        for i in range(len(windows))
+    ]
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_each_user_is_ranked_for_once_from_the_latest_of_the_whole_history(part):
+    data = random_data(eval_batch_size=32)
+    loader = data.val_dataloader()[1] if part == "val" else data.test_dataloader()
+    got = list(itertools.chain.from_iterable(histories_of(batch) for batch in loader))
+    expected = []
+    for user, n in enumerate(RANDOM_LENGTHS):
+        target = n - 2 if part == "val" else n - 1
+        expected.append(
+            (
+                span(user, max(0, target - 20), target),
+                span(user, 0, target),
+                user * PLACES + target,
+                user,
+            )
+        )
+    assert got == expected
+    assert len(loader) == 10 and [batch.user.numel() for batch in loader] == [32] * 9 + [12]
+
+
+def test_histories_are_packed():
+    loader = random_data(eval_batch_size=100).test_dataloader()
+    cells = sum(batch.item.numel() for batch in loader)
+    valid = sum(int((batch.item >= 0).sum()) for batch in loader)
+    assert 1 - valid / cells < 0.04
+    (alone,) = Data(sets((5,))).test_dataloader()
+    assert alone.item.shape == (1, 4), "a row is no longer than what stands in it"
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7, 400])
+def test_processes_share_the_users_in_order_none_twice(world_size):
+    prepared = random_data().sets
+    users = []
+    for rank in range(world_size):
+        loader = HistoryLoader(
+            prepared.histories,
+            prepared.test,
+            max_length=20,
+            row_length=20,
+            batch_size=16,
+            rank=rank,
+            world_size=world_size,
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        users += [batch.user for batch in batches]
+    assert torch.cat(users).tolist() == prepared.test.user.tolist()
+
+
+def test_batches_move_to_a_device_as_lightning_moves_them():
+    from lightning.fabric.utilities import move_data_to_device
+
+    batch = next(iter(Data().test_dataloader()))
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert {moved.item.device.type, moved.seen.values.device.type} == {"meta"}
+    assert moved.seen.offsets.shape == batch.seen.offsets.shape
+
+
+# Sets and baselines
+
+
+def test_training_counts_leave_out_what_is_held_out():
+    counts = sets((4, 2, 1)).item_counts
+    assert counts.nonzero().flatten().tolist() == [0, 1, PLACES, PLACES + 1, 2 * PLACES]
+    assert counts.sum() == 5
+
+
+def test_nothing_to_train_or_test_on_is_an_error():
+    with pytest.raises(UserError, match="no training pair is left"):
+        sets((3, 3))
+    with pytest.raises(UserError, match="no test user is left"):
+        sets((2, 2))
+
+
+def test_baselines_equal_their_scores_ranked():
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(3, 12, 50)
+    events = generator.integers(0, 30, lengths.sum()).astype(np.int32)  # items come again
+    made = sets(lengths)
+    prepared = sets(
+        lengths,
+        histories=Histories(events, made.histories.offsets),
+        item_ids=[str(i) for i in range(30)],
+    )
+    names = ["hr@1", "ndcg@5", "mrr@20", "coverage@5", "popularity@5"]
+    data = Data(prepared, eval_batch_size=16)
+    found = data.baseline_metrics(names)
+    assert list(found) == ["popularity", "popularity_unfiltered", "repeat_last_unfiltered"]
+    for name in ("popularity", "popularity_unfiltered"):
+        ranking = RankingMetrics(names, n_items=30, item_counts=prepared.item_counts)
+        for batch in data.test_dataloader():
+            n = batch.user.numel()
+            seen = batch.seen.mask(0, n, 30).scatter_(1, batch.target[:, None], False)
+            scores = prepared.item_counts.float().expand(n, -1)
+            ranking.update(scores, batch.target, seen if name == "popularity" else None)
+        assert found[name] == {key: float(value) for key, value in ranking.compute().items()}
+    ranking = RankingMetrics(names, n_items=30, item_counts=prepared.item_counts)
+    for user, event in zip(*prepared.test, strict=True):
+        history = events[prepared.histories.offsets[user] : event][::-1].tolist()
+        top = list(dict.fromkeys(history))
+        top = torch.tensor([top + [-1] * (20 - len(top))])
+        ranking.update_from_top(top, torch.tensor([int(events[event])]))
+    assert int(ranking.n_users) == 50
+    for key, value in ranking.compute().items():
+        assert found["repeat_last_unfiltered"][key] == pytest.approx(float(value))
+
+
+def test_baselines_where_the_catalogue_is_short():
+    prepared = sets((3, 3, 5))
+    events = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1], dtype=np.int32)
+    prepared = sets(
+        (3, 3, 5), histories=Histories(events, prepared.histories.offsets), item_ids=["a", "b", "c"]
+    )
+    found = Data(prepared).baseline_metrics(["hr@20", "hr@1"])
+    # Everything but the target is filtered: it comes first.
+    assert found["popularity"]["hr@1"] == found["popularity_unfiltered"]["hr@20"] == 1
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "dataset.max_length=0"),
+        ({"batch_positions": 7}, "dataset.batch_positions=7: a batch has at least one row of 8"),
+        ({"row_length": 7}, "dataset.row_length=7"),
+        ({"objective": "prefix"}, "dataset.objective=prefix: expected all or last"),
+        ({"eval_batch_size": 0}, "dataset.eval_batch_size=0"),
+        ({"n_val_loss": 0}, "dataset.n_val_loss=0"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        Data(**options)
+
+
+def test_maximal_lengths_at_and_above_16_bits():
+    for max_length in (65_535, 65_536):
+        data = Data(max_length=max_length, batch_positions=max_length)
+        windows = epoch_of(data.train_dataloader())
+        assert max(len(window.items) for window in windows) == 27 and len(windows) == 6
+
+
+# Memory
+
+
+def test_prefixes_are_never_copied():
+    """Two million events as prefixes of up to 50 would be 800 MB; what is held is some bytes a sample."""
+    n_users, n_events = 20_000, 2_000_000
+    offsets = np.linspace(0, n_events, n_users + 1).astype(np.int64)
+    events = np.random.default_rng(0).integers(0, 1000, n_events).astype(np.int32)
+    user = np.arange(n_users)
+    prepared = SequenceSets(
+        item_ids=[str(i) for i in range(1000)],
+        user_ids=pl.Series(user).cast(pl.String),
+        histories=Histories(events, offsets),
+        train_stop=offsets[1:] - 2,
+        val=HeldOut(user, offsets[1:] - 2),
+        test=HeldOut(user, offsets[1:] - 1),
+    )
+    tracemalloc.start()
+    loader = Data(
+        prepared, objective="last", max_length=50, batch_positions=2048
+    ).train_dataloader()
+    batch = next(iter(loader))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(loader.windows) == n_events - 3 * n_users
+    assert int((batch.target >= 0).sum()) > 30
+    assert peak < 100e6
+
+
+def test_features_of_items_are_kept_beside_the_ids():
+    features = Features(torch.zeros(2, 1), torch.zeros(2, 0, dtype=torch.long))
+    assert sets(items=features).items is features
+
+
+def test_ragged_moves():
+    ragged = Ragged.from_pairs(torch.tensor([0, 1]), torch.tensor([3, 4]), 2)
+    assert ragged.to("meta").values.device.type == "meta"
