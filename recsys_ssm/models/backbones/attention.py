@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_ssm.models.backbones.base import Mixer
+from recsys_ssm.ops.dropout import dropout
 
 
 class AttentionState(NamedTuple):
@@ -47,10 +48,14 @@ def attention_mask(tokens: Tensor, seq_idx: Tensor | None, causal: bool) -> Tens
 def attend(weights: nn.MultiheadAttention, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
     """Multi-head self-attention (B, L, D) with dropout on the attention weights in training; mask as above."""
     q_BHLP, k_BHLP, v_BHLP = (heads.transpose(1, 2) for heads in _project(weights, x_BLD))
-    dropout = weights.dropout if weights.training else 0.0
-    y_BHLP = F.scaled_dot_product_attention(
-        q_BHLP, k_BHLP, v_BHLP, attn_mask=mask, dropout_p=dropout
-    )
+    p = weights.dropout if weights.training else 0.0
+    if p and x_BLD.device.type == "cpu":  # PyTorch has no fused one for that either
+        scores_BHLL = (q_BHLP * weights.head_dim**-0.5) @ k_BHLP.transpose(2, 3)
+        if mask is not None:
+            scores_BHLL += mask
+        y_BHLP = dropout(scores_BHLL.softmax(-1), p) @ v_BHLP
+    else:
+        y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHLP, v_BHLP, attn_mask=mask, dropout_p=p)
     return weights.out_proj(y_BHLP.transpose(1, 2).flatten(2))
 
 

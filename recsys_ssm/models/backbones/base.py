@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_ssm.ops.dropout import Dropout
+
 Init = Literal["own", "normal", "xavier"]
 _NO_STEPS = "{} sees the whole row: it cannot go step by step"
 
@@ -127,7 +129,7 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(d_model, d_inner, bias=not gated)
         self.linear2 = nn.Linear(d_inner, d_model, bias=not gated)
         self.linear3 = nn.Linear(d_model, d_inner, bias=False) if gated else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_D: Tensor) -> Tensor:
         inner = self.linear1(x_D)
@@ -160,7 +162,7 @@ class Layer(nn.Module):
         self.norm = make_norm()
         self.norm_first = norm == "pre"
         self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gate = nn.Linear(d_model, d_model) if gated else None
         self.ffn: FeedForward | None = None
         self.ffn_gate: nn.Linear | None = None

@@ -15,6 +15,7 @@ from recsys_ssm.models.backbones.attention import (
     no_tokens,
 )
 from recsys_ssm.models.backbones.base import Backbone, Init, reinitialise
+from recsys_ssm.ops.dropout import dropout
 
 
 class Transformer(Backbone):
@@ -118,9 +119,13 @@ class Transformer(Backbone):
 
     def _after(self, layer: nn.TransformerEncoderLayer, x: Tensor, y: Tensor) -> Tensor:
         """All that comes after attention, which turned the layer's input x into y; each token by itself."""
-        x = x + layer.dropout1(y)
+        x = x + self._drop(layer.dropout1, y)
         if not self.norm_first:
             x = layer.norm1(x)
         inner = layer.linear1(layer.norm2(x) if self.norm_first else x)
-        x = x + layer.dropout2(layer.linear2(layer.dropout(layer.activation(inner))))
+        inner = self._drop(layer.dropout, layer.activation(inner))
+        x = x + self._drop(layer.dropout2, layer.linear2(inner))
         return x if self.norm_first else layer.norm2(x)
+
+    def _drop(self, rate: nn.Dropout, x: Tensor) -> Tensor:
+        return dropout(x, rate.p, training=self.training)

@@ -13,6 +13,7 @@ from recsys_ssm.models.backbones.ligr import Ligr
 from recsys_ssm.models.backbones.mamba import Mamba
 from recsys_ssm.models.backbones.mamba2 import Mamba2
 from recsys_ssm.models.backbones.transformer import Transformer
+from recsys_ssm.ops.dropout import dropout
 
 MAMBA4REC = {
     "d_model": 64,
@@ -91,8 +92,8 @@ def scrambled(backbone: Backbone) -> Backbone:
 
 
 def network(layer: nn.Module, x: Tensor, p: float) -> Tensor:
-    inner = F.dropout(F.gelu(F.linear(x, layer.ffn.linear1.weight, layer.ffn.linear1.bias)), p)
-    return F.dropout(F.linear(inner, layer.ffn.linear2.weight, layer.ffn.linear2.bias), p)
+    inner = dropout(F.gelu(F.linear(x, layer.ffn.linear1.weight, layer.ffn.linear1.bias)), p)
+    return dropout(F.linear(inner, layer.ffn.linear2.weight, layer.ffn.linear2.bias), p)
 
 
 def norm(norm: nn.LayerNorm, x: Tensor, eps: float) -> Tensor:
@@ -110,7 +111,7 @@ def test_mamba4rec_layer(n_layers: int) -> None:
     found = backbone(x)
     torch.manual_seed(1)
     for layer in backbone.layers:
-        y = F.dropout(layer.mixer(x), 0.2)
+        y = dropout(layer.mixer(x), 0.2)
         y = norm(layer.norm, y if n_layers == 1 else y + x, 1e-12)
         x = norm(layer.ffn_norm, network(layer, y, 0.2) + y, 1e-12)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
@@ -126,7 +127,7 @@ def test_pre_norm_layer() -> None:
     found = backbone(x)
     torch.manual_seed(1)
     for layer in backbone.layers:
-        x = x + F.dropout(layer.mixer(norm(layer.norm, x, 1e-5)), 0.5)
+        x = x + dropout(layer.mixer(norm(layer.norm, x, 1e-5)), 0.5)
         x = x + network(layer, norm(layer.ffn_norm, x, 1e-5), 0.5)
     torch.testing.assert_close(found, norm(backbone.final_norm, x, 1e-5), rtol=0, atol=1e-12)
 
