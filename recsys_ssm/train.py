@@ -61,18 +61,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     name = cfg.name + ("-generated" if data.sets.generated else "")
     for note in data.sets.notes:
         log.info("%s: %s", data.name, note)
-    head = plain(cfg.head)
-    module = import_target(head.pop("_target_"), "head")
-    del head["metrics"]  # only what cfg.metrics is by default
-    model: Recommender = module.for_data(
-        data,
-        tokenizer=plain(cfg.tokenizer),
-        backbone=spec(cfg.backbone, "backbone"),
-        head=head,
-        optimizer=spec(cfg.optimizer, "optimizer"),
-        scheduler=spec(cfg.scheduler, "scheduler"),
-        metrics=plain(cfg.metrics),
-    )
+    model = make_model(cfg, data)
     counts = model.parameter_counts()
     log.info("%s: parameters %s", name, describe(counts))
     config = {**plain(cfg), "name": name, "versions": versions()}
@@ -126,6 +115,26 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return results
     finally:
         finish(logger, failed)
+
+
+def make_model(cfg: DictConfig, data: RecommenderData) -> Recommender:
+    """The model ``cfg`` describes, for a dataset.
+
+    Raises:
+        UserError: An option is wrong, or head and dataset do not fit.
+    """
+    head = plain(cfg.head)
+    module: type[Recommender] = import_target(head.pop("_target_"), "head")
+    del head["metrics"]  # only what cfg.metrics is by default
+    return module.for_data(
+        data,
+        tokenizer=plain(cfg.tokenizer),
+        backbone=spec(cfg.backbone, "backbone"),
+        head=head,
+        optimizer=spec(cfg.optimizer, "optimizer"),
+        scheduler=spec(cfg.scheduler, "scheduler"),
+        metrics=plain(cfg.metrics),
+    )
 
 
 def test_checkpoint(

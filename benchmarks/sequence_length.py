@@ -1,0 +1,117 @@
+"""What a training step of the next-item models costs at long histories.
+
+    python benchmarks/sequence_length.py [--lengths 50 200 1000] [--rows 16] [--json FILE]
+
+The same number of rows, each one history as long as said, over ML-1M's 3,416 items; models as their
+configs have them (`conf/model`), all positions trained on with the whole softmax. Models take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from timing import let_threads_sleep, machine, peak_memory, table, take_turns, write_json
+
+from recsys_ssm.cli import register_resolvers
+from recsys_ssm.data.sequences import SequenceBatch
+from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.train import make_model
+
+N_ITEMS = 3416
+
+
+def step_of(backbone: str, length: int, rows: int) -> Callable[[], None]:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose(
+            "train",
+            [
+                "dataset=ml_1m",
+                f"backbone={backbone}",
+                f"dataset.max_length={length}",
+                f"dataset.batch_positions={length}",
+                "name=benchmark",
+                "output_dir=.",
+            ],
+        )
+    sets: Any = SimpleNamespace(
+        histories=None,
+        item_ids=[str(i) for i in range(N_ITEMS)],
+        item_schema=None,
+        items=None,
+        item_counts=torch.ones(N_ITEMS, dtype=torch.long),
+    )
+    data: Any = SimpleNamespace(sets=sets, max_length=length, objective="all", name="random")
+    torch.manual_seed(0)
+    model = make_model(cfg, data)
+    optimizer: Any = model.configure_optimizers()
+    item = torch.randint(N_ITEMS, (rows, length + 1))
+    batch = SequenceBatch(
+        item=item[:, :-1],
+        seq_idx=torch.zeros(rows, length, dtype=torch.long),
+        position=torch.arange(length).expand(rows, -1),
+        target=item[:, 1:],
+    )
+
+    def step() -> None:
+        loss, _ = model._loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[50, 200, 1000])
+    parser.add_argument("--backbones", nargs="+", default=["mamba", "mamba2", "transformer"])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
+    args = parser.parse_args()
+
+    register_resolvers()
+    torch.set_num_threads(args.threads)
+    steps = {
+        (backbone, length): step_of(backbone, length, args.rows)
+        for length in args.lengths
+        for backbone in args.backbones
+    }
+    timings = take_turns(
+        {f"{backbone} {length}": step for (backbone, length), step in steps.items()},
+        args.repetitions,
+        budget=60,
+    )
+    rows = []
+    for (backbone, length), step in steps.items():
+        timing, first = timings[f"{backbone} {length}"], timings[f"{backbone} {args.lengths[0]}"]
+        rows.append(
+            {
+                "backbone": backbone,
+                "length": length,
+                "wall ms": timing.wall,
+                "cpu ms": timing.cpu,
+                f"x length {args.lengths[0]}": timing.cpu / first.cpu,
+                "peak MiB": peak_memory(step),
+            }
+        )
+    print(table(rows))
+    if args.json:
+        write_json(
+            args.json,
+            {"rows": args.rows, "threads": args.threads, "machine": machine(), "table": rows},
+        )
+
+
+if __name__ == "__main__":
+    let_threads_sleep()
+    main()
