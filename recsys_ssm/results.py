@@ -60,6 +60,15 @@ def write_text(path: Path | str, text: str) -> Path:
     return _write(Path(path), text.encode())
 
 
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Writes a file, whole or not at all, and returns ``path``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    return _write(Path(path), content)
+
+
 def write_table(path: Path | str, table: pl.DataFrame) -> Path:
     """Writes a Parquet file, whole or not at all, and returns ``path``.
 

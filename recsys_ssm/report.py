@@ -1,0 +1,76 @@
+"""Tables and figures of finished runs: ``python -m recsys_ssm.report <folder> [<folder> …]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from recsys_ssm.cli import door, plain
+from recsys_ssm.errors import UserError
+from recsys_ssm.reports import archive, build
+from recsys_ssm.reports.collect import Collection, collect
+from recsys_ssm.reports.tables import Options
+from recsys_ssm.results import write_bytes
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("md", "tex", "html")
+
+
+def report(cfg: DictConfig) -> Collection:
+    """The report ``cfg`` (``conf/report.yaml``) asks for; what it was made from is returned.
+
+    Raises:
+        UserError: A folder is not there, or holds no run at all, or an option makes no sense.
+    """
+    sources = [cfg.sweep] if isinstance(cfg.sweep, str) else plain(cfg.sweep)
+    formats = [cfg.formats] if isinstance(cfg.formats, str) else plain(cfg.formats)
+    if unknown := set(formats) - set(FORMATS):
+        raise UserError(f"formats={', '.join(sorted(unknown))}: expected of {', '.join(FORMATS)}")
+    if not 0 < cfg.confidence < 1:
+        raise UserError(f"confidence={cfg.confidence}: expected between 0 and 1")
+    options = Options(int(cfg.min_seeds), float(cfg.confidence))
+
+    folders = [Path(source) for source in sources]
+    collection = collect(folders)
+    for problem in collection.problems:
+        log.info("left out  %s: %s", *problem)
+    if not collection.cells:
+        where = ", ".join(map(str, sources))
+        raise UserError(f"sweep={where}: no finished run in it ({len(collection.problems)} others)")
+    document = build.build(collection, str(cfg.title), options)
+    output = Path(cfg.output) if cfg.output else folders[0] / "report"
+    for path in build.write(document, output, formats):
+        log.info("report    %s", path)
+    if cfg.results:
+        results = Path(cfg.results)
+        for path in archive.write_cells(collection.cells, results):
+            log.info("results   %s", path)
+        (results / "figures").mkdir(exist_ok=True)
+        for image in document.images:
+            write_bytes(results / "figures" / f"{image.name}.png", image.png)
+    return collection
+
+
+def folders_first(arguments: list[str]) -> list[str]:
+    """The command line with folders given as plain words turned into the option ``sweep``."""
+    words = [each for each in arguments if not each.startswith("-") and "=" not in each]
+    if not words:
+        return arguments
+    quoted = ",".join("'{}'".format(word.replace("'", "\\'")) for word in words)
+    return [f"sweep=[{quoted}]", *(each for each in arguments if each not in words)]
+
+
+_door = door("report")(report)
+
+
+def main() -> None:
+    sys.argv[1:] = folders_first(sys.argv[1:])
+    _door()
+
+
+if __name__ == "__main__":
+    main()
