@@ -98,6 +98,8 @@ class NextItemLoss(nn.Module):
         shared: The same K for the whole batch, one matrix product; or K for each position.
         logq: As above.
         gbce_t: t of ``gbce``, in [0, 1].
+        matmul: What ``softmax`` multiplies in: ``float32``, or ``bfloat16``, two to three times faster where the
+            processor multiplies it, with gradients off by some .3 % of their size.
 
     Raises:
         ValueError: A value is out of its range.
@@ -114,6 +116,7 @@ class NextItemLoss(nn.Module):
         shared: bool = True,
         logq: bool = True,
         gbce_t: float = 0.75,
+        matmul: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         if negatives < 1:
@@ -122,6 +125,7 @@ class NextItemLoss(nn.Module):
             raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
         self.n_items, self.loss, self.negatives = n_items, loss, negatives
         self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
+        self.matmul = torch.bfloat16 if matmul == "bfloat16" else None
         counts = torch.ones(n_items, dtype=torch.int64)
         if sampling == "popularity" and item_counts is not None:
             counts += item_counts
@@ -142,7 +146,7 @@ class NextItemLoss(nn.Module):
             Scalar; 0 of no position.
         """
         if self.loss == "softmax":
-            return linear_cross_entropy(x, weight, target)
+            return linear_cross_entropy(x, weight, target, matmul=self.matmul)
         if not target.numel():
             return (x.sum() + weight.sum()) * 0
         shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)

@@ -23,7 +23,8 @@ from torch import Tensor
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Logits held at once: 2 MiB stay in a core's cache; a GPU wants more work at a time."""
 _LEAST_ROWS = 64
-"""Each chunk reads and writes the whole of dw once, which fewer positions would not outweigh."""
+"""Each chunk reads and writes the whole of dw once, which fewer positions would not outweigh; twice as many where the
+products are twice as fast."""
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -32,7 +33,12 @@ def linear_cross_entropy_reference(x: Tensor, weight: Tensor, target: Tensor) ->
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, target: Tensor, *, chunk: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    chunk: int | None = None,
+    matmul: torch.dtype | None = None,
 ) -> Tensor:
     """Mean cross-entropy of ``softmax(x @ weight.T)``, its gradients ready when it returns.
 
@@ -41,6 +47,9 @@ def linear_cross_entropy(
         weight: (I, D).
         target: (P,) int64 in [0, I).
         chunk: Positions at a time; None: what suits the device and the catalogue.
+        matmul: What the three matrix products are worked out in; None: as ``weight`` is. bfloat16 is two to three
+            times faster on processors that multiply it (AVX-512 BF16, AMX, GPUs); softmax and sums stay float32, and
+            gradients are off by some .3 % of their size.
 
     Returns:
         Scalar, float32 or wider; 0 of no position.
@@ -60,26 +69,36 @@ def linear_cross_entropy(
         )
     if chunk is None:
         elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS["cuda"])
-        chunk = max(_LEAST_ROWS, elements // weight.shape[0])
+        rows = _LEAST_ROWS if matmul in (None, torch.float32) else 2 * _LEAST_ROWS
+        chunk = max(rows, elements // weight.shape[0])
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
-    return _LinearCrossEntropy.apply(x, weight, target, chunk)
+    return _LinearCrossEntropy.apply(x, weight, target, chunk, matmul or weight.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, weight_ID: Tensor, target_P: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_PD: Tensor,
+        weight_ID: Tensor,
+        target_P: Tensor,
+        chunk: int,
+        matmul: torch.dtype,
+    ) -> Tensor:
         n_positions = x_PD.shape[0]
         wide = torch.promote_types(x_PD.dtype, torch.float32)
-        x_PD = x_PD.to(weight_ID.dtype)
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx_PD = torch.empty_like(x_PD) if want_x else None
         dw_ID = torch.zeros_like(weight_ID, dtype=wide) if want_weight else None
         loss = x_PD.new_zeros((), dtype=wide)
-        buffer_CI = x_PD.new_empty(min(chunk, n_positions), weight_ID.shape[0])
+        factor_ID = weight_ID.to(matmul)
+        buffer_CI = factor_ID.new_empty(min(chunk, n_positions), weight_ID.shape[0])
         for start in range(0, n_positions, chunk):
             x_CD, target_C1 = x_PD[start : start + chunk], target_P[start : start + chunk, None]
-            logits_CI = torch.mm(x_CD, weight_ID.T, out=buffer_CI[: x_CD.shape[0]]).to(wide)
+            logits_CI = torch.mm(x_CD.to(matmul), factor_ID.T, out=buffer_CI[: x_CD.shape[0]]).to(
+                wide
+            )
             top_C1 = logits_CI.amax(1, keepdim=True)
             own_C1 = logits_CI.gather(1, target_C1)
             weights_CI = logits_CI.sub_(top_C1).exp_()  # softmax but for its sum
@@ -90,15 +109,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Dividing x and the result by the sum is D divisions a position, dividing the weights I.
             own_weight_C1 = weights_CI.gather(1, target_C1) - sum_C1
             weights_CI.scatter_(1, target_C1, own_weight_C1)
-            weights_CI = weights_CI.to(weight_ID.dtype)
+            factor_CI, scale_C1 = weights_CI.to(matmul), sum_C1 * n_positions
             if dx_PD is not None:
-                dx_CD = torch.mm(weights_CI, weight_ID, out=dx_PD[start : start + chunk])
-                dx_CD /= sum_C1 * n_positions
+                dx_PD[start : start + chunk] = torch.mm(factor_CI, factor_ID) / scale_C1
             if dw_ID is not None:
-                scaled_CD = x_CD / (sum_C1 * n_positions)
-                dw_ID.addmm_(weights_CI.T.to(wide), scaled_CD.to(wide))
+                scaled_CD = (x_CD / scale_C1).to(matmul)
+                if matmul == wide:
+                    dw_ID.addmm_(factor_CI.T, scaled_CD)
+                else:
+                    dw_ID += torch.mm(factor_CI.T, scaled_CD)
         ctx.save_for_backward(dx_PD, None if dw_ID is None else dw_ID.to(weight_ID.dtype))
-        ctx.dtype = wide
         return loss / max(n_positions, 1)
 
     @staticmethod
@@ -109,6 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx_PD is None else dx_PD * grad,
             None if dw_ID is None else dw_ID * grad,
+            None,
             None,
             None,
         )

@@ -51,6 +51,18 @@ def test_low_precision_is_near_float64(dtype: torch.dtype, bound: float) -> None
         assert (ours.double() - theirs).abs().max() <= bound * theirs.abs().max()
 
 
+def test_products_in_bfloat16_leave_the_sums_in_float32() -> None:
+    x, weight, target = inputs(300, 1000, 32, torch.float32)
+    loss = linear_cross_entropy(x / 6, weight, target, matmul=torch.bfloat16)
+    found = (loss, *torch.autograd.grad(loss, (x, weight)))
+    reference = linear_cross_entropy_reference(x / 6, weight, target)
+    expected = (reference, *torch.autograd.grad(reference, (x, weight)))
+    assert abs(found[0] - expected[0]) < 1e-3
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert ours.dtype == torch.float32
+        assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 1e-2  # it did use bfloat16
+
+
 def test_logits_may_be_huge() -> None:
     x, weight, target = inputs(4, 10, 3, torch.float32)
     loss = linear_cross_entropy(x * 1e4, weight, target)
