@@ -41,6 +41,7 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     options = {
         "epochs": 1,
         "evaluate_every": 0,  # epochs; 0: after the last one only
+        "batches": 0,  # of each epoch, to time it by a part; 0: all
         "seed": 0,
         "threads": 1,
         "max_length": 50,
@@ -99,6 +100,12 @@ class Run:
     epochs: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def epoch(self, number: int, loss: float, took: dict[str, float], n_batches: int) -> None:
+        """Keep an epoch's times; ``share`` is how much of its ``n_batches`` was run."""
+        share = min(1.0, self.args.batches / n_batches) if self.args.batches else 1.0
+        self.epochs.append({"epoch": number, "loss": loss, "share": share, **took})
+        print(self.epochs[-1], flush=True)
 
     def save(self, split: str, epoch: int, top: dict[str, np.ndarray]) -> None:
         np.savez_compressed(

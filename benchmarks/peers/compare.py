@@ -49,8 +49,6 @@ class Contest:
     ours: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     """Of the peer's script, beside the settings."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of both, where they are not SETTINGS."""
     sequences: int = 128
     """In a batch: users, or prefixes where those are the samples."""
 
@@ -66,12 +64,12 @@ BOTH = (
 )
 SASREC = ("backbone=transformer", "backbone.dim_feedforward={inner}")
 TWO = {"n_layers": 2, "n_heads": 2}
-RECTOOLS_ADAM = "+optimizer.betas=[0.9,0.98]"
+RECTOOLS_ADAM = "optimizer.betas=[0.9,0.98]"
 
 CONTESTS = {
     # The same model to the last parameter, and the same samples: a prefix each.
     "recbole": Contest(
-        "recbole", (*SASREC, "dataset.objective=last"), {"inner": 256, **TWO}, sequences=2048
+        "recbole", (*SASREC, "dataset.objective=last"), {"inner": "{inner}", **TWO}, sequences=2048
     ),
     # Their layers are the authors' of SASRec, ours RecBole's: of one width and number.
     "sasrec-softmax": Contest(
@@ -160,7 +158,7 @@ def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, d
     return overrides, path, data
 
 
-def batch_positions(contest: Contest, data: dict[str, Any], max_length: int) -> int:
+def batch_positions(contest: Contest, sequences: int, data: dict[str, Any], max_length: int) -> int:
     """As many positions as the peer's batches hold beside padding: equally many steps an epoch."""
     trained = np.diff(data["offsets"]) - 2
     if contest.peer == "recbole":
@@ -169,7 +167,7 @@ def batch_positions(contest: Contest, data: dict[str, Any], max_length: int) -> 
     else:
         lengths = np.minimum(trained - 1, max_length)
         lengths = lengths[lengths > 0]
-    steps = math.ceil(lengths.size / contest.sequences)
+    steps = math.ceil(lengths.size / sequences)
     return math.ceil(lengths.sum() / steps)
 
 
@@ -232,12 +230,21 @@ def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any
         "contest": contest,
         "side": side,
         "epochs": records[0]["last"],
-        "epoch cpu s": statistics.median(epoch["cpu"] for epoch in later),
-        "epoch wall s": statistics.median(epoch["wall"] for epoch in later),
+        "epoch cpu s": statistics.median(epoch["cpu"] / epoch["share"] for epoch in later),
+        "epoch wall s": statistics.median(epoch["wall"] / epoch["share"] for epoch in later),
         "evaluation cpu s": statistics.median(e["cpu"] for e in ranked),
         "peak MiB": max(record["peak_memory_bytes"] for record in records) / 2**20,
         **{f"{name} N@10": value for name, value in last.items()},
     }
+
+
+def best_validation(record: dict[str, Any], name: str) -> float:
+    """The highest NDCG@10 of a run's validations."""
+    return max(
+        values["ndcg@10"]
+        for key, values in record["metrics"].items()
+        if key.startswith("val/") and key.endswith(f"/{name}")
+    )
 
 
 def time_to(record: dict[str, Any], level: float, name: str) -> dict[str, float] | None:
@@ -261,11 +268,18 @@ def main() -> None:
     parser.add_argument("--contests", nargs="+", choices=CONTESTS, default=["sasrec-softmax"])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=0, help="0: after the last epoch")
+    parser.add_argument(
+        "--batches", type=int, default=0, help="time an epoch by so many of its batches; 0: all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTINGS)}"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"of {', '.join(SETTINGS)}, sequences (a batch)",
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of install.py")
     parser.add_argument("--runs", type=Path, help="where runs are kept; default: within --folder")
@@ -278,16 +292,18 @@ def main() -> None:
     rows, comparisons, details = [], [], []
     for name in args.contests:
         contest = CONTESTS[name]
-        settings = SETTINGS | contest.settings | changed
+        settings = SETTINGS | changed
+        sequences = settings.pop("sequences", contest.sequences)
         common = {
             "data": path,
             "epochs": args.epochs,
             "evaluate_every": args.evaluate_every,
+            "batches": args.batches,
             "threads": args.threads,
         }
         values = settings | {
-            "inner": contest.options.get("inner", 4 * settings["d_model"]),
-            "batch_positions": batch_positions(contest, data, settings["max_length"]),
+            "inner": 4 * settings["d_model"],
+            "batch_positions": batch_positions(contest, sequences, data, settings["max_length"]),
             "xavier": math.sqrt(2 / (data["n_items"] + 1 + settings["d_model"])),
         }
         sides: dict[str, list[dict[str, Any]]] = {contest.peer: [], "recsys_ssm": []}
@@ -296,8 +312,9 @@ def main() -> None:
                 str(python_of(args.folder, contest.peer)),
                 str(HERE / f"{contest.peer}_model.py"),
             ]
-            own = {"batch_size": contest.sequences, "seed": seed}
-            peer += flags(common | settings | contest.options | own)
+            own = {"batch_size": sequences, "seed": seed}
+            peer += [text.format(**values) for text in flags(settings | contest.options)]
+            peer += flags(common | own)
             ours = [sys.executable, str(HERE / "ours_model.py"), *flags(common | {"seed": seed})]
             ours += ["--", *overrides]
             ours += [text.format(**values) for text in (*contest.ours, *BOTH)]
@@ -317,10 +334,15 @@ def main() -> None:
 
 
 def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many times cheaper ours is, and how far off its NDCG@10 is in percent of the peer's."""
+    """How many times cheaper ours is, and how far off its NDCG@10 is in percent of the peer's.
+
+    ``time-to``: CPU seconds of training until the peer's own best validation, the worst seed; 0: ours never got there.
+    """
 
     def cost(records: list[dict[str, Any]], kind: str) -> float:
-        return statistics.median(each["cpu"] for record in records for each in record[kind])
+        return statistics.median(
+            each["cpu"] / each.get("share", 1) for record in records for each in record[kind]
+        )
 
     def peak(records: list[dict[str, Any]]) -> float:
         return max(record["peak_memory_bytes"] for record in records)
@@ -343,14 +365,15 @@ def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str
         off = paired_difference(values(ours, at), theirs)
         found[f"{split} {name} off %"] = 100 * off.mean / mean
         found[f"{name} ± %"] = 100 * off.half_width / mean
-        best = max(
-            (v["ndcg@10"] for r in peer for k, v in r["metrics"].items()
-             if k.startswith("val/") and k.endswith(name)),
-        )  # fmt: skip
-        reached = time_to(ours[0], best, name)
-        theirs_cost = time_to(peer[0], best, name)
-        if reached and theirs_cost:
-            found[f"{name} time-to x"] = theirs_cost["cpu"] / reached["cpu"]
+        # Of each seed, what it costs either side to come to the best the peer ever was at.
+        ratios = []
+        for theirs_run, our_run in zip(peer, ours, strict=True):
+            level = best_validation(theirs_run, name)
+            reached = time_to(our_run, level, name)
+            ratios.append(
+                time_to(theirs_run, level, name)["cpu"] / reached["cpu"] if reached else 0
+            )
+        found[f"{name} time-to x"] = min(ratios)
     return found
 
 

@@ -36,8 +36,8 @@ class Clock(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
         epoch, loss = trainer.current_epoch + 1, float(trainer.callback_metrics["train/loss"])
-        self.run.epochs.append({"epoch": epoch, "loss": loss, "wall": wall, "cpu": cpu})
-        print(self.run.epochs[-1], flush=True)
+        n_batches = len(trainer.train_dataloader)
+        self.run.epoch(epoch, loss, {"wall": wall, "cpu": cpu}, n_batches)
         every = self.run.args.evaluate_every or self.run.args.epochs
         if epoch % every == 0 or epoch == self.run.args.epochs:
             self.evaluate(epoch)
@@ -91,6 +91,7 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        limit_train_batches=args.batches or 1.0,
         limit_val_batches=0,
         callbacks=[Clock(run, evaluate)],
     )

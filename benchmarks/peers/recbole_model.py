@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,16 @@ def write_atomic_file(data: Data, folder: Path) -> None:
     with (folder / f"{folder.name}.inter").open("w") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
         file.writelines(f"u{u}\ti{i}\t{t}\n" for u, i, t in zip(user, item, place, strict=True))
+
+
+class First:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, n: int) -> None:
+        self.loader, self.n = loader, n
+
+    def __iter__(self) -> Iterator[object]:
+        return islice(self.loader, self.n)
 
 
 def main() -> None:
@@ -93,8 +105,9 @@ def main() -> None:
     run.notes.append(f"{len(train.dataset)} training samples, a prefix each")
     for epoch in range(1, args.epochs + 1):
         with clocks() as took:
-            loss = trainer._train_epoch(train, epoch - 1, show_progress=False)
-        run.epochs.append({"epoch": epoch, "loss": float(loss), **took})
+            part = First(train, args.batches) if args.batches else train
+            loss = trainer._train_epoch(part, epoch - 1, show_progress=False)
+        run.epoch(epoch, float(loss), took, len(train))
         if epoch != args.epochs and (not args.evaluate_every or epoch % args.evaluate_every):
             continue
         for split, loader in (("val", val), ("test", test)):
@@ -104,7 +117,6 @@ def main() -> None:
             run.save(split, epoch, top_lists(lambda a, b, t=table: t[a:b], data, split))
             run.evaluations.append({"epoch": epoch, "split": split, "own": dict(own), **took})
         run.write()
-        print(run.epochs[-1], run.evaluations[-2:], flush=True)
 
 
 if __name__ == "__main__":

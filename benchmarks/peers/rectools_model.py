@@ -64,11 +64,12 @@ class Clock(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        loss = float(trainer.callback_metrics["train_loss"])
-        epoch = trainer.current_epoch + 1
-        self.run.epochs.append({"epoch": epoch, "loss": loss, "wall": wall, "cpu": cpu})
-        self.run.write()
-        print(self.run.epochs[-1], flush=True)
+        self.run.epoch(
+            trainer.current_epoch + 1,
+            float(trainer.callback_metrics["train_loss"]),
+            {"wall": wall, "cpu": cpu},
+            len(trainer.train_dataloader),
+        )
 
 
 def main() -> None:
@@ -85,6 +86,7 @@ def main() -> None:
     def trainer() -> Trainer:
         return Trainer(
             max_epochs=args.epochs,
+            limit_train_batches=args.batches or 1.0,
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=False,

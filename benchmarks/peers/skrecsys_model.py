@@ -15,6 +15,8 @@ from skrecsys.nn import Mamba4Rec
 
 def main() -> None:
     args = arguments(__doc__, batch_size=64, n_layers=1, d_state=32)
+    if args.batches:
+        raise SystemExit("skrecsys trains whole epochs: give compare.py --users instead")
     torch.set_num_threads(args.threads)
     data = Data.read(args.data)
     interactions = np.stack(data.before(2), axis=1)
@@ -43,10 +45,8 @@ def main() -> None:
     _, overhead = fit(0)
     model, took = fit(args.epochs)
     each = {clock: (took[clock] - overhead[clock]) / args.epochs for clock in took}
-    run.epochs = [
-        {"epoch": epoch + 1, "loss": float(loss), **each}
-        for epoch, loss in enumerate(model.loss_curve_)
-    ]
+    for epoch, loss in enumerate(model.loss_curve_, 1):
+        run.epoch(epoch, float(loss), each, 1)
     top = {}
     for name, filtered in (("all", False), ("unseen", True)):
         with clocks() as took:
