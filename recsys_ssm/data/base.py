@@ -1,6 +1,6 @@
-"""What every two-tower dataset shares: prepared arrays, batches that are slices, the DataModule.
+"""What every dataset shares (loaders that resume), and every two-tower one: arrays, slices, the DataModule.
 
-A dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns
+A two-tower dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns
 :class:`TwoTowerSets`. The rest (batches, order, shards, resuming) is here, once.
 
 Legend: N pairs, B of them in a batch; U users to rank for; I items in the catalogue.

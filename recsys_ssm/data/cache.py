@@ -21,18 +21,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.results import write_json
 
 VERSION = 1
 """Of what is stored and of how it is prepared: raise it when either changes."""
-
-_INDEX_FIELDS = {"folder", "checksums"}
 
 
 @dataclass
@@ -76,23 +73,24 @@ def load_or_make(
         UserError: The cache folder cannot be written, or an input changed while it was read.
     """
     fingerprint = _fingerprint(inputs, settings)
-    index = folder / f"{name}-{fingerprint[:20]}.json"
-    if (entry := _load(index)) is not None:
+    path = folder / f"{name}-{fingerprint[:20]}.json"
+    if (entry := _load(_Index.read(path))) is not None:
         return entry
     made = make()
     if _fingerprint(inputs, settings) != fingerprint:
         raise UserError(f"{inputs[0]}: changed while it was being read; run again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _new_folder(folder, index.stem) as new:
+        with _new_folder(path) as new:
             checksums = _write(made, new)
             # Another process may have been faster; whoever finds an entry keeps it.
+            index = _Index.read(path)
             if (entry := _load(index)) is None:
-                outdated = _folder_of(index)
-                write_json(index, {"folder": new.name, "checksums": checksums})
-                if outdated is not None:
-                    shutil.rmtree(outdated, ignore_errors=True)
-                entry = _load(index)
+                content = {"folder": new.name, "checksums": checksums}
+                _write_json(new / "index.json", content).replace(path)  # atomic
+                if index is not None:  # and damaged
+                    shutil.rmtree(index.folder, ignore_errors=True)
+                entry = _load(_Index.read(path))
     except OSError as error:
         raise UserError(
             f"{folder}: the prepared data cannot be kept there ({error.strerror or error}); name "
@@ -113,13 +111,14 @@ def _fingerprint(inputs: Sequence[Path], settings: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _new_folder(parent: Path, stem: str) -> Iterator[Path]:
-    """A new folder, removed again if no index came to name it."""
-    new = Path(tempfile.mkdtemp(prefix=f"{stem}.", dir=parent))
+def _new_folder(index: Path) -> Iterator[Path]:
+    """A new folder beside ``index``, removed again if that did not come to name it."""
+    new = Path(tempfile.mkdtemp(prefix=f"{index.stem}.", dir=index.parent))
     try:
         yield new
     finally:
-        if _folder_of(parent / f"{stem}.json") != new:
+        named = _Index.read(index)
+        if named is None or named.folder != new:
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -129,21 +128,45 @@ def _write(made: Prepared, folder: Path) -> dict[str, str]:
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     for name, text in made.texts.items():
         pl.DataFrame({name: text}).write_parquet(folder / f"{name}.parquet")
-    write_json(folder / "notes.json", {"notes": made.notes})
+    _write_json(folder / "notes.json", {"notes": made.notes})
     return {path.name: _checksum(path) for path in sorted(folder.iterdir())}
 
 
-def _load(index: Path) -> Prepared | None:
-    """The entry an index names; None if it is not there or not whole."""
-    folder = _folder_of(index)
-    if folder is None:
-        return None
-    try:
-        checksums = json.loads(index.read_text(encoding="utf-8"))["checksums"]
-        if any(_checksum(folder / name) != checksum for name, checksum in checksums.items()):
+def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
+
+
+class _Index(NamedTuple):
+    """What an index file says."""
+
+    folder: Path
+    checksums: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> _Index | None:
+        """None if there is no index, or one that makes no sense."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name, checksums = str(content["folder"]), dict(content["checksums"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        entry = Prepared({}, {})
-        for path in (folder / name for name in checksums):
+        # A folder that is removed as damaged must be one of this entry's.
+        if not name.startswith(f"{path.stem}.") or Path(name).name != name or not checksums:
+            return None
+        return cls(path.parent / name, checksums)
+
+
+def _load(index: _Index | None) -> Prepared | None:
+    """The entry an index names; None if it is not there or not whole."""
+    if index is None:
+        return None
+    entry = Prepared({}, {})
+    try:
+        for name, checksum in index.checksums.items():
+            path = index.folder / name
+            if _checksum(path) != checksum:
+                return None
             if path.suffix == ".npy":
                 # A plain view of the map: indexing it is faster than indexing an np.memmap.
                 entry.arrays[path.stem] = np.asarray(
@@ -156,16 +179,6 @@ def _load(index: Path) -> Prepared | None:
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
         return None
     return entry
-
-
-def _folder_of(index: Path) -> Path | None:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or set(content) != _INDEX_FIELDS or not content["checksums"]:
-        return None
-    return index.parent / Path(str(content["folder"])).name
 
 
 def _checksum(path: Path) -> str:

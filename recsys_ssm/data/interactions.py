@@ -25,7 +25,7 @@ from recsys_ssm.data.cache import Prepared, cache_folder, load_or_make
 from recsys_ssm.data.download import fetch_member
 from recsys_ssm.data.files import collect
 from recsys_ssm.data.formats import Format, check_format, format_of, scan, scan_sequences
-from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSets
+from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSets, spread
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, numeric_column, text_column
 
@@ -34,6 +34,10 @@ Split = Literal["leave_one_out", "time"]
 
 MIN_EVENTS = 3
 """Events of a user that ``leave_one_out`` holds out items of: one to train on, one each to validate and test."""
+
+
+_BLOCK = 1 << 14
+"""Users whose histories are looked at together."""
 
 
 class Interactions(SequenceData):
@@ -216,6 +220,8 @@ class Interactions(SequenceData):
             assert rows.time is not None
             instants = self._instants(rows.time, rows.is_date)
             train_stop, val, test = _by_instants(offsets, rows.time, instants, notes)
+        if again := _n_had_before(Histories(events, offsets), test):
+            notes.append(f"{again:,} users are tested on an item they had before")
         return Prepared(
             arrays={
                 "events": events,
@@ -473,6 +479,17 @@ def _by_instants(
         )
         held_out.append(HeldOut(user, begin[user]))
     return val_begin, held_out[0], held_out[1]
+
+
+def _n_had_before(histories: Histories, held_out: HeldOut) -> int:
+    """How many held-out events are of an item in the user's history."""
+    n, (events, offsets) = 0, histories
+    for block in range(0, held_out.user.size, _BLOCK):
+        user, event = (array[block : block + _BLOCK] for array in held_out)
+        length = event - offsets[user]
+        same = events[spread(offsets[user], length)] == np.repeat(events[event], length)
+        n += np.unique(np.repeat(user, length)[same]).size
+    return n
 
 
 def _describe(sets: SequenceSets) -> None:

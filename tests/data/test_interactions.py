@@ -7,21 +7,23 @@ import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import hydra
 import numpy as np
 import polars as pl
 import pytest
 
+from recsys_ssm.cli import make, register_resolvers
 from recsys_ssm.data import cache, download
 from recsys_ssm.data.formats import format_of
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
+from recsys_ssm.paths import CONF_DIR
 
 ROWS = [
     # user, item, rating, timestamp; u1's rows are not in the order of time, several times are equal
@@ -241,6 +243,7 @@ def test_leave_one_out(table):
         "1 users with fewer than 3 events: trained on, not evaluated" in n for n in sets.notes
     )
     assert any(n.startswith("2 items are in no training event") for n in sets.notes)
+    assert not any("had before" in note for note in sets.notes)
 
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path):
@@ -370,6 +373,8 @@ def test_what_counts_once(tmp_path):
     expected = {"identical": "abacb", "keep": "abaacb", "first": "abc", "last": "acb"}
     for duplicates, kept in expected.items():
         sets = sets_of(path, duplicates=duplicates)
+        before = any("1 users are tested on an item they had before" in note for note in sets.notes)
+        assert before == (duplicates in ("identical", "keep"))
         assert histories(sets) == {"u": list(kept), "v": list("abcd")}, duplicates
         dropped = 6 - len(kept)
         told = [note for note in sets.notes if f"(duplicates={duplicates})" in note]
@@ -599,24 +604,31 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, table, monke
     assert not (tmp_path / "cache").exists()
 
 
-def _prepare_together(path, barrier, results):
-    barrier.wait()
-    results.put(histories(sets_of(path)))
+_TOGETHER = """
+import sys, time
+from pathlib import Path
+import numpy as np, polars as pl
+from recsys_ssm.data.cache import Prepared, load_or_make
+folder, me = Path(sys.argv[1]), sys.argv[2]
+
+def make():
+    (folder / f"ready{me}").touch()
+    while len(list(folder.glob("ready*"))) < 3:  # all have found nothing
+        time.sleep(0.01)
+    return Prepared({"numbers": np.arange(9)}, {"names": pl.Series(["a"])}, ["made"])
+
+entry = load_or_make(folder / "cache", "x", [folder / "input"], {}, make)
+assert entry.arrays["numbers"].tolist() == list(range(9)), entry
+assert entry.texts["names"].to_list() == ["a"] and entry.notes == ["made"]
+"""
 
 
-def test_processes_may_prepare_the_same_at_once(tmp_path, table):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(3), context.Queue()
-    workers = [
-        context.Process(target=_prepare_together, args=(table, barrier, results)) for _ in range(3)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert found == [IN_ORDER] * 3
-    (index,) = entries(tmp_path)
+def test_processes_may_prepare_the_same_at_once(tmp_path):
+    write(tmp_path / "input", "x")
+    command = [sys.executable, "-c", _TOGETHER, str(tmp_path)]
+    workers = [subprocess.Popen([*command, str(i)]) for i in range(3)]
+    assert [worker.wait(120) for worker in workers] == [0, 0, 0]
+    (index,) = (tmp_path / "cache").glob("*.json")
     kept = [path.name for path in index.parent.iterdir() if path.is_dir()]
     assert kept == [json.loads(index.read_text())["folder"]]
 
@@ -848,6 +860,56 @@ def test_without_network_one_line_says_what_to_put_where(tmp_path, monkeypatch):
     text = str(caught.value)
     assert "put ratings.dat there" in text and "could not be fetched (no route)" in text
     assert "\n" not in text
+
+
+NAMED = sorted(
+    path.stem
+    for path in (CONF_DIR / "dataset").glob("*.yaml")
+    if "root: ${oc.env:RECSYS_SSM_DATA" in path.read_text() and "interactions:" in path.read_text()
+)
+
+
+def write_official(path: Path) -> None:
+    """The same events in the layout that a file of this name has officially."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {
+        ".txt": "".join(f"{user} {' '.join(items)}\n" for user, items in IN_ORDER.items()),
+        ".inter": lines(
+            separator="\t", header="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        ),
+        ".dat": lines(separator="::"),
+        ".data": lines(separator="\t"),
+        ".csv": lines(header="user_id,parent_asin,rating,timestamp\n")
+        if "2023" in str(path)
+        else lines(),
+    }[next(suffix for suffix in path.suffixes if suffix != ".gz")]
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_datasets_read_their_official_layouts(tmp_path, monkeypatch, name):
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = hydra.compose("train", [f"dataset={name}", "dataset.download=null", "name=x"])
+    monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"no such file .* put .* there, from "):
+        _ = make(cfg.dataset, "dataset").sets
+    cfg.dataset.k_core = 0
+    for file in cfg.dataset.interactions:
+        write_official(tmp_path / "data" / file)
+        data = make(cfg.dataset, "dataset")
+        assert histories(data.sets) == IN_ORDER, file
+        assert data.name == name
+        (tmp_path / "data" / file).unlink()
+
+
+def test_there_are_as_many_named_datasets_as_promised():
+    years = {"beauty": (2014, 2023), "games": (2014, 2023), "sports": (2014,), "toys": (2014,)}
+    amazon = {f"amazon_{what}_{year}" for what, of in years.items() for year in of}
+    assert amazon | {"ml_100k", "ml_1m"} <= set(NAMED)
 
 
 # Real files
