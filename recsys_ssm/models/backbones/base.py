@@ -61,16 +61,20 @@ class Backbone(nn.Module, abc.ABC):
     d_model: int
 
     @abc.abstractmethod
-    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, seq_idx: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
         """Mix the tokens of each row.
 
         Args:
             tokens: (B, L, D).
             seq_idx: (B, L) integers: -1 is padding, any other number names the packed sequence a position belongs
                 to. Positions of different sequences do not see each other. None: each row is one sequence.
+            at: (P,) which outputs are wanted, as places in the flattened (B·L): the others' feed-forward networks need
+                not be computed. None: all.
 
         Returns:
-            (B, L, D); what stands at padding is unspecified, but finite.
+            (B, L, D), or (P, D) with ``at``; what stands at padding is unspecified, but finite.
         """
 
     def init_state(self, batch_size: int) -> Any:
@@ -95,6 +99,11 @@ class Backbone(nn.Module, abc.ABC):
             NotImplementedError: The backbone is not causal.
         """
         raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
+
+
+def pick(x_BLD: Tensor, at: Tensor | None) -> Tensor:
+    """The outputs that are wanted: (P, D); all, as they are, where ``at`` is None."""
+    return x_BLD if at is None else x_BLD.flatten(0, 1).index_select(0, at)
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -173,8 +182,9 @@ class Layer(nn.Module):
             self.ffn_norm = make_norm()
             self.ffn_gate = nn.Linear(d_model, d_model) if gated else None
 
-    def forward(self, x_BLD: Tensor, context: Any = None) -> Tensor:
-        return self._after(x_BLD, self.mixer(self._before(x_BLD), context))
+    def forward(self, x_BLD: Tensor, context: Any = None, at: Tensor | None = None) -> Tensor:
+        y_BLD = self.mixer(self._before(x_BLD), context)
+        return self._after(pick(x_BLD, at), pick(y_BLD, at))
 
     def init_state(self, batch_size: int) -> Any:
         return self.mixer.init_state(batch_size)
@@ -214,7 +224,7 @@ class Stack(Backbone):
     parameters has one LayerNorm more, of the item embeddings, which is the tokenizer's.
 
     Args:
-        mixers: One a layer.
+        mixers: One a layer, at least one.
         d_model: D.
         norm: ``post``: LayerNorm after each sum; ``pre``: before the mixer and the network; ``none``.
         norm_eps: What LayerNorm adds to the variance.
@@ -251,6 +261,8 @@ class Stack(Backbone):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        if not mixers:
+            raise ValueError("n_layers=0: a stack needs a layer")
         if norm not in ("post", "pre", "none"):
             raise ValueError(f"norm={norm!r}: expected 'post', 'pre' or 'none'")
         if ffn_activation not in ("gelu", "swiglu"):
@@ -285,11 +297,14 @@ class Stack(Backbone):
         """What the mixers are given beside the tokens: worked out once, not in each layer."""
         return seq_idx
 
-    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, seq_idx: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
         context = self.context(tokens, seq_idx)
-        for layer in self.layers:
+        *earlier, last = self.layers
+        for layer in earlier:
             tokens = layer(tokens, context)
-        return self.final_norm(tokens)
+        return self.final_norm(last(tokens, context, at))
 
     def _layers(self) -> Iterator[Layer]:
         return iter(cast(Iterable[Layer], self.layers))

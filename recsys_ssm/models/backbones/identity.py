@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.models.backbones.base import Backbone, pick
 
 
 class Identity(Backbone):
@@ -19,8 +19,10 @@ class Identity(Backbone):
         super().__init__()
         self.d_model = d_model
 
-    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        return tokens
+    def forward(
+        self, tokens: Tensor, seq_idx: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        return pick(tokens, at)
 
     def init_state(self, batch_size: int) -> None:
         """Nothing is remembered."""

@@ -14,7 +14,7 @@ from recsys_ssm.models.backbones.attention import (
     attention_mask,
     no_tokens,
 )
-from recsys_ssm.models.backbones.base import Backbone, Init, reinitialise
+from recsys_ssm.models.backbones.base import Backbone, Init, pick, reinitialise
 from recsys_ssm.ops.dropout import dropout
 
 
@@ -43,7 +43,7 @@ class Transformer(Backbone):
         init, init_std: As :class:`~recsys_ssm.models.backbones.base.Stack`.
 
     Raises:
-        ValueError: ``d_model`` is no multiple of ``nhead``.
+        ValueError: ``d_model`` is no multiple of ``nhead``, or there is no layer.
     """
 
     causal = False
@@ -68,6 +68,8 @@ class Transformer(Backbone):
         super().__init__()
         if d_model % nhead:
             raise ValueError(f"d_model={d_model} is no multiple of nhead={nhead}")
+        if n_layers < 1:
+            raise ValueError(f"n_layers={n_layers}: an encoder needs a layer")
         self.d_model, self.norm_first, self.causal = d_model, norm_first, causal
         # One by one, not nn.TransformerEncoder: that copies its first layer, so that all start out equal.
         self.layers = nn.ModuleList(
@@ -89,12 +91,15 @@ class Transformer(Backbone):
         self.final_norm = nn.LayerNorm(d_model, eps=norm_eps) if norm_first else nn.Identity()
         reinitialise(self, init, init_std)
 
-    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, seq_idx: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
         mask = attention_mask(tokens, seq_idx, self.causal)
-        for layer in self._layers():
-            y = attend(layer.self_attn, layer.norm1(tokens) if self.norm_first else tokens, mask)
-            tokens = self._after(layer, tokens, y)
-        return self.final_norm(tokens)
+        *earlier, last = self._layers()
+        for layer in earlier:
+            tokens = self._after(layer, tokens, self._attend(layer, tokens, mask))
+        y = self._attend(last, tokens, mask)
+        return self.final_norm(self._after(last, pick(tokens, at), pick(y, at)))
 
     def init_state(self, batch_size: int) -> list[AttentionState]:
         if not self.causal:
@@ -116,6 +121,11 @@ class Transformer(Backbone):
 
     def _layers(self) -> Iterator[nn.TransformerEncoderLayer]:
         return iter(cast(Iterable[nn.TransformerEncoderLayer], self.layers))
+
+    def _attend(
+        self, layer: nn.TransformerEncoderLayer, x_BLD: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        return attend(layer.self_attn, layer.norm1(x_BLD) if self.norm_first else x_BLD, mask)
 
     def _after(self, layer: nn.TransformerEncoderLayer, x: Tensor, y: Tensor) -> Tensor:
         """All that comes after attention, which turned the layer's input x into y; each token by itself."""

@@ -144,6 +144,24 @@ def test_packed_equals_padded_equals_one_at_a_time(
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIONS)
+@pytest.mark.parametrize("at", [[4], [11, 3, 8, 3], []])
+def test_outputs_at_some_places_alone(
+    kind: type[Backbone], options: dict[str, object], at: list[int]
+) -> None:
+    backbone = build(kind, **options)
+    tokens = torch.randn(2, 6, 32, dtype=torch.float64, requires_grad=True)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 1, 1, 1, 1]])
+    places = torch.tensor(at, dtype=torch.long)
+    expected = backbone(tokens, seq_idx).flatten(0, 1)[places]
+    (gradient,) = torch.autograd.grad(expected.sin().sum(), tokens)
+    found = backbone(tokens, seq_idx, places)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sin().sum(), tokens)[0], gradient, rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS)
 def test_a_row_of_padding_only_gives_no_nan(
     kind: type[Backbone], options: dict[str, object]
 ) -> None:
