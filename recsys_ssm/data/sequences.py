@@ -436,6 +436,8 @@ class SequenceData(RecommenderData):
         objective: ``all``: a user is one sample, with a target at every position (a causal model
             only); ``last``: every prefix is a sample, its target at the last position alone.
         max_length: Items of a history, the latest, that a model sees.
+        windows: With ``objective="all"``, what of a longer history is trained on: the ``latest``
+            window, or ``all``, one after another, so that each item is a target.
         batch_positions: Items a training batch (on each process), about.
         row_length: Positions of a row that sequences are packed into; None: ``max_length``. A
             multiple of it leaves less empty where histories are nearly as long.
@@ -451,6 +453,7 @@ class SequenceData(RecommenderData):
         seed: int = 0,
         objective: Objective = "all",
         max_length: int = 50,
+        windows: Literal["latest", "all"] = "latest",
         batch_positions: int = 2048,
         row_length: int | None = None,
         eval_batch_size: int = 512,
@@ -460,6 +463,8 @@ class SequenceData(RecommenderData):
         super().__init__()
         if objective not in ("all", "last"):
             raise UserError(f"dataset.objective={objective}: expected all or last")
+        if windows not in ("latest", "all"):
+            raise UserError(f"dataset.windows={windows}: expected latest or all")
         if max_length < 1:
             raise UserError(f"dataset.max_length={max_length}: give at least 1")
         if row_length is None:
@@ -478,7 +483,7 @@ class SequenceData(RecommenderData):
             if value is not None and value < 1:
                 raise UserError(f"dataset.{option}={value}: give at least 1")
         self.name, self.seed, self.objective = name, seed, objective
-        self.max_length, self.batch_positions = max_length, batch_positions
+        self.max_length, self.windows, self.batch_positions = max_length, windows, batch_positions
         self.row_length, self.eval_batch_size = row_length, eval_batch_size
         self.n_val_loss, self.shuffle = n_val_loss, shuffle
         self._sets: SequenceSets | None = None
@@ -499,10 +504,10 @@ class SequenceData(RecommenderData):
 
     def train_dataloader(self) -> SequenceLoader:
         first, stop = self.sets.histories.offsets[:-1], self.sets.train_stop - 1
-        some = stop > first
-        windows = Windows(
-            first[some], stop[some], self.max_length, prefixes=self.objective == "last"
-        )
+        first, stop = first[stop > first], stop[stop > first]
+        if self.windows == "all" and self.objective == "all":
+            first, stop = _cut(first, stop, self.max_length)
+        windows = Windows(first, stop, self.max_length, prefixes=self.objective == "last")
         return self._windows(windows, self.objective == "all", self.shuffle)
 
     def val_dataloader(self) -> list[Any]:
@@ -573,6 +578,14 @@ class SequenceData(RecommenderData):
             batch_size=self.eval_batch_size,
             **(self._shard() if shard else {}),
         )
+
+
+def _cut(first: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Spans in pieces of at most ``length``, the shorter piece at the beginning."""
+    n_pieces = -(-(stop - first) // length)
+    back = spread(np.zeros_like(n_pieces), n_pieces) * length
+    first, stop = np.repeat(first, n_pieces), np.repeat(stop, n_pieces) - back
+    return np.maximum(first, stop - length), stop
 
 
 def _first_unseen(ranked: Tensor, batch: HistoryBatch, k: int) -> Tensor:

@@ -121,6 +121,21 @@ def test_all_positions_one_window_a_user_with_the_next_item_as_target():
     assert sorted(epoch_of(Data().train_dataloader())) == sorted(expected)
 
 
+def test_all_windows_of_a_long_history_have_each_item_as_a_target_once():
+    lengths = (3, 9, 4, 1, 30, 2, 7, 5)
+    expected = [
+        Window(span(4, start, stop), span(4, start + 1, stop + 1))
+        for start, stop in ((0, 3), (3, 11), (11, 19), (19, 27))
+    ]
+    for user, n in enumerate(lengths):
+        n = n - 2 if n >= 3 else n
+        if 2 <= n <= 9:
+            expected.append(Window(span(user, 0, n - 1), span(user, 1, n)))
+    assert sorted(epoch_of(Data(windows="all").train_dataloader())) == sorted(expected)
+    last = Data(windows="all", objective="last").train_dataloader()
+    assert epoch_of(last) == epoch_of(Data(objective="last").train_dataloader())
+
+
 def test_every_prefix_is_a_sample_once_with_its_target_at_the_last_position():
     lengths = (3, 9, 4, 1, 30, 2, 7, 5)
     expected = []
@@ -513,6 +528,7 @@ def test_baselines_where_the_catalogue_is_short():
         ({"batch_positions": 7}, "dataset.batch_positions=7: a batch has at least one row of 8"),
         ({"row_length": 7}, "dataset.row_length=7"),
         ({"objective": "prefix"}, "dataset.objective=prefix: expected all or last"),
+        ({"windows": "some"}, "dataset.windows=some: expected latest or all"),
         ({"eval_batch_size": 0}, "dataset.eval_batch_size=0"),
         ({"n_val_loss": 0}, "dataset.n_val_loss=0"),
     ],
