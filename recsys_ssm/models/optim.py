@@ -23,7 +23,7 @@ class WarmupCosine(LambdaLR):
     Args:
         optimizer: Whose rate it is.
         warmup_steps: Steps until the full rate.
-        total_steps: Steps until the lowest.
+        total_steps: Steps until the lowest. In a config -1 means all of the training's, by its steps or its epochs.
         min_factor: Lowest rate over full rate.
     """
 
@@ -66,5 +66,17 @@ def configure_optimizers(module: L.LightningModule, optimizer: Spec, scheduler: 
     made = build(optimizer, Optimizer, "optimizer", params=groups)
     if scheduler is None:
         return made
+    if scheduler.get("total_steps") == -1:
+        scheduler = {**scheduler, "total_steps": _training_steps(module)}
     schedule = build(scheduler, LRScheduler, "scheduler", optimizer=made)
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _training_steps(module: L.LightningModule) -> int:
+    steps = module.trainer.estimated_stepping_batches if getattr(module, "_trainer", None) else -1
+    if steps == float("inf") or steps < 1:
+        raise UserError(
+            "scheduler.total_steps=-1: the training has no end to count to; "
+            "set trainer.max_steps, trainer.max_epochs or scheduler.total_steps"
+        )
+    return int(steps)
