@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ def load_or_make(
         UserError: The cache folder cannot be written, or an input changed while it was read.
     """
     fingerprint = _fingerprint(inputs, settings)
-    path = folder / f"{name}-{fingerprint[:20]}.json"
+    path = folder / f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)}-{fingerprint[:20]}.json"
     if (entry := _load(_Index.read(path))) is not None:
         return entry
     made = make()

@@ -141,6 +141,10 @@ class Interactions(SequenceData):
                 f"dataset.items={items}: name its feature columns with dataset.item_numeric and "
                 "dataset.item_categorical"
             )
+        if download is not None and set(download) != {"url", "md5", "member"}:
+            raise UserError(
+                f"dataset.download: expected url, md5 and member, got {', '.join(download) or 'none'}"
+            )
         self.root = Path(root or "").expanduser()
         paths = [interactions] if isinstance(interactions, str | Path) else list(interactions)
         self.paths = [self.root / Path(path).expanduser() for path in paths]
@@ -167,16 +171,10 @@ class Interactions(SequenceData):
         prepared = load_or_make(
             self.cache / "interactions", self.name, [path], settings, lambda: self._prepare(path)
         )
-        arrays, texts = prepared.arrays, prepared.texts
-        sets = SequenceSets(
-            item_ids=texts["item_ids"].to_list(),
-            user_ids=texts["user_ids"],
-            histories=Histories(arrays["events"], arrays["offsets"]),
-            train_stop=arrays["train_stop"],
-            val=HeldOut(arrays["val_user"], arrays["val_event"]),
-            test=HeldOut(arrays["test_user"], arrays["test_event"]),
-            notes=list(prepared.notes),
-        )
+        try:
+            sets = _sets(prepared)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         _describe(sets)
         if self.items is not None:
             sets.item_schema, sets.items = self._item_features(sets)
@@ -386,6 +384,19 @@ class _Rows(NamedTuple):
     def at(self, index: np.ndarray) -> _Rows:
         time = None if self.time is None else self.time[index]
         return self._replace(user=self.user[index], item=self.item[index], time=time)
+
+
+def _sets(prepared: Prepared) -> SequenceSets:
+    arrays, texts = prepared.arrays, prepared.texts
+    return SequenceSets(
+        item_ids=texts["item_ids"].to_list(),
+        user_ids=texts["user_ids"],
+        histories=Histories(arrays["events"], arrays["offsets"]),
+        train_stop=arrays["train_stop"],
+        val=HeldOut(arrays["val_user"], arrays["val_event"]),
+        test=HeldOut(arrays["test_user"], arrays["test_event"]),
+        notes=list(prepared.notes),
+    )
 
 
 def _by_user_and_time(rows: _Rows, notes: list[str]) -> _Rows:

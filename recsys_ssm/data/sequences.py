@@ -114,11 +114,13 @@ class SequenceSets:
                 "no training pair is left: no user has two items to train on; give the dataset "
                 "more interactions, or hold out fewer"
             )
-        if self.test.user.size == 0:
-            raise UserError(
-                "no test user is left: with split=leave_one_out a user needs 3 events, with "
-                "split=time some before and some in the test period; give the dataset more data"
-            )
+        for part, held_out in (("validation", self.val), ("test", self.test)):
+            if held_out.user.size == 0:
+                raise UserError(
+                    f"no {part} user is left: with split=leave_one_out a user needs 3 events, with "
+                    f"split=time some before and some in the {part} period; give the dataset more "
+                    "data, or its periods other limits"
+                )
         # All events but those that are not trained on; in blocks, since bincount copies its input.
         counts = np.zeros(len(self.item_ids), dtype=np.int64)
         held = np.flatnonzero(offsets[1:] > self.train_stop)

@@ -539,6 +539,9 @@ def test_other_settings_are_another_entry(tmp_path, table, options):
 
 
 def test_options_of_the_loader_share_an_entry(tmp_path, table):
+    sets_of(table, name="my/set")
+    assert entries(tmp_path)[0].name.startswith("my_set-")
+    entries(tmp_path)[0].unlink()
     sets_of(table)
     sets_of(table, max_length=3, batch_positions=9, objective="last", seed=4)
     assert len(entries(tmp_path)) == 1
@@ -713,7 +716,7 @@ HEADER = "user_id,item_id,rating,timestamp\n"
             "no rating is 4 or more, the highest is 3; lower dataset.min_rating",
         ),
         ("x.csv", HEADER + "u,a,1,1\nv,a,1,2\n", {}, "no training pair is left"),
-        ("x.csv", HEADER + "u,a,1,1\nu,a,1,2\n", {}, "no test user is left"),
+        ("x.csv", HEADER + "u,a,1,1\nu,a,1,2\n", {}, "no validation user is left"),
         ("x.txt", "", {}, "the file is empty"),
         ("x.txt", "\n \n", {}, "every line is blank"),
         ("x.txt", "1 2 3 4\n2\n", {}, "line 2: one id alone \\('2'\\)"),
@@ -735,8 +738,7 @@ def test_a_mistake_in_the_file_is_named_with_its_place(tmp_path, name, text, opt
     with pytest.raises(UserError, match=message) as caught:
         sets_of(path, **options)
     assert "\n" not in str(caught.value)
-    if "is left" not in message and not message.startswith(("no training", "no test")):
-        assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_bytes_that_are_no_text(tmp_path):
@@ -762,6 +764,7 @@ def test_bytes_that_are_no_text(tmp_path):
         ({"val_from": 3, "test_from": 4}, "only split=time has instants"),
         ({"item_numeric": ["price"]}, "dataset.items: not set"),
         ({"items": "items.csv"}, "name its feature columns"),
+        ({"download": {"url": "https://x"}}, "expected url, md5 and member, got url"),
         ({"max_length": 0}, "dataset.max_length=0"),
         ({"batch_positions": 10}, "dataset.batch_positions=10"),
     ],

@@ -470,8 +470,11 @@ def test_training_counts_leave_out_what_is_held_out():
 def test_nothing_to_train_or_test_on_is_an_error():
     with pytest.raises(UserError, match="no training pair is left"):
         sets((3, 3))
-    with pytest.raises(UserError, match="no test user is left"):
+    with pytest.raises(UserError, match="no validation user is left"):
         sets((2, 2))
+    nobody = HeldOut(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    with pytest.raises(UserError, match="no test user is left"):
+        sets((5, 5), test=nobody)
 
 
 def test_baselines_equal_their_scores_ranked():
