@@ -223,6 +223,8 @@ def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
         The best value of the monitored metric; NaN if the job failed: what went wrong is in its
         ``job_status.json``, all that it printed in ``console.log``.
     """
+    if not _is_alive(sweep):  # a worker that outlived it
+        os._exit(1)
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     monitor, mode = str(cfg.get("monitor")), str(cfg.get("monitor_mode"))

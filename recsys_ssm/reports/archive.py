@@ -90,7 +90,7 @@ def command(cell: Cell) -> str | None:
 def _machine(run: Run) -> str:
     cost = run.results.get("cost") or {}
     named = [str(cost[key]) for key in ("machine", "device") if cost.get(key)]
-    threads = [f"{cost['threads']} threads"] if cost.get("threads") else []
+    threads = [f"threads: {cost['threads']}"] if cost.get("threads") else []
     return ", ".join(named + threads) or "not recorded"
 
 

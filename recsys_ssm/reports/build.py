@@ -14,7 +14,6 @@ from recsys_ssm.reports.document import (
     Heading,
     Image,
     Paragraph,
-    Table,
     to_html,
     to_latex,
     to_markdown,
@@ -67,7 +66,7 @@ def _summary(collection: Collection) -> str:
         return "No finished run was found."
     machines = sorted(
         {
-            f"{cost.get('machine')} ({cost.get('device')}, {cost.get('threads')} threads)"
+            f"{cost.get('machine')} ({cost.get('device')}, threads: {cost.get('threads')})"
             for cell in collection.cells
             for run in cell.runs
             if (cost := run.results.get("cost"))
@@ -81,12 +80,11 @@ def _summary(collection: Collection) -> str:
             if (found := run.results.get("versions"))
         }
     )
-    left_out = f" {len(collection.problems)} folders are left out, named at the end." * bool(
-        collection.problems
-    )
+    n_out = len(collection.problems)
+    left_out = f" Folders left out: {n_out}, named at the end." if n_out else ""
     where = f" Machines: {'; '.join(machines)}." if machines else ""
     return (
-        f"{runs} finished runs: {len(collection.tasks)} tasks, {len(collection.cells)} settings of backbones."
+        f"Finished runs: {runs}; tasks: {len(collection.tasks)}; settings of backbones: {len(collection.cells)}."
         f"{left_out} Versions: {'; '.join(versions)}.{where}"
     )
 
@@ -96,9 +94,10 @@ def _performance(collection: Collection, tasks: Sequence[Task], options: Options
     names = {task.dataset for task in tasks}
     first = [name for name in ("spotify", "hm") if name in names]
     if first:
-        caption = "Spotify music and H&M fashion, two towers (the paper's Table I)."
+        named = " and ".join({"spotify": "Spotify", "hm": "H&M"}[name] for name in first)
+        caption = f"{named}, two towers (the paper's Table I)."
         wanted = tables.paper_tasks(first, tasks)
-        blocks.append(Heading("Table I: Spotify and H&M"))
+        blocks.append(Heading(f"Table I: {named}"))
         blocks.append(tables.performance(collection, wanted, options, caption, "I"))
     if "vaccine" in names:
         caption = "Vaccine messages, clusters/messages, two towers (the paper's Table II)."
@@ -136,12 +135,3 @@ def write(document: Document, folder: Path, formats: Sequence[str]) -> list[Path
             write_bytes(folder / "figures" / f"{image.name}.png", image.png)
     forms = {"md": to_markdown, "tex": to_latex, "html": to_html}
     return [write_text(folder / f"report.{name}", forms[name](document)) for name in formats]
-
-
-def markdown_blocks(blocks: Sequence[Block]) -> str:
-    """Tables and their captions for a page of documentation."""
-    parts = []
-    for block in blocks:
-        if isinstance(block, Table):
-            parts += [to_markdown(Document("", [block])).partition("\n\n")[2].strip()]
-    return "\n\n".join(parts)

@@ -137,11 +137,9 @@ class Cell:
         }
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
-    @property
-    def validation(self) -> float:
-        """Mean of the best monitored values over the seeds; NaN if one has none."""
-        values = [run.validation for run in self.runs]
-        return sum(values) / len(values)
+    def validations(self) -> dict[int, float]:
+        """The best monitored value on validation of each seed that kept it."""
+        return {run.seed: run.validation for run in self.runs if math.isfinite(run.validation)}
 
 
 @dataclasses.dataclass

@@ -212,24 +212,28 @@ def _spans(text: str, escape: object, code: str, bold: str) -> str:
 
 _STYLE = """
 :root { color-scheme: light; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; max-width: 82rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+p, ul { max-width: 60rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.1rem; }
 a { color: #0b3c5d; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 .scroll:focus-visible { outline: 2px solid #0b3c5d; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .5rem; color: #333; font-size: .9rem; max-width: 60rem; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #d9d9d9; }
+th, td { padding: .25rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid #d9d9d9; }
 th { font-weight: 600; } thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
 th.label, td.label, tbody th { text-align: left; }
+td.label { white-space: normal; }
 tbody th { font-weight: 400; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
 figcaption { color: #333; font-size: .9rem; max-width: 60rem; }
 code { font-family: ui-monospace, "Liberation Mono", monospace; font-size: .9em; background: #f2f2f2; padding: 0 .2em;
   overflow-wrap: anywhere; }
+@page { size: A4 landscape; margin: 1cm; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } table, figure { break-inside: avoid; }
+  table { font-size: 7pt; } th, td { padding: .1rem .25rem; } table, figure { break-inside: avoid; }
   h2, h3 { break-after: avoid; } }
 """
 
@@ -281,7 +285,7 @@ def _html_table(table: Table) -> str:
     for row in table.rows:
         cells = [f'<th scope="row">{html_text(row[0])}</th>']
         cells += [
-            f"<td{' class=label' if i < table.n_labels else ''}>{html_text(cell)}</td>"
+            f"<td{' class=label' if i < table.n_labels else ''}>{_broken(cell, i >= table.n_labels)}</td>"
             for i, cell in enumerate(row[1:], start=1)
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -291,6 +295,12 @@ def _html_table(table: Table) -> str:
         f"<table><caption>{html_text(table.caption)}</caption><thead><tr>{head}</tr></thead>\n"
         f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
     )
+
+
+def _broken(cell: str, is_figure: bool) -> str:
+    """A figure's remarks go below it: wide tables stay narrow."""
+    text = html_text(cell)
+    return text.replace(" (", "<br>(").replace(", p ", ",<br>p ") if is_figure else text
 
 
 def html_text(text: str) -> str:

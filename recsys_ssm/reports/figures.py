@@ -108,7 +108,7 @@ def through_training(
                     alpha=0.18,
                     linewidth=0,
                 )
-            said.append(f"{model_name(cell)} {metric} ends at {mean[-1]:.3f}")
+            said.append(f"{label}: {metric} ends at {mean[-1]:.3f}")
         axes.set_title(metric.upper(), fontsize=11)
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1.02)
@@ -165,10 +165,11 @@ def recommended_minus_liked(task: Task, cells: Sequence[Cell], options: Options)
             style_of(cell.backbone),
             table.mean(0),
         )
+        label = f"{model_name(cell)} ({_seeds(len(table), options)})"
         axes.plot(
             ranks,
             mean,
-            label=f"{model_name(cell)} ({_seeds(len(table), options)})",
+            label=label,
             linewidth=1.4,
             markersize=4,
             **style,
@@ -179,7 +180,7 @@ def recommended_minus_liked(task: Task, cells: Sequence[Cell], options: Options)
                 ranks, mean - half, mean + half, color=style["color"], alpha=0.18, linewidth=0
             )
         said.append(
-            f"{model_name(cell)} lies between {mean.min():+.1f} and {mean.max():+.1f}, "
+            f"{label} lies between {mean.min():+.1f} and {mean.max():+.1f}, "
             f"on average {np.abs(mean).mean():.1f} from zero"
         )
     binned = drawn[0][1].shape[1] < _n_items(drawn[0][0])
@@ -283,7 +284,7 @@ def over_cells(
                     color="black",
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                 )
-                said.append(f"{task.label} {model_name(cell)} {value.mean:.3f}")
+                said.append(f"{task.label} {model_name(cell)} (n = {value.n}) {value.mean:.3f}")
             published = published_figures(task, backbone).get(metric)
             if published is not None:
                 axes.plot(
@@ -297,7 +298,9 @@ def over_cells(
     axes.set_xticks(range(len(tasks)), [f"{t.cell[0]} / {t.cell[1]}" for t in tasks if t.cell])
     axes.set_ylim(0, 1.02)
     _finish(axes, "clusters / messages", f"{metric.upper()}, mean over test users")
-    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, ncols=3)
+    axes.legend(
+        frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
+    )
     caption = (
         f"Vaccine messages: {metric.upper()} of the published setting for each number of clusters and messages; n is "
         "the number of seeds, the bar across the paper's mean. As the paper's Figure 6."

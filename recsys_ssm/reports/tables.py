@@ -87,11 +87,15 @@ def show_estimate(
 
 
 def best_setting(cells: Sequence[Cell]) -> Cell | None:
-    """Of one backbone's settings the one with the best mean on validation; None if none is known there."""
-    known = [cell for cell in cells if math.isfinite(cell.validation)]
-    mode = str(known[0].runs[0].config.get("monitor_mode")) if known else "max"
-    chosen = min if mode == "min" else max
-    return chosen(known, key=lambda cell: cell.validation, default=None)
+    """Of one backbone's settings the one that is best on validation, on the seeds they share; None if none is known."""
+    known = [(cell, cell.validations()) for cell in cells]
+    known = [(cell, values) for cell, values in known if values]
+    if not known:
+        return None
+    shared = set.intersection(*(set(values) for _, values in known))
+    means = [statistics.fmean(values[seed] for seed in (shared or values)) for _, values in known]
+    mode = known[0][0].runs[0].config.get("monitor_mode")
+    return known[means.index((min if mode == "min" else max)(means))][0]
 
 
 def published_figures(task: Task, backbone: str) -> dict[str, float]:
@@ -279,7 +283,7 @@ def settings_table(collection: Collection, options: Options) -> Table:
     shown = ("ndcg@10", "p@5", "p@10", "hr@1", "hr@10")
     rows = []
     for cell in collection.cells:
-        validation = estimate([run.validation for run in cell.runs], options.confidence)
+        validation = estimate(list(cell.validations().values()), options.confidence)
         monitor = str(cell.runs[0].config.get("monitor"))
         rows.append(
             [
@@ -324,7 +328,7 @@ def cost(collection: Collection) -> Table:
             where = tuple(str(costs.get(k, "–")) for k in ("machine", "device", "threads"))
             by_machine.setdefault(where, []).append({**run.results, **costs})
         for (processor, device, threads), runs in by_machine.items():
-            machine = f"{processor}, {device}, {threads} threads"
+            machine = f"{processor}, {device}, threads: {threads}"
             parameters = runs[0].get("parameters")
             counts = numbers(parameters)
             part = counts.get("backbone_per_tower", counts.get("without_embeddings", math.nan))
