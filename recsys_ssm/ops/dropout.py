@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_ssm.ops._vmap import is_batched
+
 _LEVELS = 1 << 16
 
 
@@ -26,7 +28,9 @@ def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
         ValueError: ``p`` is below 0 or above 1.
     """
     n_dropped = round(p * _LEVELS)
-    if not training or x.device.type != "cpu" or not 0 < n_dropped < _LEVELS:
+    # Under vmap PyTorch's draws differ from call to call; ours would be the same for all.
+    own = x.device.type == "cpu" and not is_batched(x)
+    if not training or not own or not 0 < n_dropped < _LEVELS:
         return F.dropout(x, p, training)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
