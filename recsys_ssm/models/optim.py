@@ -45,24 +45,34 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, which decay, apart from the rest (norms, biases, parameters of the recurrence); all in one without."""
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, stacked: bool = False
+) -> list[dict[str, Any]]:
+    """Matrices, which decay, apart from the rest (norms, biases, parameters of the recurrence); all in one without.
+
+    Args:
+        module: Whose parameters they are.
+        weight_decay: If 0, there is one group.
+        stacked: Whether each parameter is several models' (:mod:`recsys_ssm.models.seeds`), one dimension more.
+    """
     if not weight_decay:
         return [{"params": list(module.parameters())}]
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
-        spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+        spared = parameter.ndim - stacked < 2 or name.rpartition(".")[2] in NO_DECAY
         groups[spared]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
-def configure_optimizers(module: L.LightningModule, optimizer: Spec, scheduler: Spec | None) -> Any:
-    """What ``LightningModule.configure_optimizers`` returns.
+def configure_optimizers(
+    module: L.LightningModule, optimizer: Spec, scheduler: Spec | None, *, stacked: bool = False
+) -> Any:
+    """What ``LightningModule.configure_optimizers`` returns; ``stacked`` as :func:`parameter_groups`.
 
     Raises:
         UserError: The specs name no optimizer or scheduler, or an option they do not have.
     """
-    groups = parameter_groups(module, optimizer.get("weight_decay", 0.0))
+    groups = parameter_groups(module, optimizer.get("weight_decay", 0.0), stacked=stacked)
     made = build(optimizer, Optimizer, "optimizer", params=groups)
     if scheduler is None:
         return made
