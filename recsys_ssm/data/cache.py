@@ -71,7 +71,8 @@ def load_or_make(
         The entry as it is on disk: arrays are memory-mapped, read-only.
 
     Raises:
-        UserError: The cache folder cannot be written, or an input changed while it was read.
+        UserError: An input is not readable, or changed while it was read; or the cache folder
+            cannot be written.
     """
     fingerprint = _fingerprint(inputs, settings)
     path = folder / f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)}-{fingerprint[:20]}.json"
@@ -105,8 +106,11 @@ def load_or_make(
 def _fingerprint(inputs: Sequence[Path], settings: Mapping[str, Any]) -> str:
     files = []
     for path in inputs:
-        with path.open("rb") as file:
-            files.append([str(path), hashlib.file_digest(file, "sha256").hexdigest()])
+        try:
+            with path.open("rb") as file:
+                files.append([str(path), hashlib.file_digest(file, "sha256").hexdigest()])
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror or error})") from error
     whole = {"version": VERSION, "inputs": files, "settings": settings}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 

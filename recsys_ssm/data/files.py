@@ -79,7 +79,8 @@ def scan_lines(path: str | Path, *, encoding: str = "utf-8") -> pl.LazyFrame:
     _check_file(path, "lines")
     if encoding != "utf-8" and not _is_utf8(path):
         return pl.LazyFrame({"line": path.read_text(encoding).splitlines()})
-    return pl.scan_lines(path, name="line")
+    # What a CSV reader does with the mark some programs put before UTF-8 text.
+    return pl.scan_lines(path, name="line").with_columns(pl.col("line").str.strip_prefix("\ufeff"))
 
 
 def _is_utf8(path: Path) -> bool:

@@ -183,6 +183,8 @@ class Interactions(SequenceData):
     def _find(self) -> Path:
         """The file to read, fetched if that is possible and needed."""
         for path in self.paths:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; name the file in it")
             if path.is_file():
                 return path
         absent = (

@@ -195,6 +195,19 @@ def test_a_sequence_text_is_in_order_already(tmp_path):
     assert any("1 lines go on with the user of an earlier one" in note for note in sets.notes)
 
 
+@pytest.mark.parametrize(
+    ("make", "separator"),
+    [(csv_without_header, b"\r\n"), (recbole, b"\r\n"), (movielens, b"\r\n"), (movielens, b"\n")],
+)
+def test_line_ends_and_byte_order_marks_of_windows(tmp_path, make, separator):
+    path, options = make(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", separator))
+    assert histories(sets_of(path, **options)) == IN_ORDER
+    text = tmp_path / "x.txt"
+    text.write_bytes(b"\xef\xbb\xbfu1 a b c d\r\nu2 b a d\r\nu3 e a\r\n")
+    assert histories(sets_of(text)) == IN_ORDER
+
+
 def test_formats_are_told_by_name(tmp_path):
     assert format_of("a/ratings.dat") == "movielens"
     assert format_of("x.CSV.GZ") == "csv" and format_of("plain") == "csv"
@@ -636,6 +649,11 @@ def test_processes_may_prepare_the_same_at_once(tmp_path):
     assert kept == [json.loads(index.read_text())["folder"]]
 
 
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"none: not readable \(No such file"):
+        cache.load_or_make(tmp_path, "x", [tmp_path / "none"], {}, lambda: cache.Prepared({}, {}))
+
+
 def test_a_cache_that_cannot_be_written_is_told(tmp_path, table):
     write(tmp_path / "file", "")
     with pytest.raises(UserError, match=r"dataset.cache_dir or the variable RECSYS_SSM_CACHE"):
@@ -793,6 +811,8 @@ def test_the_first_file_that_is_there_is_read(tmp_path, table):
     data = Interactions(interactions=["none.inter", "rows.csv"], root=tmp_path)
     assert histories(data.sets) == IN_ORDER
     absent = Interactions(interactions=["a.inter", "b.csv"], root=tmp_path, source="example.org")
+    with pytest.raises(UserError, match="is a folder; name the file in it"):
+        sets_of(tmp_path)
     with pytest.raises(UserError) as caught:
         _ = absent.sets
     text = str(caught.value)
