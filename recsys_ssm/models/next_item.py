@@ -173,9 +173,14 @@ class NextItem(Recommender):
             return None
         return Features(self.item_numeric, self.item_categorical)
 
-    def forward(self, item: Tensor, seq_idx: Tensor | None, position: Tensor) -> Tensor:
-        """Outputs (B, L, D) of histories; see :class:`~recsys_ssm.data.sequences.SequenceBatch`."""
-        return self.backbone(self.tokenizer(item, position, self.features), seq_idx)
+    def forward(
+        self, item: Tensor, seq_idx: Tensor | None, position: Tensor, at: Tensor | None = None
+    ) -> Tensor:
+        """Outputs of histories: (B, L, D), or (P, D) at the places ``at`` of the flattened (B·L).
+
+        The rest is as in :class:`~recsys_ssm.data.sequences.SequenceBatch`.
+        """
+        return self.backbone(self.tokenizer(item, position, self.features), seq_idx, at)
 
     # Training
 
@@ -188,10 +193,9 @@ class NextItem(Recommender):
         return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec)
 
     def _loss(self, batch: SequenceBatch) -> tuple[Tensor, int]:
-        x_BLD = self(batch.item, batch.seq_idx, batch.position)
         # Padding, and positions nothing follows, never reach the catalogue.
         where_P = (batch.target.flatten() >= 0).nonzero().squeeze(1)
-        x_PD = x_BLD.flatten(0, 1).index_select(0, where_P)
+        x_PD = self(batch.item, batch.seq_idx, batch.position, where_P)
         target_P = batch.target.flatten()[where_P]
         return self.loss(self._query(x_PD), self._items(), target_P), target_P.numel()
 
@@ -247,8 +251,8 @@ class NextItem(Recommender):
 
     def scores(self, batch: HistoryBatch) -> Tensor:
         """(U, I), of each user's next item."""
-        x_BLD = self(batch.item, batch.seq_idx, batch.position)
-        return self._query(x_BLD.flatten(0, 1)[batch.last]) @ self._items().T
+        x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
+        return self._query(x_UD) @ self._items().T
 
     def _seen(self, batch: HistoryBatch) -> Tensor:
         """(U, I) bool, what each user had already; not the held-out item, should it be there once more."""
@@ -350,8 +354,8 @@ class NextItem(Recommender):
         position_UL = torch.arange(item_UL.shape[1]).expand_as(item_UL)
         seq_idx_UL = torch.where(item_UL >= 0, 0, -1)
         position_UL = position_UL.where(item_UL >= 0, 0)
-        x_ULD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL)))
-        x_UD = x_ULD[torch.arange(len(latest)), (lengths_U - 1).to(self.device)]
+        last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
+        x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
         scores_UI = (self._query(x_UD) @ self._items().T).float().cpu()
         seen_UI = None
         if filter_seen:
