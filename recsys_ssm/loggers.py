@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import wandb
@@ -33,6 +34,8 @@ def wandb_logger(
     tags: list[str] | None = None,
     mode: Mode = "auto",
     log_model: bool = False,
+    monitor: str | None = None,
+    monitor_mode: Literal["min", "max"] = "max",
 ) -> WandbLogger:
     """Lightning's W&B logger; the run's id is kept in ``save_dir``, so that a resumed run is the same W&B run.
 
@@ -44,6 +47,7 @@ def wandb_logger(
         mode: ``auto``: what ``WANDB_MODE`` says; else online if there is a key and W&B's server answers within three
             seconds, and offline if not.
         log_model: Upload checkpoints as artifacts (online only).
+        monitor, monitor_mode: The metric whose best value stands in the run's summary, and what is best.
     """
     mode = wandb_mode(mode)
     if log_model and mode != "online":
@@ -56,7 +60,7 @@ def wandb_logger(
     if not id_file.exists():
         id_file.write_text(env("WANDB_RUN_ID") or secrets.token_hex(4))
     env_tags = env("WANDB_TAGS")
-    return WandbLogger(
+    logger = WandbLogger(
         name=env("WANDB_NAME", name),
         save_dir=save_dir,
         offline=mode == "offline",
@@ -71,6 +75,60 @@ def wandb_logger(
         resume="allow",
         settings=wandb.Settings(quiet=True),
     )
+    define_metrics(logger.experiment, monitor, monitor_mode)
+    return logger
+
+
+STEP = "trainer/global_step"
+"""What Lightning calls the training step: the axis of all curves."""
+
+
+def define_metrics(run: Any, monitor: str | None, monitor_mode: Literal["min", "max"]) -> None:
+    """Curves over the training step, and in the summary the best value of losses and of the monitored metric."""
+    best = {"train/loss": "min", "val/loss": "min"} | ({monitor: monitor_mode} if monitor else {})
+    for name in ("train/*", "val/*"):
+        run.define_metric(name, step_metric=STEP)
+    for name, summary in best.items():
+        run.define_metric(name, step_metric=STEP, summary=f"{summary},last")
+
+
+GROUPS = {
+    "metrics": "test",
+    "metrics_all_users": "test_all_users",
+    "metrics_unfiltered": "test_unfiltered",
+    "published": "published",
+    "cost": "cost",
+    "parameters": "parameters",
+    "latency": "latency",
+}
+"""What parts of ``metrics.json`` are called in a W&B summary; baselines have their own names."""
+
+_PLAIN = ("dataset", "generated", "seed", "steps", "train_seconds")
+
+
+def run_summary(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's results as W&B summary values: ``test/hr@10``, ``popularity/hr@10``, ``cost/seconds_per_step``."""
+    groups = {GROUPS[part]: results.get(part) or {} for part in GROUPS}
+    groups |= results.get("baselines") or {}
+    flat = {f"{group}/{name}": v for group, values in groups.items() for name, v in values.items()}
+    return flat | {name: results[name] for name in _PLAIN if name in results}
+
+
+def results_of_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Back from :func:`run_summary`; what Lightning and W&B added is left out."""
+    parts = {name: part for part, name in GROUPS.items()}
+    results: dict[str, Any] = {name: summary[name] for name in _PLAIN if name in summary}
+    for key, value in summary.items():
+        group, slash, name = key.partition("/")
+        if group in parts:
+            results.setdefault(parts[group], {})[name] = value
+        elif (
+            slash
+            and group not in ("train", "val", "trainer")
+            and not group.startswith(("lr-", "_"))
+        ):
+            results.setdefault("baselines", {}).setdefault(group, {})[name] = value
+    return results
 
 
 def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from recsys_ssm.cli import door, plain
 from recsys_ssm.errors import UserError
-from recsys_ssm.reports import archive, build
+from recsys_ssm.reports import archive, build, on_wandb
 from recsys_ssm.reports.collect import Collection, collect
 from recsys_ssm.reports.tables import Options
 from recsys_ssm.results import write_bytes
@@ -34,17 +34,26 @@ def report(cfg: DictConfig) -> Collection:
         raise UserError(f"confidence={cfg.confidence}: expected between 0 and 1")
     options = Options(int(cfg.min_seeds), float(cfg.confidence))
 
-    folders = [Path(source) for source in sources]
-    collection = collect(folders)
+    folders = [Path(source) for source in sources if not source.startswith(on_wandb.PREFIX)]
+    others, problems = [], []
+    for source in sources:
+        if source.startswith(on_wandb.PREFIX):
+            found, left_out = on_wandb.read_runs(source)
+            others += found
+            problems += left_out
+    collection = collect(folders, others)
+    collection.problems.extend(problems)
     for problem in collection.problems:
         log.info("left out  %s: %s", *problem)
     if not collection.cells:
         where = ", ".join(map(str, sources))
         raise UserError(f"sweep={where}: no finished run in it ({len(collection.problems)} others)")
     document = build.build(collection, str(cfg.title), options)
-    output = Path(cfg.output) if cfg.output else folders[0] / "report"
+    output = Path(cfg.output or (folders[0] / "report" if folders else "report"))
     for path in build.write(document, output, formats):
         log.info("report    %s", path)
+    if cfg.wandb:
+        on_wandb.log_report(document, str(cfg.wandb), output)
     if cfg.results:
         results = Path(cfg.results)
         for path in archive.write_cells(collection.cells, results):

@@ -19,6 +19,7 @@ from recsys_ssm.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.cli import check, door, make, make_all, plain, spec
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
+from recsys_ssm.loggers import run_summary
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.results import (
     plot_curves,
@@ -206,18 +207,10 @@ def report(
 
 
 def log_results(logger: Any, results: dict[str, Any], output: Path) -> None:
-    """Test metrics, baselines and published figures as W&B summary values, the curves as an image."""
+    """What the run found as W&B summary values, the curves as an image."""
     if not isinstance(logger, L.pytorch.loggers.WandbLogger):
         return
-    run = logger.experiment
-    for group in ("metrics", "metrics_all_users", "published"):
-        for metric, value in (results.get(group) or {}).items():
-            run.summary[f"{group.replace('metrics', 'test')}/{metric}"] = value
-    for name, values in results.get("baselines", {}).items():
-        for metric, value in values.items():
-            run.summary[f"{name}/{metric}"] = value
-    run.summary["generated"] = results["generated"]
-    run.summary["train_seconds"] = results["train_seconds"]
+    logger.experiment.summary.update(run_summary(results))
     if (output / "curves.png").exists():
         logger.log_image("curves", [str(output / "curves.png")])
 
@@ -250,7 +243,8 @@ def logger_tags(cfg: DictConfig, data: RecommenderData) -> dict[str, Any]:
     """Arguments only the W&B logger takes."""
     if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
         return {}
-    return {"tags": [*cfg.tags, *(["generated"] if data.sets.generated else [])]}
+    sweep = [cfg.sweep] if cfg.sweep else []
+    return {"tags": [*cfg.tags, *sweep, *(["generated"] if data.sets.generated else [])]}
 
 
 def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:

@@ -183,13 +183,13 @@ def backbone_of(config: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------- collecting
 
 
-def collect(folders: Sequence[Path]) -> Collection:
-    """All runs below ``folders``, put together by what they are seeds of.
+def collect(folders: Sequence[Path], others: Iterable[Run] = ()) -> Collection:
+    """All runs below ``folders``, and ``others``, put together by what they are seeds of.
 
     Raises:
         UserError: One of the folders is not there.
     """
-    runs: list[Run] = []
+    runs = list(others)
     problems: list[Problem] = []
     for root in folders:
         if not root.is_dir():
