@@ -222,8 +222,8 @@ def _footnotes(results: Mapping[str, Any]) -> list[str]:
         notes.append(f"{note}.")
     if results.get("metrics_unfiltered"):
         notes.append(
-            "'seen items allowed': what a user had already may be recommended once more, as the "
-            "papers' figures have it; everywhere else it is left out, the item held out excepted."
+            "'seen items allowed': what a user had already may be recommended once more (RecBole's "
+            "protocol); everywhere else it is left out, the item held out excepted."
         )
     if results.get("generated"):
         notes.append("Generated data: these figures say nothing about the real data set.")

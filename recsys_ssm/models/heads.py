@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys_ssm.ops.cross_entropy import linear_cross_entropy
+from recsys_ssm.ops.cross_entropy import linear_cross_entropy, multiplies_bfloat16
 
 
 class TowerHead(nn.Sequential):
@@ -98,8 +98,8 @@ class NextItemLoss(nn.Module):
         shared: The same K for the whole batch, one matrix product; or K for each position.
         logq: As above.
         gbce_t: t of ``gbce``, in [0, 1].
-        matmul: What ``softmax`` multiplies in: ``float32``, or ``bfloat16``, two to three times faster where the
-            processor multiplies it, with gradients off by some .3 % of their size.
+        matmul: What ``softmax`` multiplies in: ``float32``; ``bfloat16``, two to three times faster where the
+            processor multiplies it, with gradients off by some .3 % of their size; ``auto``: bfloat16 on such a one.
 
     Raises:
         ValueError: A value is out of its range.
@@ -116,7 +116,7 @@ class NextItemLoss(nn.Module):
         shared: bool = True,
         logq: bool = True,
         gbce_t: float = 0.75,
-        matmul: Literal["float32", "bfloat16"] = "float32",
+        matmul: Literal["float32", "bfloat16", "auto"] = "float32",
     ) -> None:
         super().__init__()
         if negatives < 1:
@@ -125,7 +125,7 @@ class NextItemLoss(nn.Module):
             raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
         self.n_items, self.loss, self.negatives = n_items, loss, negatives
         self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
-        self.matmul = torch.bfloat16 if matmul == "bfloat16" else None
+        self.matmul = matmul
         counts = torch.ones(n_items, dtype=torch.int64)
         if sampling == "popularity" and item_counts is not None:
             counts += item_counts
@@ -146,7 +146,10 @@ class NextItemLoss(nn.Module):
             Scalar; 0 of no position.
         """
         if self.loss == "softmax":
-            return linear_cross_entropy(x, weight, target, matmul=self.matmul)
+            fast = self.matmul == "bfloat16" or (
+                self.matmul == "auto" and multiplies_bfloat16(x.device)
+            )
+            return linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
         if not target.numel():
             return (x.sum() + weight.sum()) * 0
         shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)
