@@ -1,0 +1,304 @@
+"""Two-tower models of several seeds, trained at once as one batched computation.
+
+The parameters of K models are stacked, (K, …); one model's forward pass goes over them and over K batches under
+:func:`torch.vmap`, and the sum of the K losses is differentiated. No term mixes seeds, and neither does an optimizer
+that works element by element, so each seed is trained as it would be alone; but a step is as many operator calls as a
+single model's, each over K times the data.
+
+With dropout a seed draws other numbers than its single run (the generator is shared): the same distribution, other
+digits. Without it, and in float64, the two agree to rounding.
+
+Legend: K seeds, B pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.models.heads import PairLoss, in_batch_softmax
+from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.two_tower import TwoTower
+
+if TYPE_CHECKING:
+    from recsys_ssm.data.base import PairBatch, RankingBatch
+
+ELEMENTWISE = frozenset(
+    {
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    }
+)  # fmt: skip
+"""Optimizers of ``torch.optim`` whose update of an element depends on that element's gradients alone."""
+
+
+def batchable_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+    """:func:`in_batch_softmax` with shapes that do not depend on the targets, as ``vmap`` needs them."""
+    positive_B = target > 0
+    itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
+    same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
+    logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
+    own_B = torch.arange(target.numel(), device=target.device)
+    losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
+    return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
+
+
+_BATCHABLE: dict[PairLoss, PairLoss] = {in_batch_softmax: batchable_softmax}
+
+
+class _Trained(nn.Module):
+    """What of a model is trained, and its loss; parameters are called as the model's own."""
+
+    def __init__(self, model: TwoTower) -> None:
+        super().__init__()
+        self.user_tower, self.item_tower = model.user_tower, model.item_tower
+        self.loss = _BATCHABLE.get(model.loss, model.loss)
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        user, item = self.user_tower(batch.user), self.item_tower(batch.item)
+        return self.loss(user, item, batch.target, batch.item_index)
+
+
+class Seeds(L.LightningModule):
+    """K two-tower models under training.
+
+    ``state_dict`` has the names of a single model's, each tensor stacked; the best state of each seed so far travels
+    in the checkpoint beside it.
+
+    Args:
+        models: One a seed, of the same architecture; they are taken apart.
+        seeds: Their seeds.
+        monitor: Validation metric that says which state of a seed is its best, as ``val/ndcg@10``.
+        mode: Whether the best is the largest or the smallest.
+
+    Raises:
+        UserError: The models differ in shape, or the optimizer would mix them.
+    """
+
+    user_tower: nn.Module
+    item_tower: nn.Module
+    item_numeric: Tensor
+    item_categorical: Tensor
+
+    def __init__(
+        self,
+        models: Sequence[TwoTower],
+        seeds: Sequence[int],
+        *,
+        monitor: str = "val/ndcg@10",
+        mode: Literal["min", "max"] = "max",
+    ) -> None:
+        super().__init__()
+        _check_same(models, seeds)
+        _check_elementwise(models[0].optimizer_spec)
+        self.seeds, self.monitor, self.mode = list(seeds), monitor, mode
+        # Validation and test are a single model's; it is no submodule, or its parameters would be trained.
+        self._single = (models[0],)
+        self._trained = (_Trained(models[0]),)
+        stacked = _stack([_Trained(model) for model in models])
+        self.user_tower, self.item_tower = stacked.user_tower, stacked.item_tower
+        for name in ("item_numeric", "item_categorical"):
+            self.register_buffer(name, torch.stack([getattr(model, name) for model in models]))
+        self._batched = self._nonempty()
+        self.losses = torch.full((len(models),), math.nan)
+        """(K,) of the last training step."""
+        self.validated: list[dict[str, float]] = []
+        """What the last validation found for each seed."""
+        self.best_values = [math.nan] * len(models)
+        self.best_steps = [0] * len(models)
+        self._best: dict[str, Tensor] = {}
+        self._at_seed: int | None = None
+
+    @property
+    def single(self) -> TwoTower:
+        """The model that a seed's state is loaded into."""
+        return self._single[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Seeds:
+        """To a device or a precision: the single model goes along."""
+        super()._apply(fn, recurse)
+        self.single._apply(fn)
+        self._batched = self._nonempty()
+        return self
+
+    def train(self, mode: bool = True) -> Seeds:
+        super().train(mode)
+        self.single.train(mode)
+        return self
+
+    def _nonempty(self) -> dict[str, Tensor]:
+        """What ``vmap`` goes over. An embedding of no category stays the single model's: no rule takes one."""
+        return {name: value for name, value in self.named_parameters() if value.numel()}
+
+    # Training
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        """Losses (K,) of a stacked batch."""
+
+        def loss(parameters: dict[str, Tensor], batch: PairBatch) -> Tensor:
+            return functional_call(self._trained[0], parameters, (batch,))
+
+        return torch.vmap(loss, randomness="different")(self._batched, batch)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        losses_K = self(batch)
+        self.losses = losses_K.detach()
+        self.log("train/loss", self.losses.mean(), prog_bar=True, batch_size=batch.target.shape[1])
+        return losses_K.sum()
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(
+            self, self.single.optimizer_spec, self.single.scheduler_spec, stacked=True
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Each seed's gradient is clipped by its own norm."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norms_K = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        factor_K = (gradient_clip_val / (norms_K + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+        for gradient in gradients:
+            gradient.mul_(factor_K.view(-1, *[1] * (gradient.ndim - 1)))
+
+    # Validation: a single model's, with one seed's state after the other
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated = []
+        self._at_seed = None
+
+    def validation_step(
+        self, batch: PairBatch | RankingBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        number, part = divmod(dataloader_idx, 2)
+        if number != self._at_seed:
+            self._end_seed()
+            self._at_seed = number
+            self.single.load_state_dict(self.state_of(number))
+            self.single.on_validation_epoch_start()
+        self.single.validation_step(batch, batch_idx, part)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_seed()
+        values = {}
+        for name in self.validated[0]:
+            each = [found[name] for found in self.validated]
+            values[f"{name}/mean"] = sum(each) / len(each)
+            values |= {
+                f"{name}/seed{seed}": value for seed, value in zip(self.seeds, each, strict=True)
+            }
+        self.log_dict(values)
+        if not self.trainer.sanity_checking:
+            self._keep_best()
+
+    def _end_seed(self) -> None:
+        if self._at_seed is None:
+            return
+        found: dict[str, float] = {}
+        # The single model belongs to no trainer: what it would log is what it found.
+        single: Any = self.single
+        single.log_dict = lambda values: found.update(
+            {name: float(value) for name, value in values.items()}
+        )
+        single.on_validation_epoch_end()
+        del single.log_dict
+        self.validated.append(found)
+
+    def _keep_best(self) -> None:
+        """As ModelCheckpoint does it: the first of several that are best; not a number is the worst."""
+        for number, found in enumerate(self.validated):
+            if self.monitor not in found:
+                raise UserError(
+                    f"monitor={self.monitor}: validation found no such value; known: {', '.join(found)}"
+                )
+            value, best = found[self.monitor], self.best_values[number]
+            better = value < best if self.mode == "min" else value > best
+            if not self.best_steps[number] or better or (math.isnan(best) and value == value):
+                self.best_values[number] = value
+                self.best_steps[number] = self.global_step
+                for name, tensor in self.state_of(number).items():
+                    if name not in self._best:
+                        shape = (len(self.seeds), *tensor.shape)
+                        self._best[name] = torch.zeros(shape, dtype=tensor.dtype)
+                    self._best[name][number].copy_(tensor)
+
+    # States
+
+    def state_of(self, number: int) -> dict[str, Tensor]:
+        """A single model's ``state_dict`` of the ``number``-th seed as it is now: views."""
+        own = self.state_dict()
+        return {name: own[name][number] for name in self.single.state_dict()}
+
+    def best_of(self, number: int) -> dict[str, Tensor]:
+        """The same of the seed's best validation; as it is now where there was none."""
+        if not self.best_steps[number]:
+            return self.state_of(number)
+        return {name: tensor[number] for name, tensor in self._best.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seeds"] = {
+            "seeds": self.seeds,
+            "best": self._best,
+            "best_values": self.best_values,
+            "best_steps": self.best_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["seeds"]
+        self._best = kept["best"]
+        self.best_values, self.best_steps = kept["best_values"], kept["best_steps"]
+
+
+def _stack(modules: Sequence[nn.Module]) -> nn.Module:
+    """A module of the same tree whose parameters are all modules', stacked."""
+    stacked = copy.deepcopy(modules[0])
+    parameters = [dict(module.named_parameters()) for module in modules]
+    for name in parameters[0]:
+        path, _, last = name.rpartition(".")
+        value = torch.stack([own[name].detach() for own in parameters])
+        setattr(stacked.get_submodule(path), last, nn.Parameter(value))
+    return stacked
+
+
+def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
+    def shapes(model: TwoTower) -> dict[str, Any]:
+        # Where a feature's codes begin in the embedding table is no parameter, and not in the state either.
+        offsets = {n: b.tolist() for n, b in model.named_buffers() if n.endswith("offsets")}
+        return {name: tuple(x.shape) for name, x in model.state_dict().items()} | offsets
+
+    first = shapes(models[0])
+    for model, seed in zip(models, seeds, strict=True):
+        own = shapes(model)
+        for name in first:
+            if own.get(name) != first[name]:
+                raise UserError(
+                    f"train.seeds: {name} is {first[name]} with seed {seeds[0]} and {own.get(name)} with seed {seed} "
+                    "(the seeds' data have other columns, categories or items); train them one by one"
+                )
+
+
+def _check_elementwise(optimizer: Mapping[str, Any]) -> None:
+    target = str(optimizer["_target_"])
+    package, _, name = target.rpartition(".")
+    if not package.startswith("torch.optim") or name not in ELEMENTWISE:
+        raise UserError(
+            f"optimizer={target}: train.seeds needs one that updates element by element, or seeds would be mixed "
+            f"(torch.optim's {', '.join(sorted(ELEMENTWISE))}); choose one of these, or train.seeds=1"
+        )
