@@ -4,19 +4,28 @@ PYTHON ?= python3
 VENV ?= .venv
 # What pip holds versions to; /dev/null for the newest of everything.
 CONSTRAINTS ?= constraints.txt
+# Folders of finished runs, for `make report` and `make results`.
+RUNS ?=
 # Passed through to what a target runs:  make train ARGS="dataset=hm backbone=transformer"
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help train test test-slow lint format bench dist clean
+.PHONY: help train report results test test-slow lint format bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 train: $(STAMP) ## train a model; ARGS="dataset=hm backbone=transformer" and any other option
 	@$(BIN)/python -m recsys_ssm.train $(if $(ARGS),$(ARGS),dataset=spotify backbone=mamba)
+
+report: $(STAMP) ## tables and figures of finished runs; RUNS=runs/multirun/<name>
+	@$(BIN)/python -m recsys_ssm.report $(if $(RUNS),$(RUNS),runs) $(ARGS)
+
+results: $(STAMP) ## docs/results.md and the README's table from results/; RUNS=<folder> puts its runs there first
+	@$(if $(RUNS),$(BIN)/python -m recsys_ssm.report $(RUNS) results=results $(ARGS))
+	@$(BIN)/python scripts/results_page.py
 
 test: $(STAMP) ## run the tests; ARGS="-k mamba" and any other pytest option
 	@$(BIN)/python -m pytest $(ARGS)

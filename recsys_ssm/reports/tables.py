@@ -140,7 +140,8 @@ def chosen_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 def _role(cell: Cell, collection: Collection) -> str:
     siblings = collection.of(cell.task, cell.backbone)
-    is_best = best_setting(siblings) is cell and len(siblings) > 1
+    known = [sibling for sibling in siblings if sibling.validations()]
+    is_best = len(known) > 1 and best_setting(siblings) is cell
     if not cell.setting.changed:
         return cell.setting.label + (", also best" if is_best else "")
     return f"best: {cell.setting.label}" if is_best else cell.setting.label
