@@ -242,7 +242,8 @@ def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
         value = objective(folder, monitor, mode)
         write_json(
             folder / STATUS,
-            {"state": "finished", **read_status(folder), "objective": value, "monitor": monitor},
+            # "running" so far, if its sweep was killed between its result and its status
+            {**read_status(folder), "state": "finished", "objective": value, "monitor": monitor},
         )
         return value
 
