@@ -174,7 +174,7 @@ def test_what_is_finished_is_left_and_what_failed_done_again(door, tmp_path: Pat
     assert "dataset.threshold 0.1 then, 0.2 now" in second.text
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_launchers(tmp_path: Path, launcher: str) -> None:
     pytest.importorskip("hydra_plugins.hydra_" + launcher.partition("_")[0] + "_launcher")
     run_sweep(tmp_path, f"launcher={launcher}", "launcher.processes=2", "seed=0,1")
