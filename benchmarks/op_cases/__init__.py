@@ -6,9 +6,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Case", "Contender"]
+__all__ = ["Case", "Contender", "packed_rows"]
+
+
+def packed_rows(batch: int, length: int) -> Tensor:
+    """``seq_idx`` of rows full of sequences of 3 to 20 positions, as next-item training packs them."""
+    g = torch.Generator().manual_seed(0)
+    rows = [
+        torch.repeat_interleave(torch.arange(length), torch.randint(3, 21, (length,), generator=g))
+        for _ in range(batch)
+    ]
+    return torch.stack([row[:length] for row in rows])
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_cases import Case, Contender
+from op_cases import Case, Contender, packed_rows
 from recsys_ssm.ops import causal_conv1d
 from recsys_ssm.ops.causal_conv1d import _reference
 
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((32, 21, 256, 16), (128, 200, 128, 4))
+PACKED: Shape = (41, 50, 128, 4)  # a batch of next-item training
 
 
 def cases() -> list[Case]:
-    return [_case(shape) for shape in SHAPES]
+    return [_case(shape) for shape in (*SHAPES, PACKED)]
 
 
 def _case(shape: Shape) -> Case:
     batch, length, channels, _ = shape
     elements = batch * length * channels
+    seq_idx = packed_rows(batch, length)
     return Case(
         name=f"causal_conv1d {shape}",
         tensors=partial(_tensors, shape),
         contenders=[
             Contender("kernel", _ours),
+            Contender("kernel, packed", partial(_ours, seq_idx=seq_idx), exact=False),
             Contender("kernel, AVX2", _ours, environment={"RECSYS_SSM_MAX_ISA": "avx2"}),
             Contender("plain PyTorch", _plain),
             Contender("Conv1d", _conv1d),
@@ -53,8 +56,8 @@ def _transposed(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return x | {"x": x["x"].transpose(1, 2).contiguous()}
 
 
-def _ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = causal_conv1d(x, weight, bias)
+def _ours(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    y = causal_conv1d(x, weight, bias, seq_idx=seq_idx)
     assert isinstance(y, Tensor)
     return y
 

@@ -13,29 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_cases import Case, Contender
+from op_cases import Case, Contender, packed_rows
 from recsys_ssm.ops import selective_scan, selective_scan_reference
 from recsys_ssm.ops.selective_scan import _scan_loop
 
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((32, 21, 256, 16), (128, 50, 128, 32), (128, 200, 128, 32),
                              (8, 1000, 128, 16))  # fmt: skip
+PACKED: Shape = (41, 50, 128, 32)  # a batch of next-item training
 LONG: tuple[Shape, ...] = ((8, 4000, 128, 16), (8, 4000, 256, 16))
 
 
 def cases() -> list[Case]:
-    return [_case(shape, long=False) for shape in SHAPES] + [_case(s, long=True) for s in LONG]
+    return [_case(s, long=False) for s in (*SHAPES, PACKED)] + [_case(s, long=True) for s in LONG]
 
 
 def _case(shape: Shape, *, long: bool) -> Case:
     batch, length, channels, states = shape
     exponentials = 2 * batch * length * channels * states
     contenders = [Contender("kernel", _ours)]
+    if shape == PACKED:
+        seq_idx = packed_rows(batch, length)
+        contenders.append(Contender("kernel, packed", partial(_ours, seq_idx=seq_idx), exact=False))
     if not long:
         contenders.append(
             Contender("kernel, AVX2", _ours, environment={"RECSYS_SSM_MAX_ISA": "avx2"})
         )
         contenders.append(Contender("unbind loop", _loop))
+        contenders.append(Contender("unbind loop, plain", _plain_loop))
         if _mambapy() is not None:
             contenders.append(Contender("mambapy", _pscan))
         contenders.append(Contender("torch.compile", _Compiled(), slow_to_start=True))
@@ -63,7 +68,7 @@ def _tensors(shape: Shape) -> dict[str, Tensor]:
     }
 
 
-def _ours(**x: Tensor) -> Tensor:
+def _ours(**x: Any) -> Tensor:
     y = selective_scan(**x)
     assert isinstance(y, Tensor)
     return y
@@ -72,6 +77,18 @@ def _ours(**x: Tensor) -> Tensor:
 def _loop(**x: Tensor) -> Tensor:
     return _scan_loop(**x, z=None, dt_bias=None, dt_softplus=False, seq_idx=None,
                       initial_state=None)[0]  # fmt: skip
+
+
+def _plain_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The formula step by step, without the care that our fallback takes: multiply, add, sum."""
+    h = u.new_zeros(u.shape[0], *A.shape)
+    outputs = []
+    steps = zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)
+    for u_BE, dt_BE, B_BN, C_BN in steps:
+        decay = torch.exp(dt_BE.unsqueeze(-1) * A)
+        h = decay * h + dt_BE.unsqueeze(-1) * B_BN.unsqueeze(1) * u_BE.unsqueeze(-1)
+        outputs.append((h * C_BN.unsqueeze(1)).sum(-1))
+    return torch.stack(outputs, 1) + D * u
 
 
 def _reference(**x: Tensor) -> Tensor:

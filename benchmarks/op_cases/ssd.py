@@ -7,12 +7,13 @@ head. It takes lengths that are multiples of its chunk; of those that divide 200
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_cases import Case, Contender
+from op_cases import Case, Contender, packed_rows
 from recsys_ssm.ops import ssd
 from recsys_ssm.ops.ssd import _chunked, ssd_reference
 
@@ -22,18 +23,24 @@ SHAPES: tuple[tuple[Shape, int], ...] = (
     ((128, 200, 2, 64, 128), 100),
     ((128, 200, 32, 4, 128), 25),
 )
+PACKED: tuple[tuple[Shape, int], ...] = (  # batches of next-item training
+    ((41, 50, 32, 4, 64), 25),
+    ((41, 50, 8, 16, 128), 50),
+)
 
 
 def cases() -> list[Case]:
-    return [_case(shape, chunk) for shape, chunk in SHAPES]
+    return [_case(shape, chunk) for shape, chunk in SHAPES + PACKED]
 
 
 def _case(shape: Shape, chunk: int) -> Case:
+    seq_idx = packed_rows(*shape[:2])
     return Case(
         name=f"ssd {shape}",
         tensors=partial(_tensors, shape),
         contenders=[
             Contender("kernel", _ours),
+            Contender("kernel, packed", partial(_ours, seq_idx=seq_idx), exact=False),
             Contender("kernel, AVX2", _ours, environment={"RECSYS_SSM_MAX_ISA": "avx2"}),
             Contender("plain PyTorch", _plain),
             Contender(f"published, chunk {chunk}", partial(_published, chunk)),
@@ -54,7 +61,7 @@ def _tensors(shape: Shape) -> dict[str, Tensor]:
     }
 
 
-def _ours(**x: Tensor) -> Tensor:
+def _ours(**x: Any) -> Tensor:
     y = ssd(**x)
     assert isinstance(y, Tensor)
     return y

@@ -19,7 +19,6 @@ the second Q of a pair of positions written S.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -28,7 +27,6 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
 from recsys_ssm.ops.selective_scan import _resets, _state_dtype
 
 __all__ = ["ssd", "ssd_reference", "ssd_step"]
@@ -121,7 +119,7 @@ def ssd(
         return _by_kernel(
             x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, return_final_state
         )
-    if x.is_cuda and seq_idx is None and initial_state is None and not is_batched(x):
+    if x.is_cuda and seq_idx is None and initial_state is None:
         combined = _OPERATOR.cuda_function
         if combined is not None and x.dtype != torch.float64:
             return combined(
@@ -385,7 +383,7 @@ class _Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("threads", "batch", "length", "groups", "heads")),
-        *((name, ctypes.c_int64) for name in ("headdim", "states", "chunk", "bf16")),
+        *((name, ctypes.c_int64) for name in ("headdim", "states", "chunk", "sharing", "bf16")),
         *((name, ctypes.c_int64) for name in ("x_batch", "x_time", "b_batch", "b_time")),
         *((name, ctypes.c_int64) for name in ("c_batch", "c_time", "dy_batch", "dy_time")),
         *((name, ctypes.c_void_p) for name in ("x", "b", "c", "dt", "a", "d", "seq_idx", "state")),
@@ -444,8 +442,8 @@ def _fake(*arguments: Any) -> list[Tensor]:
     x, _, A, B, *_, return_final_state, keep_for_backward = arguments
     outputs = [_empty_like(x)]
     if return_final_state:
-        *calls, batch, _, heads, headdim = x.shape
-        outputs.append(A.new_empty((*calls, batch, heads, headdim, B.shape[-1])))
+        batch, _, heads, headdim = x.shape
+        outputs.append(A.new_empty((batch, heads, headdim, B.shape[3])))
     if keep_for_backward:
         outputs.append(A.new_empty(x.shape))
     return outputs
@@ -462,14 +460,8 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(*arguments: Any) -> list[Tensor]:
-    outputs = _fake(*arguments)
-    for found, one in each_call(4, 0, outputs, arguments):
-        _forward_into(found, *one)
-    return outputs
-
-
-def _forward_into(outputs: Sequence[Tensor], *arguments: Any) -> None:
     *inputs, return_final_state, keep_for_backward = arguments
+    outputs = _fake(*arguments)
     left = iter(outputs)
     args, _alive = _arguments(*inputs)
     args.y = next(left).data_ptr()
@@ -479,19 +471,14 @@ def _forward_into(outputs: Sequence[Tensor], *arguments: Any) -> None:
         args.yh = next(left).data_ptr()
     assert _OPERATOR.functions is not None
     _OPERATOR.functions[0](args)
+    return outputs
 
 
 def _backward_cpu(*arguments: Any) -> list[Tensor]:
-    gradients = _backward_fake(*arguments)
-    for found, one in each_call(4, 2, gradients, arguments):
-        _backward_into(found, *one)
-    return gradients
-
-
-def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     dy, dfinal_state, *inputs, others = arguments
     x, D, initial_state = inputs[0], inputs[5], inputs[7]
     batch, _, heads, headdim = x.shape
+    gradients = _backward_fake(*arguments)
     left = iter(gradients)
     args, _alive = _arguments(*inputs)
     dy = _dense_rows(torch.zeros_like(x) if dy is None else dy.to(x.dtype))
@@ -504,15 +491,25 @@ def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     args.yh = others.data_ptr()
     args.dx, args.ddt = next(left).data_ptr(), next(left).data_ptr()
     dA = next(left)
-    args.db, args.dc = next(left).data_ptr(), next(left).data_ptr()
+    dB, dC = next(left), next(left)
+    # Groups that share B and C have a gradient each.
+    parts = [
+        d if args.sharing == 1 else d.new_empty(*d.shape[:2], args.groups, d.shape[3])
+        for d in (dB, dC)
+    ]
+    args.db, args.dc = (part.data_ptr() for part in parts)
     dD = None if D is None else next(left)
     args.dstate = None if initial_state is None else next(left).data_ptr()
     args.da, args.dd = dA_BH.data_ptr(), dD_BHP.data_ptr()
     assert _OPERATOR.functions is not None
     _OPERATOR.functions[1](args)
+    if args.sharing > 1:
+        for part, d in zip(parts, (dB, dC), strict=True):
+            torch.sum(part.unflatten(2, (-1, args.sharing)), 3, out=d)
     torch.sum(dA_BH, 0, out=dA)
     if dD is not None:
         torch.sum(dD_BHP, (0, 2), out=dD)
+    return gradients
 
 
 def _arguments(
@@ -532,15 +529,21 @@ def _arguments(
     seq_idx = None if seq_idx is None else seq_idx.long()
     dense = [None if t is None else t.contiguous() for t in (dt, A, D, seq_idx, initial_state)]
     at = [None if t is None else t.data_ptr() for t in dense]
+    threads, per_group = torch.get_num_threads(), heads // groups
+    # A task is a group of a row. Where there are too few for the threads, a group becomes several,
+    # with a part of its heads each.
+    wanted = -(-threads // max(1, batch * groups))
+    sharing = next(n for n in range(min(wanted, per_group), 0, -1) if per_group % n == 0)
     args = _Args(
-        threads=torch.get_num_threads(),
+        threads=threads,
         batch=batch,
         length=length,
-        groups=groups,
-        heads=heads // groups,
+        groups=groups * sharing,
+        heads=per_group // sharing,
         headdim=headdim,
         states=states,
-        chunk=_kernel_chunk(length, heads // groups * headdim, states),
+        chunk=_kernel_chunk(length, per_group // sharing * headdim, states),
+        sharing=sharing,
         bf16=x.dtype == torch.bfloat16,
         x_batch=x.stride(0),
         x_time=x.stride(1),
@@ -621,8 +624,6 @@ _LIBRARY.impl("ssd", _forward_autograd, "Autograd")
 _LIBRARY.impl("ssd_backward", _backward_cpu, "CPU")
 torch.library.register_fake("recsys_ssm::ssd", _fake, lib=_LIBRARY)
 torch.library.register_fake("recsys_ssm::ssd_backward", _backward_fake, lib=_LIBRARY)
-register_vmap("recsys_ssm::ssd", _LIBRARY)
-register_vmap("recsys_ssm::ssd_backward", _LIBRARY)
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._dispatch import kernel_library
 from recsys_ssm.ops.causal_conv1d import (
     _OPERATOR,
     _convolve,
@@ -17,6 +19,7 @@ from recsys_ssm.ops.causal_conv1d import (
     causal_conv1d_step,
     same_conv1d,
 )
+from tests.ops.conftest import available_isas
 
 needs_kernel = pytest.mark.skipif(
     _OPERATOR.functions is None, reason="the compiled kernel is not there"
@@ -79,9 +82,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_random_shapes(dtype: torch.dtype, bound: float) -> None:
+    check_random_shapes(dtype, bound, 200)
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", available_isas()[:-1])
+def test_every_instruction_set(isa: str, use: Any) -> None:
+    use(RECSYS_SSM_MAX_ISA=isa)
+    assert kernel_library().isa == isa
+    check_random_shapes(torch.float32, 1e-5, 40)
+    check_random_shapes(torch.bfloat16, 2e-2, 10)
+
+
+def check_random_shapes(dtype: torch.dtype, bound: float, count: int) -> None:
     rng = random.Random(0)
     torch.manual_seed(0)
-    for _ in range(200):
+    for _ in range(count):
         B, L = rng.randint(1, 3), rng.choice([1, 2, 7, 8, 9, 21])
         E, W = rng.choice([1, 5, 16, 64, 130]), rng.choice([1, 2, 3, 4, 7, 16])
         ahead = rng.choice([0, (W - 1) // 2])

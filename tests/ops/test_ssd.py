@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._dispatch import kernel_library
 from recsys_ssm.ops.ssd import (
     _LONGEST_CHUNK,
     _OPERATOR,
@@ -18,6 +19,7 @@ from recsys_ssm.ops.ssd import (
     ssd_reference,
     ssd_step,
 )
+from tests.ops.conftest import available_isas
 
 needs_kernel = pytest.mark.skipif(
     _OPERATOR.functions is None, reason="the compiled kernel is not there"
@@ -97,9 +99,22 @@ def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_random_shapes(dtype: torch.dtype, bound: float) -> None:
+    check_random_shapes(dtype, bound, 200)
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", available_isas()[:-1])
+def test_every_instruction_set(isa: str, use: Any) -> None:
+    use(RECSYS_SSM_MAX_ISA=isa)
+    assert kernel_library().isa == isa
+    check_random_shapes(torch.float32, 1e-5, 40)
+    check_random_shapes(torch.bfloat16, 2e-2, 10)
+
+
+def check_random_shapes(dtype: torch.dtype, bound: float, count: int) -> None:
     rng = random.Random(1)
     torch.manual_seed(1)
-    for _ in range(200):
+    for _ in range(count):
         groups = rng.choice([1, 1, 2])
         heads, headdim = groups * rng.randint(1, 3), rng.choice([1, 3, 4, 16, 20])
         batch, length = rng.randint(1, 3), rng.choice([1, 2, 15, 16, 17, 33, 50])
@@ -308,6 +323,23 @@ def test_the_same_bits_every_time(threads: int) -> None:
         runs.append([*outputs, *gradients(outputs, inputs, [torch.ones_like(o) for o in outputs])])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("heads", [1, 4, 6])
+def test_one_row_on_several_threads(threads: int, heads: int) -> None:
+    torch.manual_seed(0)
+    inputs = random_inputs(1, 40, heads, 5, 1, 8, torch.float32)
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        outputs = ssd(**inputs, return_final_state=True)
+        ones = [torch.ones_like(output) for output in outputs]
+        found.append([*outputs, *gradients(outputs, inputs, ones)])
+    torch.set_num_threads(1)
+    for alone, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
 @needs_kernel

@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int64_t kTile = 8;   // positions whose sums are in registers at a time
+constexpr int64_t kBlock = 64;  // channels a task; a multiple of every Vec::size
 constexpr int64_t kSpan = 24;  // positions whose window is in L1 at a time
 
 }  // namespace
@@ -45,7 +46,6 @@ namespace {
 using Args = CausalConv1dArgs;
 
 // Rows of kBlock floats, of which those outside [first, last) are zero.
-template <int64_t kBlock>
 struct Window {
   const float* at;
   int64_t first, last;
@@ -56,8 +56,8 @@ struct Window {
 // out(t) = start + sum_k taps(k) in(t + k), t = t0 … t0 + kRows - 1, for `count` channels; kStep floats
 // lie between two taps. finish(t, c, out) stores the vector at channel c. All channels of a few
 // positions come before the next positions: what is written is then adjacent.
-template <int kRows, int64_t kStep, int64_t kBlock, class F>
-RECSYS_INLINE void convolve_rows(const Window<kBlock>& in, const float* taps, int64_t width,
+template <int kRows, int64_t kStep, class F>
+RECSYS_INLINE void convolve_rows(const Window& in, const float* taps, int64_t width,
                                  const float* start, int64_t t0, int64_t count, const F& finish) {
   const int64_t first = max64(0, in.first - (kRows - 1)), last = min64(width, in.last);
   for (int64_t c = 0; c < count; c += Vec::size) {
@@ -73,8 +73,8 @@ RECSYS_INLINE void convolve_rows(const Window<kBlock>& in, const float* taps, in
   }
 }
 
-template <int64_t kStep, int64_t kBlock, class F>
-RECSYS_INLINE void convolve(const Window<kBlock>& in, const float* taps, int64_t width, const float* start,
+template <int64_t kStep, class F>
+RECSYS_INLINE void convolve(const Window& in, const float* taps, int64_t width, const float* start,
                             int64_t length, int64_t count, const F& finish) {
   int64_t t = 0;
   for (; t + kTile <= length; t += kTile)
@@ -85,8 +85,8 @@ RECSYS_INLINE void convolve(const Window<kBlock>& in, const float* taps, int64_t
 }
 
 // sums(k) += sum_t a(t) b(t + k), t = 0 … count - 1, one vector of channels, kTaps taps.
-template <int kTaps, int64_t kBlock>
-RECSYS_INLINE void correlate(const float* a, const Window<kBlock>& b, int64_t count, float* sums) {
+template <int kTaps>
+RECSYS_INLINE void correlate(const float* a, const Window& b, int64_t count, float* sums) {
   Vec sum[kTaps];
   for (int j = 0; j < kTaps; ++j) sum[j] = Vec::load(sums + j * kBlock);
   for (int64_t t = max64(0, b.first - (kTaps - 1)); t < min64(count, b.last); ++t) {
@@ -96,9 +96,8 @@ RECSYS_INLINE void correlate(const float* a, const Window<kBlock>& b, int64_t co
   for (int j = 0; j < kTaps; ++j) sum[j].store(sums + j * kBlock);
 }
 
-// What one task works on: the channels [first, first + count) with their taps, rows of kBlock floats,
-// a multiple of every Vec::size.
-template <class T, int64_t kBlock>
+// What one task works on: the channels [first, first + count) with their taps.
+template <class T>
 class Block {
  public:
   // Where memory is null it only counts what it needs, in floats.
@@ -211,7 +210,7 @@ class Block {
   // The positions from `start` on that `rows` positions look at, of a sequence of `length` positions
   // `stride` apart; before it stands the state, or zeros.
   template <class S>
-  Window<kBlock> window(const S* from, int64_t stride, int64_t start, int64_t rows, int64_t length,
+  Window window(const S* from, int64_t stride, int64_t start, int64_t rows, int64_t length,
                         const float* state, float* copy) const {
     const int64_t size = rows + width_ - 1;
     const int64_t first = max64(0, -start), last = max64(first, min64(size, length - start));
@@ -278,7 +277,7 @@ class Block {
     backward_walk(x, dx, length, state, dstate, [&](int64_t start, int64_t rows) {
       const int64_t first = max64(0, -start);
       const int64_t last = max64(first, min64(rows + width_ - 1, length - start));
-      return Window<kBlock>{dsum + start * kBlock, first, last};
+      return Window{dsum + start * kBlock, first, last};
     });
   }
 
@@ -291,7 +290,7 @@ class Block {
     for (int64_t t = 0; t < length; t += kSpan) {
       const int64_t rows = min64(kSpan, length - t);
       // An input at t is met by the last tap at t - ahead and by the first at t + back.
-      const Window<kBlock> after = dsum(t - a_.ahead, rows);
+      const Window after = dsum(t - a_.ahead, rows);
       sum_taps(after.at + a_.ahead * kBlock,
                window(x, a_.x_time, t - back_, rows, length, state, window_), rows);
       T* out = dx + t * a_.channels;
@@ -312,11 +311,11 @@ class Block {
     }
   }
 
-  void sum_taps(const float* dsum, const Window<kBlock>& in, int64_t rows) {
+  void sum_taps(const float* dsum, const Window& in, int64_t rows) {
     for (int64_t c = 0; c < count_; c += Vec::size) {
       const float* d = dsum + c;
       float* sum = sums_ + c;
-      const Window<kBlock> at{in.at + c, in.first, in.last};
+      const Window at{in.at + c, in.first, in.last};
       int64_t k = 0;
       for (; k + 8 <= width_; k += 8) correlate<8>(d, at.from(k), rows, sum + k * kBlock);
       for (; k + 4 <= width_; k += 4) correlate<4>(d, at.from(k), rows, sum + k * kBlock);
@@ -345,7 +344,7 @@ int64_t groups_of(const Args& a, int64_t blocks) {
 
 // Calls body(block, b) for all rows of a task's group, a task for every block of channels and group,
 // and end(block, group) after them.
-template <class B, int64_t kBlock, class F, class E>
+template <class B, class F, class E>
 int for_all_rows(const Args& a, bool backward, const F& body, const E& end) {
   const int64_t blocks = ceil_div(a.channels, kBlock), groups = groups_of(a, blocks);
   const int64_t rows = ceil_div(a.batch, groups), floats = B(a, backward, 0, nullptr).floats();
@@ -365,21 +364,21 @@ int for_all_rows(const Args& a, bool backward, const F& body, const E& end) {
   return failed ? RECSYS_NO_MEMORY : RECSYS_OK;
 }
 
-template <class T, int64_t kBlock>
+template <class T>
 int forward(const Args& a) {
-  using B = Block<T, kBlock>;
-  return for_all_rows<B, kBlock>(
+  using B = Block<T>;
+  return for_all_rows<B>(
       a, false, [](B& block, int64_t b) { block.forward(b); }, [](B&, int64_t) {});
 }
 
-template <class T, int64_t kBlock>
+template <class T>
 int backward(const Args& a) {
-  using B = Block<T, kBlock>;
+  using B = Block<T>;
   const int64_t groups = groups_of(a, ceil_div(a.channels, kBlock));
   const int64_t size = (a.width + 1) * a.channels;
   auto* partial = static_cast<double*>(std::malloc(sizeof(double) * max64(1, groups * size)));
   if (partial == nullptr) return RECSYS_NO_MEMORY;
-  const int status = for_all_rows<B, kBlock>(
+  const int status = for_all_rows<B>(
       a, true, [](B& block, int64_t b) { block.backward(b); },
       [&](B& block, int64_t group) { block.write_totals(partial + group * size); });
   if (status == RECSYS_OK) {
@@ -401,21 +400,14 @@ bool valid(const Args* a) {
          a->ahead < a->width && (a->state == nullptr || a->ahead == 0);
 }
 
-// A wide filter's window takes as much of L1 in narrow blocks as a narrow one's in wide blocks.
-constexpr int64_t kWide = 8;
-
 }  // namespace
 
 RECSYS_KERNEL(recsys_causal_conv1d_forward)(const CausalConv1dArgs* args) {
   if (!valid(args)) return RECSYS_BAD_ARGUMENTS;
-  const bool wide = args->width > kWide;
-  return args->bf16 ? (wide ? forward<uint16_t, 64> : forward<uint16_t, 128>)(*args)
-                    : (wide ? forward<float, 64> : forward<float, 128>)(*args);
+  return args->bf16 ? forward<uint16_t>(*args) : forward<float>(*args);
 }
 
 RECSYS_KERNEL(recsys_causal_conv1d_backward)(const CausalConv1dArgs* args) {
   if (!valid(args)) return RECSYS_BAD_ARGUMENTS;
-  const bool wide = args->width > kWide;
-  return args->bf16 ? (wide ? backward<uint16_t, 64> : backward<uint16_t, 128>)(*args)
-                    : (wide ? backward<float, 64> : backward<float, 128>)(*args);
+  return args->bf16 ? backward<uint16_t>(*args) : backward<float>(*args);
 }

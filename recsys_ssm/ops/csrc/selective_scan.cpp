@@ -9,7 +9,7 @@
 //    a block needs of a chunk is copied to buffers in L1 first (converted, with softplus and gate
 //    applied): rows of a tensor lie a power of two apart more often than not, and would compete for
 //    the same few cache lines.
-//  * Within a block a tile of V vectors of channels by N states walks over the whole chunk with its
+//  * Within a block a tile of one vector of channels by N states walks over the whole chunk with its
 //    states in registers.
 //  * Forward keeps the state at the start of each chunk ("checkpoint"), no other. Backward takes the
 //    chunks in reverse: a tile computes its decays and states of the chunk again, into L1, and walks
@@ -304,59 +304,51 @@ struct ForwardChunk {  // of one block, (chunk, kBlock) each
   int64_t steps, states;
 };
 
-// V vectors of channels from `e` on, N states from `n0` on. Packed: `starts` is given. (Known when
+// One vector of channels from `e` on, N states from `n0` on. Packed: `starts` is given. (Known when
 // compiled, because a compiler moves work behind the branch and runs out of registers.)
-template <int V, int N, bool Packed>
+template <int N, bool Packed>
 RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
                                 int64_t e, int64_t n0) {
-  Vec h[N][V], decay_rate[N][V];
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = (n0 + n) * kBlock + e + v * kLane;
-      h[n][v] = Vec::load(h_in + i);
-      decay_rate[n][v] = Vec::load(A + i);
-    }
+  Vec h[N], rate[N];
+  for (int n = 0; n < N; ++n) {
+    h[n] = Vec::load(h_in + (n0 + n) * kBlock + e);
+    rate[n] = Vec::load(A + (n0 + n) * kBlock + e);
+  }
   for (int64_t t = 0; t < c.steps; ++t) {
     if (Packed && c.starts[t])
-      for (int n = 0; n < N; ++n)
-        for (int v = 0; v < V; ++v) h[n][v] = Vec::zero();
+      for (int n = 0; n < N; ++n) h[n] = Vec::zero();
     const float *B = c.B + t * c.states + n0, *C = c.C + t * c.states + n0;
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = t * kBlock + e + v * kLane;
-      const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i);
-      Vec y = Vec::load(c.y + i);
-      for (int n = 0; n < N; ++n) {
-        const Vec decay = (dt * decay_rate[n][v]).exp2();
-        h[n][v] = Vec::fma(decay, h[n][v], dtu * Vec::all(B[n]));
-        y = Vec::fma(h[n][v], Vec::all(C[n]), y);
-      }
-      y.store(c.y + i);
+    const int64_t i = t * kBlock + e;
+    const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i);
+    Vec y = Vec::load(c.y + i);
+    for (int n = 0; n < N; ++n) {
+      const Vec decay = (dt * rate[n]).exp2();
+      h[n] = Vec::fma(decay, h[n], dtu * Vec::all(B[n]));
+      y = Vec::fma(h[n], Vec::all(C[n]), y);
     }
+    y.store(c.y + i);
   }
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) h[n][v].store(h_out + (n0 + n) * kBlock + e + v * kLane);
+  for (int n = 0; n < N; ++n) h[n].store(h_out + (n0 + n) * kBlock + e);
 }
 
-constexpr int kForwardV = 2, kForwardN = 2, kBackwardV = 2, kBackwardN = 2;
-
-template <int V, bool Packed>
-RECSYS_INLINE void forward_states(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
-                                  int64_t e, Prefetch* ahead) {
-  int64_t n = 0;
-  for (; n + kForwardN <= c.states; n += kForwardN) {
-    ahead->some(2);
-    forward_tile<V, kForwardN, Packed>(c, A, h_in, h_out, e, n);
-  }
-  for (; n < c.states; ++n) forward_tile<V, 1, Packed>(c, A, h_in, h_out, e, n);
-}
+// States a tile: as many as keep their own in registers, of which AVX2 has sixteen.
+#if defined(RECSYS_ISA_AVX512) || defined(RECSYS_NEON)
+constexpr int kForwardN = 4, kBackwardN = 4;
+#else
+constexpr int kForwardN = 4, kBackwardN = 2;
+#endif
 
 template <bool Packed>
 void forward_block(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
                    int64_t channels, Prefetch* ahead) {
-  int64_t e = 0;
-  for (; e + (kForwardV - 1) * kLane < channels; e += kForwardV * kLane)
-    forward_states<kForwardV, Packed>(c, A, h_in, h_out, e, ahead);
-  for (; e < channels; e += kLane) forward_states<1, Packed>(c, A, h_in, h_out, e, ahead);
+  for (int64_t e = 0; e < channels; e += kLane) {
+    int64_t n = 0;
+    for (; n + kForwardN <= c.states; n += kForwardN) {
+      ahead->some(2);
+      forward_tile<kForwardN, Packed>(c, A, h_in, h_out, e, n);
+    }
+    for (; n < c.states; ++n) forward_tile<1, Packed>(c, A, h_in, h_out, e, n);
+  }
 }
 
 struct ForwardBuffers {
@@ -483,109 +475,77 @@ struct BackwardChunk {  // of one block, (chunk, kBlock) each
 // With x = decay h_before the step is h = x + dt u B, and with g = dh x (the gradient of dt A)
 //   dB = dh dt u,  dC = dy h,  d(dt u) = dh B,  d(dt) = g A,  dA = g dt,  dh_before = dh decay + dy C.
 // dC is left as dy x; the rest of it, B dy dt u, is the same for all states and added at the end.
-template <int V, int N, bool Packed>
+template <int N, bool Packed>
 RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const float* h_in, float* dh_inout,
                                  float* dA, float* kept, int64_t e, int64_t n0) {
-  Vec h[N][V], rate[N][V];
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = (n0 + n) * kBlock + e + v * kLane;
-      h[n][v] = Vec::load(h_in + i);
-      rate[n][v] = Vec::load(A + i);
-    }
+  Vec h[N], rate[N];
+  for (int n = 0; n < N; ++n) {
+    h[n] = Vec::load(h_in + (n0 + n) * kBlock + e);
+    rate[n] = Vec::load(A + (n0 + n) * kBlock + e);
+  }
   float* keep = kept;
   for (int64_t t = 0; t < c.steps; ++t) {
     if (Packed && c.starts[t])
-      for (int n = 0; n < N; ++n)
-        for (int v = 0; v < V; ++v) h[n][v] = Vec::zero();
+      for (int n = 0; n < N; ++n) h[n] = Vec::zero();
     const float* B = c.B + t * c.states + n0;
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = t * kBlock + e + v * kLane;
-      const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i);
-      for (int n = 0; n < N; ++n, keep += 2 * kLane) {
-        const Vec decay = (dt * rate[n][v]).exp2();
-        const Vec x = decay * h[n][v];
-        decay.store(keep);
-        x.store(keep + kLane);
-        h[n][v] = Vec::fma(dtu, Vec::all(B[n]), x);
-      }
+    const Vec dt = Vec::load(c.dt + t * kBlock + e), dtu = Vec::load(c.dtu + t * kBlock + e);
+    for (int n = 0; n < N; ++n, keep += 2 * kLane) {
+      const Vec decay = (dt * rate[n]).exp2();
+      const Vec x = decay * h[n];
+      decay.store(keep);
+      x.store(keep + kLane);
+      h[n] = Vec::fma(dtu, Vec::all(B[n]), x);
     }
   }
 
-  Vec dh[N][V], sum_dA[N][V];
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = (n0 + n) * kBlock + e + v * kLane;
-      dh[n][v] = Vec::load(dh_inout + i);
-      sum_dA[n][v] = Vec::load(dA + i);
-    }
+  Vec dh[N], sum_dA[N];
+  for (int n = 0; n < N; ++n) {
+    dh[n] = Vec::load(dh_inout + (n0 + n) * kBlock + e);
+    sum_dA[n] = Vec::load(dA + (n0 + n) * kBlock + e);
+  }
   for (int64_t t = c.steps; t-- > 0;) {
-    keep -= 2 * kLane * N * V;
+    keep -= 2 * kLane * N;
     const float *B = c.B + t * c.states + n0, *C = c.C + t * c.states + n0;
     float* lanes_dB = c.lanes_dB + (t * c.states + n0) * kLane;
     float* lanes_dC = c.lanes_dC + (t * c.states + n0) * kLane;
-    Vec dB[N], dC[N];
+    const int64_t i = t * kBlock + e;
+    const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i), dy = Vec::load(c.dy + i);
+    Vec ddtu = n0 == 0 ? Vec::zero() : Vec::load(c.ddtu + i);
+    Vec sum_rate = n0 == 0 ? Vec::zero() : Vec::load(c.rate + i);
     for (int n = 0; n < N; ++n) {
-      dB[n] = c.first ? Vec::zero() : Vec::load(lanes_dB + n * kLane);
-      dC[n] = c.first ? Vec::zero() : Vec::load(lanes_dC + n * kLane);
+      const Vec decay = Vec::load(keep + n * 2 * kLane), x = Vec::load(keep + n * 2 * kLane + kLane);
+      const Vec d = Vec::fma(dy, Vec::all(C[n]), dh[n]);
+      const Vec dB = c.first ? Vec::zero() : Vec::load(lanes_dB + n * kLane);
+      const Vec dC = c.first ? Vec::zero() : Vec::load(lanes_dC + n * kLane);
+      Vec::fma(d, dtu, dB).store(lanes_dB + n * kLane);
+      Vec::fma(dy, x, dC).store(lanes_dC + n * kLane);
+      ddtu = Vec::fma(d, Vec::all(B[n]), ddtu);
+      const Vec g = d * x;
+      sum_rate = Vec::fma(g, rate[n], sum_rate);
+      sum_dA[n] = Vec::fma(g, dt, sum_dA[n]);
+      dh[n] = d * decay;
     }
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = t * kBlock + e + v * kLane;
-      const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i), dy = Vec::load(c.dy + i);
-      Vec ddtu = n0 == 0 ? Vec::zero() : Vec::load(c.ddtu + i);
-      Vec sum_rate = n0 == 0 ? Vec::zero() : Vec::load(c.rate + i);
-      for (int n = 0; n < N; ++n) {
-        const Vec decay = Vec::load(keep + (v * N + n) * 2 * kLane);
-        const Vec x = Vec::load(keep + (v * N + n) * 2 * kLane + kLane);
-        const Vec d = Vec::fma(dy, Vec::all(C[n]), dh[n][v]);
-        dC[n] = Vec::fma(dy, x, dC[n]);
-        dB[n] = Vec::fma(d, dtu, dB[n]);
-        ddtu = Vec::fma(d, Vec::all(B[n]), ddtu);
-        const Vec g = d * x;
-        sum_rate = Vec::fma(g, Vec::load(A + (n0 + n) * kBlock + e + v * kLane), sum_rate);
-        sum_dA[n][v] = Vec::fma(g, dt, sum_dA[n][v]);
-        dh[n][v] = d * decay;
-      }
-      ddtu.store(c.ddtu + i);
-      sum_rate.store(c.rate + i);
-    }
-    for (int n = 0; n < N; ++n) {
-      dB[n].store(lanes_dB + n * kLane);
-      dC[n].store(lanes_dC + n * kLane);
-    }
+    ddtu.store(c.ddtu + i);
+    sum_rate.store(c.rate + i);
     if (Packed && c.starts[t])
-      for (int n = 0; n < N; ++n)
-        for (int v = 0; v < V; ++v) dh[n][v] = Vec::zero();
+      for (int n = 0; n < N; ++n) dh[n] = Vec::zero();
   }
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = (n0 + n) * kBlock + e + v * kLane;
-      dh[n][v].store(dh_inout + i);
-      sum_dA[n][v].store(dA + i);
-    }
-}
-
-template <int V, bool Packed>
-RECSYS_INLINE void backward_states(const BackwardChunk& c, const float* A, const float* h_in, float* dh,
-                                   float* dA, float* kept, int64_t e, Prefetch* ahead) {
-  int64_t n = 0;
-  for (; n + kBackwardN <= c.states; n += kBackwardN) {
-    ahead->some(2);
-    backward_tile<V, kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n);
+  for (int n = 0; n < N; ++n) {
+    dh[n].store(dh_inout + (n0 + n) * kBlock + e);
+    sum_dA[n].store(dA + (n0 + n) * kBlock + e);
   }
-  for (; n < c.states; ++n) backward_tile<V, 1, Packed>(c, A, h_in, dh, dA, kept, e, n);
 }
 
 template <bool Packed>
 void backward_block(BackwardChunk c, const float* A, const float* h_in, float* dh, float* dA,
                     float* kept, int64_t channels, Prefetch* ahead) {
-  int64_t e = 0;
-  for (; e + (kBackwardV - 1) * kLane < channels; e += kBackwardV * kLane) {
-    backward_states<kBackwardV, Packed>(c, A, h_in, dh, dA, kept, e, ahead);
-    c.first = false;
-  }
-  for (; e < channels; e += kLane) {
-    backward_states<1, Packed>(c, A, h_in, dh, dA, kept, e, ahead);
+  for (int64_t e = 0; e < channels; e += kLane) {
+    int64_t n = 0;
+    for (; n + kBackwardN <= c.states; n += kBackwardN) {
+      ahead->some(2);
+      backward_tile<kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n);
+    }
+    for (; n < c.states; ++n) backward_tile<1, Packed>(c, A, h_in, dh, dA, kept, e, n);
     c.first = false;
   }
 }
@@ -604,7 +564,7 @@ struct BackwardBuffers {
     lanes_dB = arena->take<float>(kChunk * a.states * kLane);
     lanes_dC = arena->take<float>(kChunk * a.states * kLane);
     lanes_dydtu = arena->take<float>(kChunk * kLane);
-    kept = arena->take<float>(kChunk * kBackwardV * kBackwardN * 2 * kLane);
+    kept = arena->take<float>(kChunk * kBackwardN * 2 * kLane);
     initial = arena->take<float>(plan.block_state);
     dh = arena->take<float>(ceil_div(plan.blocks, plan.groups) * plan.block_state);
     position = arena->take<int64_t>(a.seq_idx != nullptr ? a.length : 0);

@@ -30,10 +30,11 @@ constexpr int64_t kT = 16;  // positions a block
 extern "C" struct SsdArgs {
   int64_t threads, batch, length, groups, heads, headdim, states;  // heads a group
   int64_t chunk;                  // positions, a multiple of kT
+  int64_t sharing;                // groups side by side that have one B and C between them
   int64_t bf16;                   // x, B, C, y and their gradients are bfloat16, else float32
   int64_t x_batch, x_time;        // strides in elements; a position's channels are adjacent
   int64_t b_batch, b_time, c_batch, c_time, dy_batch, dy_time;
-  const void *x, *b, *c;          // (batch, length, groups * heads * headdim), (…, groups * states)
+  const void *x, *b, *c;  // (batch, length, groups * heads * headdim), (…, groups / sharing * states)
   const float* dt;                // (batch, length, groups * heads), after bias and softplus
   const float* a;                 // (groups * heads)
   const float* d;                 // (groups * heads) or null
@@ -44,7 +45,7 @@ extern "C" struct SsdArgs {
   float* final_state;             // as state, may be null
   const void* dy;
   const float* dfinal;            // as state, or null
-  void *dx, *db, *dc;             // without gaps
+  void *dx, *db, *dc;             // without gaps; db and dc (batch, length, groups * states)
   float* ddt;                     // as dt
   float *da, *dd;                 // (batch, groups * heads), (batch, channels)
   float* dstate;                  // as state, or null
@@ -364,7 +365,8 @@ class Group {
   template <class T>
   void load_states(const void* from, int64_t batch_stride, int64_t time_stride, int64_t start,
                    int64_t size, const Matrix& to) const {
-    const T* rows = static_cast<const T*>(from) + batch_ * batch_stride + group_ * a_.states;
+    const T* rows =
+        static_cast<const T*>(from) + batch_ * batch_stride + group_ / a_.sharing * a_.states;
     for (int64_t i = 0; i < size; ++i)
       read_row(rows + (begin_ + start + i) * time_stride, a_.states, to.row(i));
     for (int64_t i = size; i < round_up(size, kT); ++i) fill_zero(to.row(i), states_);
@@ -717,7 +719,7 @@ class Group {
 template <class F>
 int for_all_groups(const Args& a, bool backward, const F& body) {
   if (a.batch < 0 || a.length < 0 || a.groups < 1 || a.heads < 1 || a.headdim < 1 || a.states < 1 ||
-      a.chunk < kT || a.chunk % kT != 0)
+      a.sharing < 1 || a.groups % a.sharing != 0 || a.chunk < kT || a.chunk % kT != 0)
     return RECSYS_BAD_ARGUMENTS;
   Arena count{nullptr};
   Group(a, backward, count);
