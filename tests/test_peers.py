@@ -82,9 +82,10 @@ def test_batches_hold_as_many_positions_as_the_peers(modules: dict[str, ModuleTy
 def test_costs_and_times_to_a_level(modules: dict[str, ModuleType]) -> None:
     compare = modules["compare"]
 
-    def record(seed: int, cpu: float, values: list[float]) -> dict[str, object]:
+    def record(seed: int, cpu: float, values: list[float], share: float = 1.0) -> dict[str, object]:
         epochs = [
-            {"epoch": i, "cpu": cpu, "wall": 2 * cpu, "share": 0.5} for i, _ in enumerate(values, 1)
+            {"epoch": i, "cpu": cpu, "wall": 2 * cpu, "share": share}
+            for i, _ in enumerate(values, 1)
         ]
         metrics = {
             f"{split}/{i}/{name}": {"ndcg@10": value}
@@ -111,4 +112,10 @@ def test_costs_and_times_to_a_level(modules: dict[str, ModuleType]) -> None:
     assert compare.compared(peer, worse)["all time-to x"] == 0  # it never got there
     reached = compare.time_to(ours[1], 0.4, "unseen")
     assert reached == {"epoch": 2, "cpu": 4.0, "wall": 8.0}
-    assert compare.row("c", "peer", peer)["epoch cpu s"] == 16.0
+    assert compare.row("c", "peer", peer)["epoch cpu s"] == 8.0
+    assert compare.row("c", "peer", peer)["test all N@10"] == pytest.approx(0.3)
+
+    half = [record(0, 8.0, [0.1], share=0.5)]
+    costs = compare.row("c", "peer", half)
+    assert costs["epoch cpu s"] == 16.0 and "test all N@10" not in costs
+    assert set(compare.compared(half, ours)) == {"epoch x", "evaluation x", "memory x"}

@@ -214,10 +214,15 @@ def measured(record: dict[str, Any], data: dict[str, Any]) -> dict[str, dict[str
     return found
 
 
+def whole(records: list[dict[str, Any]]) -> bool:
+    """Whether epochs were run in full, so that what was learnt may be compared."""
+    return all(epoch["share"] == 1 for record in records for epoch in record["epochs"])
+
+
 def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """A line of the table: medians of the costs, means of the metrics over seeds."""
     last = {}
-    for split in ("val", "test"):
+    for split in ("val", "test") if whole(records) else ():
         for name in ("unseen", "all"):
             values = [r["metrics"].get(f"{split}/{r['last']}/{name}") for r in records]
             if None not in values:
@@ -352,7 +357,7 @@ def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str
         "evaluation x": cost(peer, "evaluations") / cost(ours, "evaluations"),
         "memory x": peak(peer) / peak(ours),
     }
-    for name in ("unseen", "all"):
+    for name in ("unseen", "all") if whole([*peer, *ours]) else ():
         split = "test" if f"test/{peer[0]['last']}/{name}" in peer[0]["metrics"] else "val"
 
         def values(records: list[dict[str, Any]], at: str) -> dict[int, float]:
@@ -361,7 +366,7 @@ def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str
 
         at = f"{split}/{{}}/{name}"
         theirs = values(peer, at)
-        mean = estimate(list(theirs.values())).mean
+        mean = estimate(list(theirs.values())).mean or math.nan
         off = paired_difference(values(ours, at), theirs)
         found[f"{split} {name} off %"] = 100 * off.mean / mean
         found[f"{name} ± %"] = 100 * off.half_width / mean
