@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import hydra
 import pytest
+from omegaconf import DictConfig
 from small import SMALL_MAMBA, TINY
 
 from recsys_ssm import sweeps
+from recsys_ssm.cli import register_resolvers
+from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.results import write_json
 
 QUICK = (*TINY, *SMALL_MAMBA, "dataset=spotify", "logger=none")
@@ -77,6 +81,40 @@ def test_cores_are_not_oversubscribed() -> None:
 def test_workers_are_sent_a_task_without_what_runs_it() -> None:
     task = cloudpickle.loads(cloudpickle.dumps(sweeps.Task("train", lambda cfg: sys.stdin)))
     assert task.door == "train" and not hasattr(task, "single")
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra.compose("train", [*overrides, "sweep=x"], return_hydra_config=True)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONF_DIR / "launcher").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_launchers_compose_and_fit_the_cores(path: Path) -> None:
+    assert path.read_text().startswith("# @package _global_\n# ")
+    plugin = {"joblib": "joblib", "submitit": "submitit", "ray": "ray"}.get(
+        path.stem.partition("_")[0]
+    )
+    if plugin:
+        pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    cfg = composed(f"launcher={path.stem}")
+    if path.stem != "submitit_slurm":  # other machines' cores
+        assert cfg.launcher.processes * cfg.launcher.threads <= sweeps.cores()
+    if path.stem == "joblib":
+        assert composed("launcher=joblib", "launcher.processes=3").hydra.launcher.n_jobs == 3
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+@pytest.mark.parametrize(
+    "path", sorted((CONF_DIR / "experiment" / "paper").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_papers_experiments_follow_the_recipes(path: Path, backbone: str) -> None:
+    cfg = composed(f"experiment=paper/{path.stem}", f"backbone={backbone}")
+    assert cfg.dataset.name == path.stem and cfg.published["hr@10"] and "paper" in cfg.tags
+    recipe = composed(f"dataset={path.stem}", f"backbone={backbone}")
+    assert cfg.optimizer == recipe.optimizer and cfg.trainer.max_steps == 5000
 
 
 # ---------------------------------------------------------------------------------------- statuses
@@ -300,8 +338,9 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
 
 def test_a_search_remembers_its_trials(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    search = ("search=optuna", "hydra.sweeper.n_trials=${trials_left:3,${.storage},${.study_name}}")
-    run_sweep(tmp_path, *search)
-    assert len(jobs_of(tmp_path / "runs")) == 3
-    run_sweep(tmp_path, *search)
-    assert len(jobs_of(tmp_path / "runs")) == 3
+    run_sweep(tmp_path, "search=optuna", "search.n_trials=1")
+    assert len(jobs_of(tmp_path / "runs")) == 1
+    run_sweep(tmp_path, "search=optuna", "search.n_trials=2")  # one more
+    assert len(jobs_of(tmp_path / "runs")) == 2
+    said = run_sweep(tmp_path, "search=optuna", "search.n_trials=2")
+    assert len(jobs_of(tmp_path / "runs")) == 2 and "0 failed" in said
