@@ -26,6 +26,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data is kept beside the tests' own files, not in the user's cache."""
+    monkeypatch.setenv("RECSYS_SSM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)

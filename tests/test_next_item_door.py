@@ -21,8 +21,7 @@ SMALL = (
 
 
 @pytest.fixture
-def csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RECSYS_SSM_CACHE", str(tmp_path / "cache"))
+def csv(tmp_path: Path) -> Path:
     generator = random.Random(0)
     rows = []
     for user in range(40):
@@ -101,6 +100,12 @@ def test_mistakes_are_one_line(door, csv: Path) -> None:
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
     outcome = door("train", "dataset=spotify", "head=next_item", "logger=none")
     assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
+
+
+def test_a_run_may_end_before_its_first_validation(door, csv: Path, tmp_path: Path) -> None:
+    outcome = train(door, csv, "trainer.max_steps=1", "output_dir=short")
+    assert outcome.code == 0, outcome.text
+    assert json.loads((tmp_path / "short" / "metrics.json").read_text())["steps"] == 1
 
 
 def test_the_same_seed_gives_the_same_digits(door, csv: Path, tmp_path: Path) -> None:
