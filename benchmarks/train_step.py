@@ -15,34 +15,31 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from timing import let_threads_sleep, machine, table, take_turns, write_json
 
 from recsys_ssm import ops
 from recsys_ssm.cli import make, register_resolvers
-from recsys_ssm.data.base import RecommenderData
+from recsys_ssm.data.base import TwoTowerData
+from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.train import make_model
 
 
-def config(dataset: str, backbone: str) -> DictConfig:
+def step_of(dataset: str, backbone: str, data: TwoTowerData) -> tuple[Callable[[], None], int]:
+    """A function that makes the next training step, and the model's number of parameters."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose(
+        cfg = compose(
             "train",
             [f"dataset={dataset}", f"backbone={backbone}", "name=benchmark", "output_dir=."],
         )
-
-
-def step_of(cfg: DictConfig, data: RecommenderData) -> tuple[Callable[[], None], int]:
-    """A function that makes the next training step, and the model's number of parameters."""
     torch.manual_seed(0)
     model = make_model(cfg, data)
+    assert isinstance(model, TwoTower), f"{dataset}: not a dataset of two towers"
     optimizer = model.configure_optimizers()
     batches = cycle(list(islice(data.train_dataloader(), 20)))
 
     def step() -> None:
         loss = model._loss(next(batches))
-        loss = loss[0] if isinstance(loss, tuple) else loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,13 +61,14 @@ def main() -> None:
     args = parser.parse_args()
 
     register_resolvers()
-    configs = {backbone: config(args.dataset, backbone) for backbone in args.backbones}
-    data = {backbone: make(cfg.dataset, "dataset") for backbone, cfg in configs.items()}
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", [f"dataset={args.dataset}", "name=benchmark", "output_dir=."])
+    data: TwoTowerData = make(cfg.dataset, "dataset")
     print(ops.describe_backends())
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        made = {name: step_of(cfg, data[name]) for name, cfg in configs.items()}
+        made = {backbone: step_of(args.dataset, backbone, data) for backbone in args.backbones}
         timings = take_turns(
             {name: step for name, (step, _) in made.items()}, args.repetitions, budget=120
         )
