@@ -196,9 +196,12 @@ def collect(folders: Sequence[Path], others: Iterable[Run] = ()) -> Collection:
             raise UserError(f"{root}: no such folder; give a sweep's, or one with runs in it")
         for folder in _run_folders(root, problems):
             try:
-                runs.append(read_run(folder))
+                run = read_run(folder)
             except UserError as error:
                 problems.append(Problem(folder, str(error)))
+                continue
+            if run is not None:
+                runs.append(run)
     return Collection(_cells(_without_repeats(runs, problems)), problems)
 
 
@@ -216,6 +219,8 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
         names = {entry.name for entry in entries}
         if not names.isdisjoint(RUN_FILES):
             found.append(folder)
+            # Seeds that were trained at once have a folder each within.
+            pending += [e for e in entries if any((e / name).is_file() for name in RUN_FILES)]
         elif not names and folder != root:
             problems.append(Problem(folder, "empty"))
         elif "report.html" not in names:
@@ -227,8 +232,8 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
     return sorted(found)
 
 
-def read_run(folder: Path) -> Run:
-    """A finished run.
+def read_run(folder: Path) -> Run | None:
+    """A finished run; None for one of many seeds at once, each of which is a run in a folder within.
 
     Raises:
         UserError: It is none: what is missing or broken in it.
@@ -242,6 +247,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"metrics.json is broken ({error})") from error
     if not isinstance(results, dict) or not {"name", "dataset", "versions"} <= results.keys():
         raise UserError("metrics.json is of another program: no name, dataset and versions")
+    if "seed" not in results and isinstance(results.get("seeds"), list):
+        return None
     if not isinstance(results.get("metrics"), dict):
         raise UserError("not tested (test=null)")
     if not isinstance(results.get("seed"), int):

@@ -326,10 +326,12 @@ def cost(collection: Collection) -> Table:
         by_machine: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
         for run in cell.runs:
             costs = run.results.get("cost") or {}
-            where = tuple(str(costs.get(k, "–")) for k in ("machine", "device", "threads"))
+            keys = ("machine", "device", "threads", "seeds_at_once")
+            where = tuple(str(costs.get(key, "–")) for key in keys)
             by_machine.setdefault(where, []).append({**run.results, **costs})
-        for (processor, device, threads), runs in by_machine.items():
+        for (processor, device, threads, at_once), runs in by_machine.items():
             machine = f"{processor}, {device}, threads: {threads}"
+            machine += f", {at_once} seeds at once" if at_once != "–" else ""
             parameters = runs[0].get("parameters")
             counts = numbers(parameters)
             part = counts.get("backbone_per_tower", counts.get("without_embeddings", math.nan))
@@ -351,7 +353,7 @@ def cost(collection: Collection) -> Table:
         "Cost of training: medians over the runs. Time of a step with its data, without validation; wall time of the "
         "whole training, validation included; peak memory of the process (of the device on a GPU); parameters "
         "in all, and of one tower's backbone (two towers) or without embeddings (next item). Times of runs that shared "
-        "their machine with others are upper bounds."
+        "their machine with others are upper bounds; seeds trained at once: time and memory of all together."
     )
     head = (
         "data",

@@ -12,7 +12,7 @@ import pytest
 from recsys_ssm.errors import UserError
 from recsys_ssm.reports import archive
 from recsys_ssm.reports.collect import Cell, Setting, Task, collect
-from recsys_ssm.reports.tables import best_setting
+from recsys_ssm.reports.tables import best_setting, cost
 from reports.fake import fake_run
 
 
@@ -64,6 +64,25 @@ def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     found = collect([tmp_path, tmp_path])
     assert [cell.n for cell in found.cells] == [1]
     assert all("the same run again" in problem.what for problem in found.problems)
+
+
+def test_seeds_trained_at_once_are_runs_of_their_own(tmp_path: Path) -> None:
+    fake_run(tmp_path, seed=0)
+    together = tmp_path / "together"
+    for seed in (1, 2):
+        folder = fake_run(together, seed=seed)
+        results = json.loads((folder / "metrics.json").read_text())
+        results["cost"]["seeds_at_once"] = 2
+        (folder / "metrics.json").write_text(json.dumps(results))
+    group = {key: results[key] for key in ("name", "dataset", "versions", "metrics")}
+    (together / "metrics.json").write_text(json.dumps(group | {"seeds": [1, 2]}))
+    (together / "config.yaml").write_text("train: {seeds: 2}")
+    (together / "checkpoints").mkdir()
+    found = collect([tmp_path])
+    assert [[run.seed for run in cell.runs] for cell in found.cells] == [[0, 1, 2]]
+    assert not found.problems
+    machines = [row[-1] for row in cost(found).rows]
+    assert len(machines) == 2 and machines[1].endswith("2 seeds at once")
 
 
 def test_data_with_other_options_is_another_task_and_logging_is_no_option(tmp_path: Path) -> None:
