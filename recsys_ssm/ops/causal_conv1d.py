@@ -29,6 +29,7 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "same_conv1d"]
 
@@ -157,6 +158,7 @@ def _convolve(
         and initial_state is None
         and ahead == 0
         and 2 <= weight.shape[1] <= 4  # all that kernel is compiled for
+        and not is_batched(x)
         and _OPERATOR.cuda_function is not None
     ):
         y_BEL = _OPERATOR.cuda_function(x.transpose(1, 2), weight, bias, activation=activation)
@@ -263,22 +265,31 @@ def _backward_fake(_dy: Tensor, *inputs: Any) -> list[Tensor]:
 
 def _forward_cpu(*inputs: Any) -> Tensor:
     y = _forward_fake(*inputs)
-    _call(0, inputs, (0, 0), y.data_ptr())
+    for (y_one,), one in each_call(3, 0, (y,), inputs):
+        _call(0, one, (0, 0), y_one.data_ptr())
     return y
 
 
-def _backward_cpu(dy: Tensor, *inputs: Any) -> list[Tensor]:
+def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    gradients = _backward_fake(*arguments)
+    for found, one in each_call(3, 1, gradients, arguments):
+        _backward_into(found, *one)
+    return gradients
+
+
+def _backward_into(gradients: Sequence[Tensor], dy: Tensor, *inputs: Any) -> None:
     x, weight, bias, _, state, *_ = inputs
     dy = _rows(dy if dy.dtype == x.dtype else dy.to(x.dtype))
-    dx = x.new_empty(x.shape)
-    parameters = [
-        None if t is None else torch.empty(t.shape, dtype=torch.float32)
-        for t in (weight, bias, state)
-    ]
-    at = [0 if t is None else t.data_ptr() for t in parameters]
+    left = iter(gradients)
+    dx = next(left)
+    own = [None if t is None else next(left) for t in (weight, bias, state)]
+    # The kernel adds up in float32.
+    found = [t if t is None or t.dtype == torch.float32 else t.float() for t in own]
+    at = [0 if t is None else t.data_ptr() for t in found]
     _call(1, inputs, dy.stride()[:2], 0, dy.data_ptr(), dx.data_ptr(), *at)
-    found = zip(parameters, (weight, bias, state), strict=True)
-    return [dx, *(d if d.dtype == t.dtype else d.to(t.dtype) for d, t in found if d is not None)]
+    for mine, computed in zip(own, found, strict=True):
+        if mine is not None and computed is not None and mine is not computed:
+            mine.copy_(computed)
 
 
 class _Convolution(torch.autograd.Function):
@@ -316,6 +327,8 @@ _LIBRARY.impl("causal_conv1d", _forward_autograd, "Autograd")
 _LIBRARY.impl("causal_conv1d_backward", _backward_cpu, "CPU")
 torch.library.register_fake("recsys_ssm::causal_conv1d", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("recsys_ssm::causal_conv1d_backward", _backward_fake, lib=_LIBRARY)
+register_vmap("recsys_ssm::causal_conv1d", _LIBRARY)
+register_vmap("recsys_ssm::causal_conv1d_backward", _LIBRARY)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
 
@@ -120,7 +121,7 @@ def selective_scan(
         return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
     plain = seq_idx is None and initial_state is None and u.dtype != torch.float64
-    if u.is_cuda and plain and _OPERATOR.cuda_function:
+    if u.is_cuda and plain and not is_batched(u) and _OPERATOR.cuda_function:
         return _scan_cuda(inputs, return_final_state)
     y, state = _scan_loop(*inputs)
     return (y, state) if return_final_state else y
@@ -358,17 +359,17 @@ def _scan_kernel(inputs: _Inputs, return_final_state: bool) -> list[Tensor]:
 def _fake(*arguments: Any) -> list[Tensor]:
     """Uninitialised outputs of the forward operator."""
     u, _, A, _, _, _, z, _, _, _, _, return_final_state, keep_for_backward = arguments
-    (batch, length, channels), states = u.shape, A.shape[1]
+    (*calls, batch, length, channels), states = u.shape, A.shape[-1]
     outputs = [_empty_like(u)]
     if return_final_state:
-        outputs.append(A.new_empty((batch, channels, states)))
+        outputs.append(A.new_empty((*calls, batch, channels, states)))
     if keep_for_backward:
         if z is not None:
             outputs.append(_empty_like(u))
         chunks = (length + _CHUNK - 1) // _CHUNK
         blocks = (channels + _BLOCK - 1) // _BLOCK
         # The first chunk starts from the initial state.
-        shape = (batch, torch.sym_max(chunks - 1, 0), blocks, states, _BLOCK)
+        shape = (*calls, batch, torch.sym_max(chunks - 1, 0), blocks, states, _BLOCK)
         outputs.append(A.new_empty(shape))
     return outputs
 
@@ -431,10 +432,16 @@ _ARGUMENTS = 7 + 5 * 4 + 5 + 2 * 4 + 2 + 6 * 4 + 5
 
 
 def _forward_cpu(*arguments: Any) -> list[Tensor]:
+    outputs = _fake(*arguments)
+    for found, one in each_call(3, 0, outputs, arguments):
+        _forward_into(found, *one)
+    return outputs
+
+
+def _forward_into(outputs: Sequence[Tensor], *arguments: Any) -> None:
     *inputs, return_final_state, keep_for_backward = arguments
     z = inputs[6]
     assert _OPERATOR.functions is not None
-    outputs = _fake(*arguments)
     left = iter(outputs)
     call = _CallArguments(tuple(inputs))
     call.strided(next(left))
@@ -443,13 +450,18 @@ def _forward_cpu(*arguments: Any) -> list[Tensor]:
     call.dense(final_state)
     call.dense(next(left) if keep_for_backward else None)
     call.call(_OPERATOR.functions[0])
-    return outputs
 
 
 def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    gradients = _backward_fake(*arguments)
+    for found, one in each_call(3, 2, gradients, arguments):
+        _backward_into(found, *one)
+    return gradients
+
+
+def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     dy, dfinal_state, *inputs, ungated, checkpoints = arguments
     assert _OPERATOR.functions is not None
-    gradients = _backward_fake(*arguments)
     left = iter(gradients)
     given = [x for i, x in enumerate(inputs) if i not in (8, 9)]  # floating-point ones
     spread = [None if x is None else next(left) for x in given]
@@ -464,7 +476,6 @@ def _backward_cpu(*arguments: Any) -> list[Tensor]:
     for x in (dfinal_state, dA, dD, ddt_bias, dinitial_state):
         call.dense(x)
     call.call(_OPERATOR.functions[1])
-    return gradients
 
 
 class _Scan(torch.autograd.Function):
@@ -508,6 +519,8 @@ _LIBRARY.impl("selective_scan", _forward_autograd, "Autograd")
 _LIBRARY.impl("selective_scan_backward", _backward_cpu, "CPU")
 torch.library.register_fake("recsys_ssm::selective_scan", _fake, lib=_LIBRARY)
 torch.library.register_fake("recsys_ssm::selective_scan_backward", _backward_fake, lib=_LIBRARY)
+register_vmap("recsys_ssm::selective_scan", _LIBRARY)
+register_vmap("recsys_ssm::selective_scan_backward", _LIBRARY)
 
 
 def _resets(seq_idx: Tensor) -> Tensor:

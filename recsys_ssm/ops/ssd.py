@@ -19,6 +19,7 @@ the second Q of a pair of positions written S.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
 from recsys_ssm.ops.selective_scan import _resets, _state_dtype
 
 __all__ = ["ssd", "ssd_reference", "ssd_step"]
@@ -119,7 +121,7 @@ def ssd(
         return _by_kernel(
             x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, return_final_state
         )
-    if x.is_cuda and seq_idx is None and initial_state is None:
+    if x.is_cuda and seq_idx is None and initial_state is None and not is_batched(x):
         combined = _OPERATOR.cuda_function
         if combined is not None and x.dtype != torch.float64:
             return combined(
@@ -442,8 +444,8 @@ def _fake(*arguments: Any) -> list[Tensor]:
     x, _, A, B, *_, return_final_state, keep_for_backward = arguments
     outputs = [_empty_like(x)]
     if return_final_state:
-        batch, _, heads, headdim = x.shape
-        outputs.append(A.new_empty((batch, heads, headdim, B.shape[3])))
+        *calls, batch, _, heads, headdim = x.shape
+        outputs.append(A.new_empty((*calls, batch, heads, headdim, B.shape[-1])))
     if keep_for_backward:
         outputs.append(A.new_empty(x.shape))
     return outputs
@@ -460,8 +462,14 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _forward_cpu(*arguments: Any) -> list[Tensor]:
-    *inputs, return_final_state, keep_for_backward = arguments
     outputs = _fake(*arguments)
+    for found, one in each_call(4, 0, outputs, arguments):
+        _forward_into(found, *one)
+    return outputs
+
+
+def _forward_into(outputs: Sequence[Tensor], *arguments: Any) -> None:
+    *inputs, return_final_state, keep_for_backward = arguments
     left = iter(outputs)
     args, _alive = _arguments(*inputs)
     args.y = next(left).data_ptr()
@@ -471,14 +479,19 @@ def _forward_cpu(*arguments: Any) -> list[Tensor]:
         args.yh = next(left).data_ptr()
     assert _OPERATOR.functions is not None
     _OPERATOR.functions[0](args)
-    return outputs
 
 
 def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    gradients = _backward_fake(*arguments)
+    for found, one in each_call(4, 2, gradients, arguments):
+        _backward_into(found, *one)
+    return gradients
+
+
+def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     dy, dfinal_state, *inputs, others = arguments
     x, D, initial_state = inputs[0], inputs[5], inputs[7]
     batch, _, heads, headdim = x.shape
-    gradients = _backward_fake(*arguments)
     left = iter(gradients)
     args, _alive = _arguments(*inputs)
     dy = _dense_rows(torch.zeros_like(x) if dy is None else dy.to(x.dtype))
@@ -509,7 +522,6 @@ def _backward_cpu(*arguments: Any) -> list[Tensor]:
     torch.sum(dA_BH, 0, out=dA)
     if dD is not None:
         torch.sum(dD_BHP, (0, 2), out=dD)
-    return gradients
 
 
 def _arguments(
@@ -624,6 +636,8 @@ _LIBRARY.impl("ssd", _forward_autograd, "Autograd")
 _LIBRARY.impl("ssd_backward", _backward_cpu, "CPU")
 torch.library.register_fake("recsys_ssm::ssd", _fake, lib=_LIBRARY)
 torch.library.register_fake("recsys_ssm::ssd_backward", _backward_fake, lib=_LIBRARY)
+register_vmap("recsys_ssm::ssd", _LIBRARY)
+register_vmap("recsys_ssm::ssd_backward", _LIBRARY)
 
 
 def _check(
