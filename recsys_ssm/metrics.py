@@ -174,6 +174,50 @@ def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
     return torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1)
 
 
+@torch.no_grad()
+def rank_products(
+    query: Tensor, items: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rank_top_k` of ``query @ items.T``, of all items and without the excluded ones.
+
+    On the CPU the scores are made and ranked for some users at a time, and stay in cache meanwhile:
+    of a whole catalogue the way to memory and back costs more than the product.
+
+    Args:
+        query: (U, D).
+        items: (I, D).
+        k: places, at least 1; may be more than I.
+        exclude: users (n,) int64, ascending, and items (n,) int64 not to recommend to them; None:
+            nothing is excluded.
+
+    Returns:
+        (U, k) int64 of all items, and (U, k) without the excluded ones (the same if there are none).
+
+    Raises:
+        UserError: a score is NaN, which means that the model has diverged.
+        ValueError: wrong shape or k.
+    """
+    n_users, n_items = query.shape[0], items.shape[0]
+    rows = max(1, n_users if query.device.type != "cpu" else _BLOCK_ELEMENTS // max(n_items, 1))
+    everything, without = [], []
+    for start in range(0, max(1, n_users), rows):
+        scores = query[start : start + rows] @ items.T
+        everything.append(rank_top_k(scores, k))
+        if exclude is None:
+            continue
+        user, item = exclude
+        ends = torch.searchsorted(user, torch.tensor([start, start + rows], device=user.device))
+        here = slice(int(ends[0]), int(ends[1]))
+        # Not excluded and -inf must stay apart, as rank_top_k has it.
+        scores.clamp_(min=torch.finfo(scores.dtype).min)
+        scores[user[here] - start, item[here]] = -math.inf
+        top = rank_top_k(scores, min(k, n_items))
+        top = top.masked_fill(scores.gather(1, top) == -math.inf, -1)
+        without.append(torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1))
+    whole = torch.cat(everything)
+    return whole, torch.cat(without) if exclude is not None else whole
+
+
 def _user_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of users and where each starts: on the CPU what is computed from one stays in cache.
 

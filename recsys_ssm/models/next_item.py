@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.metrics import RankingMetrics, rank_top_k
+from recsys_ssm.metrics import RankingMetrics, rank_products, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers
@@ -218,9 +218,8 @@ class NextItem(Recommender):
         if dataloader_idx == 0:
             self.val_loss.update(*self._loss(batch))  # type: ignore[arg-type]
             return
-        scores_UI = self.scores(batch)  # type: ignore[arg-type]
-        exclude = self._seen(batch) if self.filter_seen else None  # type: ignore[arg-type]
-        top_UK = rank_top_k(scores_UI, self.val_metrics.max_k, exclude)
+        everything_UK, new_UK = self.top(batch, self.val_metrics.max_k)  # type: ignore[arg-type]
+        top_UK = new_UK if self.filter_seen else everything_UK
         self.val_metrics.update_from_top(top_UK, batch.target)
 
     def on_validation_epoch_end(self) -> None:
@@ -237,10 +236,8 @@ class NextItem(Recommender):
         self.test_metrics_unfiltered.reset()
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
-        scores_UI = self.scores(batch)
-        k = self.test_metrics.max_k
-        self.test_metrics_unfiltered.update_from_top(rank_top_k(scores_UI, k), batch.target)
-        top_UK = rank_top_k(scores_UI, k, self._seen(batch))
+        everything_UK, top_UK = self.top(batch, self.test_metrics.max_k)
+        self.test_metrics_unfiltered.update_from_top(everything_UK, batch.target)
         self.test_metrics.update_from_top(top_UK, batch.target)
         self.test_rankings.add(batch.user, top_UK, batch.target)
 
@@ -249,16 +246,17 @@ class NextItem(Recommender):
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
-    def scores(self, batch: HistoryBatch) -> Tensor:
-        """(U, I), of each user's next item."""
-        x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
-        return self._query(x_UD) @ self._items().T
+    def top(self, batch: HistoryBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` best items of each user, (U, k) catalogue indices: of all, and of those new to him.
 
-    def _seen(self, batch: HistoryBatch) -> Tensor:
-        """(U, I) bool, what each user had already; not the held-out item, should it be there once more."""
-        n_users = batch.target.numel()
-        seen_UI = batch.seen.mask(0, n_users, len(self.item_ids)).to(batch.target.device)
-        return seen_UI.scatter_(1, batch.target.unsqueeze(1), False)
+        The held-out item is ranked in both, should he have had it before.
+        """
+        x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
+        user = torch.arange(batch.target.numel(), device=self.device)
+        user = user.repeat_interleave(batch.seen.lengths)
+        new = batch.seen.values != batch.target[user]
+        seen = (user[new], batch.seen.values[new])
+        return rank_products(self._query(x_UD), self._items(), k, seen)
 
     # For the doors
 
