@@ -176,8 +176,13 @@ def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def rank_products(
-    query: Tensor, items: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    exclude: tuple[Tensor, Tensor] | None = None,
+    *,
+    everything: bool = True,
+) -> tuple[Tensor | None, Tensor]:
     """`rank_top_k` of ``query @ items.T``, of all items and without the excluded ones.
 
     On the CPU the scores are made and ranked for some users at a time, and stay in cache meanwhile:
@@ -189,9 +194,11 @@ def rank_products(
         k: places, at least 1; may be more than I.
         exclude: users (n,) int64, ascending, and items (n,) int64 not to recommend to them; None:
             nothing is excluded.
+        everything: whether the ranking of all items is wanted beside the other.
 
     Returns:
-        (U, k) int64 of all items, and (U, k) without the excluded ones (the same if there are none).
+        (U, k) int64 of all items (None if not wanted), and (U, k) without the excluded ones (the
+        same if there are none).
 
     Raises:
         UserError: a score is NaN, which means that the model has diverged.
@@ -199,10 +206,11 @@ def rank_products(
     """
     n_users, n_items = query.shape[0], items.shape[0]
     rows = max(1, n_users if query.device.type != "cpu" else _BLOCK_ELEMENTS // max(n_items, 1))
-    everything, without = [], []
+    whole, without = [], []
     for start in range(0, max(1, n_users), rows):
         scores = query[start : start + rows] @ items.T
-        everything.append(rank_top_k(scores, k))
+        if everything or exclude is None:
+            whole.append(rank_top_k(scores, k))
         if exclude is None:
             continue
         user, item = exclude
@@ -214,8 +222,11 @@ def rank_products(
         top = rank_top_k(scores, min(k, n_items))
         top = top.masked_fill(scores.gather(1, top) == -math.inf, -1)
         without.append(torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1))
-    whole = torch.cat(everything)
-    return whole, torch.cat(without) if exclude is not None else whole
+    of_all = torch.cat(whole) if whole else None
+    if exclude is None:
+        assert of_all is not None
+        return of_all, of_all
+    return of_all, torch.cat(without)
 
 
 def _user_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:

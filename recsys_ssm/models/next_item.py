@@ -218,9 +218,11 @@ class NextItem(Recommender):
         if dataloader_idx == 0:
             self.val_loss.update(*self._loss(batch))  # type: ignore[arg-type]
             return
-        everything_UK, new_UK = self.top(batch, self.val_metrics.max_k)  # type: ignore[arg-type]
-        top_UK = new_UK if self.filter_seen else everything_UK
-        self.val_metrics.update_from_top(top_UK, batch.target)
+        k, seen_too = self.val_metrics.max_k, not self.filter_seen
+        everything_UK, new_UK = self.top(batch, k, seen_too=seen_too)  # type: ignore[arg-type]
+        self.val_metrics.update_from_top(
+            new_UK if everything_UK is None else everything_UK, batch.target
+        )
 
     def on_validation_epoch_end(self) -> None:
         values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
@@ -237,6 +239,7 @@ class NextItem(Recommender):
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
         everything_UK, top_UK = self.top(batch, self.test_metrics.max_k)
+        assert everything_UK is not None
         self.test_metrics_unfiltered.update_from_top(everything_UK, batch.target)
         self.test_metrics.update_from_top(top_UK, batch.target)
         self.test_rankings.add(batch.user, top_UK, batch.target)
@@ -246,17 +249,19 @@ class NextItem(Recommender):
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
-    def top(self, batch: HistoryBatch, k: int) -> tuple[Tensor, Tensor]:
+    def top(
+        self, batch: HistoryBatch, k: int, *, seen_too: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
         """The ``k`` best items of each user, (U, k) catalogue indices: of all, and of those new to him.
 
-        The held-out item is ranked in both, should he have had it before.
+        The held-out item is ranked in both, should he have had it before. Without ``seen_too`` the first is None.
         """
         x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
         user = torch.arange(batch.target.numel(), device=self.device)
         user = user.repeat_interleave(batch.seen.lengths)
         new = batch.seen.values != batch.target[user]
         seen = (user[new], batch.seen.values[new])
-        return rank_products(self._query(x_UD), self._items(), k, seen)
+        return rank_products(self._query(x_UD), self._items(), k, seen, everything=seen_too)
 
     # For the doors
 
