@@ -19,7 +19,6 @@ from common import PLACES, Data, Run, arguments, clocks
 from hydra import compose, initialize_config_dir
 
 from recsys_ssm.cli import make, plain, register_resolvers, spec
-from recsys_ssm.metrics import rank_top_k
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.paths import CONF_DIR
 
@@ -74,8 +73,8 @@ def main() -> None:
             for name, found in top.items():
                 with clocks() as took:
                     for batch in loader:
-                        seen = model._seen(batch) if name == "unseen" else None
-                        found[batch.user] = rank_top_k(model.scores(batch), PLACES, seen)
+                        everything, unseen = model.top(batch, PLACES, seen_too=name == "all")
+                        found[batch.user] = unseen if everything is None else everything
                 run.evaluations.append(
                     {"epoch": epoch, "split": split, "filter_seen": name == "unseen", **took}
                 )
