@@ -54,6 +54,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"test={cfg.test}: expected best, last or null")
     output = Path(cfg.output_dir)
     check_writable(output)
+    if cfg.train.seeds != 1:
+        from recsys_ssm.train_seeds import train_seeds  # which builds on this door
+
+        return train_seeds(cfg)
     ckpt_path = find_checkpoint(cfg.ckpt_path, output)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     log.info(ops.describe_backends())
@@ -180,14 +184,7 @@ def report(
     results: dict[str, Any], history: History, cost: Cost, output: Path, cfg: DictConfig
 ) -> None:
     """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
-    # Beside the curves' values, not among them: they are the same for the same seed, times are not.
-    records = [
-        record | {"seconds": seconds}
-        if "val/loss" in record and (seconds := cost.seconds.get(int(record["step"])))
-        else record
-        for record in history.records
-    ]
-    write_json(output / "history.json", records)
+    write_json(output / "history.json", timed(history.records, cost))
     written = {
         "metrics": write_json(output / "metrics.json", results),
         "config": output / "config.yaml",
@@ -204,6 +201,19 @@ def report(
     for what, path in written.items():
         if path is not None:
             log.info("%-10s %s", what, path)
+
+
+def timed(records: list[dict[str, float]], cost: Cost) -> list[dict[str, float]]:
+    """A history with the time of each validation.
+
+    Beside the curves' values, not among them: these are the same for the same seed, times are not.
+    """
+    return [
+        record | {"seconds": seconds}
+        if "val/loss" in record and (seconds := cost.seconds.get(int(record["step"])))
+        else record
+        for record in records
+    ]
 
 
 def log_results(logger: Any, results: dict[str, Any], output: Path) -> None:

@@ -70,7 +70,7 @@ class SeedsData(L.LightningDataModule):
         for seed, size in sizes.items():
             if size != sizes[first.seed]:
                 raise UserError(
-                    f"train.seeds: dataset {first.name} has {sizes[first.seed]:,} training pairs with seed {first.seed} "
+                    f"train.seeds: {first.name} has {sizes[first.seed]:,} training pairs with seed {first.seed} "
                     f"and {size:,} with seed {seed}, and seeds trained at once need as many; train them one by one"
                 )
 
