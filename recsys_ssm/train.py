@@ -185,16 +185,18 @@ def report(
 ) -> None:
     """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
     write_json(output / "history.json", timed(history.records, cost))
+    curves = plot_curves(
+        history.records,
+        output / "curves.png",
+        monitor=cfg.monitor,
+        mode=cfg.monitor_mode,
+        title=results["name"],
+    )
     written = {
+        # Last of the files: a sweep takes a run that has it for finished.
         "metrics": write_json(output / "metrics.json", results),
         "config": output / "config.yaml",
-        "curves": plot_curves(
-            history.records,
-            output / "curves.png",
-            monitor=cfg.monitor,
-            mode=cfg.monitor_mode,
-            title=results["name"],
-        ),
+        "curves": curves,
         "checkpoint": results.get("checkpoint"),
     }
     print_results(results)

@@ -220,7 +220,12 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
         if not names.isdisjoint(RUN_FILES):
             found.append(folder)
             # Seeds that were trained at once have a folder each within.
-            pending += [e for e in entries if any((e / name).is_file() for name in RUN_FILES)]
+            pending += [
+                entry
+                for entry in entries
+                if not entry.name.startswith(".")
+                and any((entry / name).is_file() for name in RUN_FILES)
+            ]
         elif not names and folder != root:
             problems.append(Problem(folder, "empty"))
         elif "report.html" not in names:

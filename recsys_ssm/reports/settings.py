@@ -14,8 +14,8 @@ from recsys_ssm.errors import UserError
 Settings = dict[str, Any]
 
 _INCIDENTAL = re.compile(
-    r"(name|seed|sweep|tags|versions|published|published_by_cell|output_\w+|ckpt_path|test|debug"
-    r"|logger|launcher|search|callbacks|metrics|dataset\.seed|dataset\.eval_batch_size"
+    r"(name|seed|sweep|tags|versions|published|published_by_cell|published_by_dataset|output_\w+|ckpt_path|test|debug"
+    r"|logger|launcher|search|callbacks|metrics|dataset\.(seed|root|cache_dir|eval_batch_size)"
     r"|trainer\.(accelerator|devices|default_root_dir|enable_\w+|log_every_n_steps|profiler|num_nodes|deterministic))"
     r"(\..*)?"
 )

@@ -404,7 +404,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
         ]
         counts = numbers(cell.runs[0].results.get("parameters"))
         latencies = [numbers(run.results.get("latency")) for run in cell.runs]
-        seconds = [found["1"] for found in latencies if "1" in found]
+        seconds = [found["users_1"] for found in latencies if "users_1" in found]
         rows.append(
             [
                 model_name(cell),
