@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ _OF_A_SEED = (
 _PLACES = ("output_root=", "name=", "logger=", "seed=", "sweep=", "launcher", "tags=", "hydra.")
 
 
+_LONGEST = 120
+"""Characters of a file's name; what a longer one says in full is in the file."""
+
+
 def write_cells(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """A file for each cell, named after it; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +48,10 @@ def file_name(cell: Cell) -> str:
     changed = spell(cell.setting.changed)
     parts = ["-".join(words) + "-generated" * task.generated, cell.backbone, changed]
     text = "_".join(part for part in parts if part)
-    return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in text)
+    name = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in text)
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def cell_record(cell: Cell) -> dict[str, Any]:
