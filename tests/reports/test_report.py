@@ -128,7 +128,9 @@ def test_next_item_tables_have_the_second_papers_rows(tmp_path: Path) -> None:
         text = text.replace('"dataset": "spotify"', '"dataset": "ml_1m"')
         text = text.replace('"metrics_all_users"', '"metrics_unfiltered"')
         text = text.replace('"backbone_per_tower": 1000', '"without_embeddings": 72256')
-        (folder / name).write_text(text.replace('"steps"', '"latency": {"users_1": 0.002}, "steps"'))
+        (folder / name).write_text(
+            text.replace('"steps"', '"latency": {"users_1": 0.002}, "steps"')
+        )
     document = build(collect([tmp_path]), "x", Options())
     found = table(document, "next-item-ml_1m")
     assert [row["model"] for row in found[:2]] == ["SASRec", "Mamba4Rec"]
