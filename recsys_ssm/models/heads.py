@@ -68,7 +68,7 @@ def in_batch_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Ten
     return (
         F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel()
         if own_P.numel()
-        else user.sum() * 0
+        else (user.sum() + item.sum()) * 0
     )
 
 
