@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Before anything imports them: tests never talk to a server, and PyTorch's threads do not spin.
+# Before anything imports them: tests never talk to a server, and PyTorch's threads do not spin. One
+# thread: the tests' tensors are small, and sums come out the same to the last digit in this process
+# and those that tests start. A test about threads sets its own number; `_one_thread` puts this back.
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# One thread: the tests' tensors are small, and sums come out the same on every machine. A test
-# about threads sets its own number; `_one_thread` puts this one back.
 torch.set_num_threads(1)
 
 
