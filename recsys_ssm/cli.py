@@ -121,6 +121,7 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
             _run_folder.cache_clear()
             register_resolvers()
             quiet_dependencies()
+            sys.argv[1:] = overrides_last(sys.argv[1:])
             name_sweep(config_name)
             try:
                 with _raw_hydra_errors():
@@ -152,6 +153,21 @@ def door(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
         return main
 
     return decorate
+
+
+_TAKES_A_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+                  "--package", "-p", "--experimental-rerun")  # fmt: skip
+
+
+def overrides_last(arguments: list[str]) -> list[str]:
+    """The command line with ``option=value`` behind all flags: argparse refuses such words on both sides of a flag."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        is_value = bool(flags) and flags[-1] in _TAKES_A_VALUE
+        is_override = not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+        (overrides if is_override and not is_value else flags).append(argument)
+    return [*flags, *overrides]
 
 
 def name_sweep(config_name: str) -> None:

@@ -148,7 +148,8 @@ def test_resuming_ends_as_if_never_stopped(door, tmp_path: Path) -> None:
 
 
 def test_multirun_and_a_failing_job(door, tmp_path: Path) -> None:
-    outcome = door("train", "--multirun", *QUICK, "seed=0,1", "head.loss=hinge,mse")
+    # Options on both sides of the flag, as people write it.
+    outcome = door("train", *QUICK, "--multirun", "seed=0,1", "head.loss=hinge,mse")
     assert outcome.code == 1
     assert (
         outcome.err.count("expected one of mse, bce, softmax") == 2
