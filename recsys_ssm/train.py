@@ -277,8 +277,8 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
     return path
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder if it is not there; fail before the training, not after it."""
+def check_writable(folder: Path, option: str = "output_dir") -> None:
+    """Make the folder that ``option`` names if it is not there; fail before the training, not after it."""
     probe = folder / ".write_test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"output_dir={folder}: cannot write there ({error.strerror}); choose another folder"
+            f"{option}={folder}: cannot write there ({error.strerror}); choose another folder"
         ) from error
 
 

@@ -201,19 +201,36 @@ class Interactions(SequenceData):
         except UserError as error:
             raise UserError(f"{absent}; {error}") from error
 
+    def read_histories(self, path: str | Path) -> tuple[pl.Series, list[str], Histories]:
+        """Histories of another file with the columns of this dataset: people to recommend something to.
+
+        Rows are ordered, rated and counted as in the training, but no user and no item is too rare.
+
+        Returns:
+            User ids (U,), the ids that the events are places among, and the histories.
+
+        Raises:
+            UserError: The file does not exist, lacks a column, or a cell is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file (looked in {path.parent.resolve()})")
+        user_ids, item_ids, histories = _ragged(self._ordered(path, notes=[]))
+        return user_ids, item_ids.to_list(), histories
+
     # Reading and preparing
+
+    def _ordered(self, path: Path, notes: list[str]) -> _Rows:
+        """The rows of a file that count, by user and time."""
+        kind = self.format or format_of(path)
+        rows = self._sequences(path, notes) if kind == "sequences" else self._table(path, notes)
+        return _without_repeats(_by_user_and_time(rows, notes), self.duplicates, notes)
 
     def _prepare(self, path: Path) -> Prepared:
         """The histories and their split, as they are kept."""
         notes: list[str] = []
-        kind = self.format or format_of(path)
-        rows = self._sequences(path, notes) if kind == "sequences" else self._table(path, notes)
-        rows = _by_user_and_time(rows, notes)
-        rows = _without_repeats(rows, self.duplicates, notes)
-        rows = _core(rows, self.k_core, notes)
-        user, user_ids = _renumber(rows.user, rows.user_ids)
-        events, item_ids = _renumber(rows.item, rows.item_ids)
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
+        rows = _core(self._ordered(path, notes), self.k_core, notes)
+        user_ids, item_ids, (events, offsets) = _ragged(rows)
         if self.split == "leave_one_out":
             train_stop, val, test = _leave_one_out(offsets, notes)
         else:
@@ -386,6 +403,14 @@ class _Rows(NamedTuple):
     def at(self, index: np.ndarray) -> _Rows:
         time = None if self.time is None else self.time[index]
         return self._replace(user=self.user[index], item=self.item[index], time=time)
+
+
+def _ragged(rows: _Rows) -> tuple[pl.Series, pl.Series, Histories]:
+    """Ids of the users and items that rows are left of, and their events."""
+    user, user_ids = _renumber(rows.user, rows.user_ids)
+    events, item_ids = _renumber(rows.item, rows.item_ids)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
+    return user_ids, item_ids, Histories(events, offsets)
 
 
 def _sets(prepared: Prepared) -> SequenceSets:

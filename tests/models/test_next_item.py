@@ -358,3 +358,19 @@ def test_a_batch_without_a_target_is_no_loss(file: Path) -> None:
     )
     loss, n_targets = model._loss(batch)
     assert loss == 0 and n_targets == 0
+
+
+def test_with_a_temperature_scores_are_cosines(file: Path) -> None:
+    """How long an item's vector is says nothing of it."""
+    data = data_of(file)
+    data.setup("fit")
+    model = model_of(data, head={"temperature": 0.1})
+    history, item = [model.item_ids[:3]], model.item_ids[7]
+    before = model.recommend(history, N_ITEMS, filter_seen=False)
+    assert before["score"].abs().max() <= 10 + 1e-5
+    with torch.no_grad():
+        model.tokenizer.embedding.weight[7] *= 5
+    after = model.recommend(history, N_ITEMS, filter_seen=False)
+    assert after.filter(item=item)["score"].item() == pytest.approx(
+        before.filter(item=item)["score"].item(), rel=1e-4
+    )

@@ -1,0 +1,146 @@
+"""The door that recommends: users in, a file of recommendations out."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from recsys_ssm.models.next_item import NextItem
+from recsys_ssm.models.two_tower import TwoTower
+
+N_ITEMS = 15
+SMALL = (
+    "backbone=mamba",
+    "backbone.d_model=16",
+    "trainer.enable_progress_bar=false",
+    "logger=none",
+    "name=small",
+)
+
+
+def only_run(folder: Path) -> Path:
+    [run] = folder.glob("runs/*/*")
+    return run
+
+
+def write_rows(path: Path, rows: list[tuple], header: str = "user_id,item_id,timestamp") -> Path:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+@pytest.fixture
+def next_item(door, tmp_path: Path) -> Path:
+    generator = random.Random(0)
+    rows = []
+    for user in range(40):
+        start = generator.randrange(N_ITEMS)
+        rows += [(f"u{user}", f"i{(start + t) % N_ITEMS}", t) for t in range(4 + user % 6)]
+    write_rows(tmp_path / "mine.csv", rows)
+    data = ("dataset=interactions", f"dataset.interactions={tmp_path / 'mine.csv'}")
+    assert door("train", *data, *SMALL, "trainer.max_epochs=1").code == 0
+    return only_run(tmp_path)
+
+
+def test_new_histories_as_the_model_would(door, next_item: Path, tmp_path: Path) -> None:
+    """Unsorted rows, a user whose items nobody knows, an item nobody knows."""
+    rows = [
+        ("ann", "i3", 9),
+        ("bob", "i7", 1),
+        ("ann", "i2", 5),
+        ("ann", "new", 7),
+        ("eve", "x", 1),
+    ]
+    write_rows(tmp_path / "new.csv", rows)
+    outcome = door(
+        "recommend",
+        f"run={next_item}",
+        "users=new.csv",
+        "k=4",
+        "batch_size=1",
+        "output=out/top.csv",
+    )
+    assert outcome.code == 0, outcome.text
+    assert "1 of 3 users had no item of the catalogue" in outcome.text and "eve" in outcome.text
+    assert "out/top.csv" in outcome.text and "2 users" in outcome.text
+    found = pl.read_csv(tmp_path / "out/top.csv")
+    assert found.columns == ["user", "rank", "item", "score"]
+    model = NextItem.load_from_checkpoint(next_item / "checkpoints/best.ckpt", weights_only=True)
+    expected = model.recommend([["i2", "i3"], ["i7"]], 4)
+    assert found["user"].to_list() == ["ann"] * 4 + ["bob"] * 4
+    assert found["rank"].to_list() == [1, 2, 3, 4] * 2
+    assert found["item"].to_list() == expected["item"].to_list()
+    assert found["score"].to_numpy() == pytest.approx(expected["score"].to_numpy(), rel=1e-4)
+    assert not {"i2", "i3"} & set(found.filter(user="ann")["item"])
+
+
+def test_everyone_of_the_training_whole_histories(door, next_item: Path, tmp_path: Path) -> None:
+    assert door("recommend", f"run={next_item}", "k=1", "filter_seen=false").code == 0
+    found = pl.read_parquet(tmp_path / "recommendations.parquet")
+    assert found["user"].n_unique() == found.height == 40
+    model = NextItem.load_from_checkpoint(next_item / "checkpoints/best.ckpt", weights_only=True)
+    rows = pl.read_csv(tmp_path / "mine.csv").filter(user_id="u9")["item_id"].to_list()
+    expected = model.recommend([rows], 1, filter_seen=False)["item"].item()
+    assert found.filter(user="u9")["item"].item() == expected
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mine.csv", "runs", "recommendations.parquet"}
+
+
+def test_two_towers_from_features(door, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    people = [(f"p{i}", generator.choice("abc"), generator.randrange(20, 60)) for i in range(60)]
+    write_rows(tmp_path / "people.csv", people, "user_id,kind,age")
+    likes = [(user, f"i{ord(kind) % 5}") for user, kind, _ in people]
+    likes += [(user, f"i{generator.randrange(9)}") for user, *_ in people]
+    write_rows(tmp_path / "likes.csv", sorted(set(likes)), "user_id,item_id")
+    options = (
+        "dataset=table",
+        f"dataset.interactions={tmp_path / 'likes.csv'}",
+        f"dataset.users={tmp_path / 'people.csv'}",
+        "dataset.user_categorical=[kind]",
+        "dataset.user_numeric=[age]",
+    )
+    outcome = door("train", *options, *SMALL, "backbone.n_layers=1", "trainer.max_steps=3")
+    assert outcome.code == 0, outcome.text
+    run = only_run(tmp_path)
+    outcome = door("recommend", f"run={run}", "users=people.csv", "user=user_id", "k=2")
+    assert outcome.code == 0, outcome.text
+    found = pl.read_parquet(tmp_path / "recommendations.parquet")
+    assert found["user"].to_list() == [user for user, *_ in people for _ in range(2)]
+    model = TwoTower.load_from_checkpoint(run / "checkpoints/best.ckpt", weights_only=True)
+    expected = model.recommend(pl.read_csv(tmp_path / "people.csv", infer_schema=False), 2)
+    assert found["item"].to_list() == expected["item"].to_list()
+    outcome = door("recommend", f"run={run}", "users=people.csv", "k=2", "output=rows.csv")
+    assert outcome.code == 0 and pl.read_csv(tmp_path / "rows.csv")["user"][2] == 1
+
+    write_rows(tmp_path / "no_age.csv", [("p1", "a")], "user_id,kind")
+    for arguments, message in [
+        ([], "users=null: name a table of users, with the columns"),
+        (["users=no_age.csv"], "no_age.csv: no column 'age'"),
+        (["users=people.csv", "user=id"], "people.csv: no column 'id'"),
+    ]:
+        outcome = door("recommend", f"run={run}", *arguments)
+        assert outcome.code == 1 and message in outcome.err, outcome.text
+        assert outcome.err.count("\n") == 1
+
+
+def test_mistakes_are_one_line(door, next_item: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "short.csv", [("ann", "i3")], "user_id,item_id")
+    write_rows(tmp_path / "strange.csv", [("ann", "x", 1)])
+    (tmp_path / "taken").write_text("")
+    for arguments, message in [
+        (["run=nowhere"], "run=nowhere: no checkpoints/best.ckpt in it"),
+        ([f"run={next_item}", "k=0"], "k=0: give a whole number above 0"),
+        ([f"run={next_item}", "users=absent.csv"], "absent.csv: no such file"),
+        ([f"run={next_item}", "users=short.csv"], "short.csv: no column 'timestamp'"),
+        ([f"run={next_item}", "users=strange.csv"], "none of them has an item of the model's"),
+        ([f"run={next_item}", "user=id"], "the run's column is dataset.user"),
+        ([f"run={next_item}", "output=taken/x.parquet"], "output=taken: cannot write there"),
+        ([f"run={next_item}", "accelerator=tpuu"], "accelerator=tpuu: expected one of auto"),
+        ([f"run={next_item}", "kk=3"], "kk: no such option; did you mean"),
+    ]:
+        outcome = door("recommend", *arguments)
+        assert outcome.code == 1 and message in outcome.err, (arguments, outcome.text)
+        assert "Traceback" not in outcome.err
