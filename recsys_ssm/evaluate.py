@@ -38,7 +38,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.metrics is not None:
         model.set_metrics(plain(cfg.metrics))
 
-    data: RecommenderData = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
+    data: RecommenderData[Any] = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
     if not model.fits(data):
         raise UserError(
             f"run={cfg.run}: the dataset's columns, categories or items are not those of the training; "

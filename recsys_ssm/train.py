@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     log.info(ops.describe_backends())
 
-    data: RecommenderData = make(cfg.dataset, "dataset")
+    data: RecommenderData[Any] = make(cfg.dataset, "dataset")
     name = cfg.name + ("-generated" if data.sets.generated else "")
     for note in data.sets.notes:
         log.info("%s: %s", data.name, note)
@@ -122,7 +122,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         finish(logger, failed)
 
 
-def make_model(cfg: DictConfig, data: RecommenderData) -> Recommender:
+def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
     """The model ``cfg`` describes, for a dataset.
 
     Raises:
@@ -143,7 +143,7 @@ def make_model(cfg: DictConfig, data: RecommenderData) -> Recommender:
 
 
 def test_checkpoint(
-    trainer: L.Trainer, model: Recommender, data: RecommenderData, which: str
+    trainer: L.Trainer, model: Recommender, data: RecommenderData[Any], which: str
 ) -> dict[str, Any]:
     """Load the best or last checkpoint and test it, once."""
     kept = {
@@ -159,7 +159,9 @@ def test_checkpoint(
     return {"checkpoint": path or None, **test_model(trainer, model, data)}
 
 
-def test_model(trainer: L.Trainer, model: Recommender, data: RecommenderData) -> dict[str, Any]:
+def test_model(
+    trainer: L.Trainer, model: Recommender, data: RecommenderData[Any]
+) -> dict[str, Any]:
     """Test metrics of the model as it is, and of what is simpler than it, on the same users.
 
     Who was recommended what goes to ``test_users.parquet`` and ``items.parquet`` in the trainer's folder.
@@ -251,7 +253,7 @@ def finish(logger: Any, failed: bool) -> None:
             wandb.finish(exit_code=int(failed))
 
 
-def logger_tags(cfg: DictConfig, data: RecommenderData) -> dict[str, Any]:
+def logger_tags(cfg: DictConfig, data: RecommenderData[Any]) -> dict[str, Any]:
     """Arguments only the W&B logger takes."""
     if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
         return {}

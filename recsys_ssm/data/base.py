@@ -295,16 +295,38 @@ class RankingLoader:
             )
 
 
-class RecommenderData(L.LightningDataModule, abc.ABC):
-    """What the doors ask of a dataset, whatever it is of."""
+Sets = TypeVar("Sets")
+
+
+class RecommenderData(L.LightningDataModule, abc.ABC, Generic[Sets]):
+    """What the doors ask of a dataset, whatever it is of.
+
+    Args:
+        name: What runs and results are called after.
+        seed: Of everything that is sampled: users, pairs, splits, order.
+    """
 
     name: str
     seed: int
 
-    @property
+    def __init__(self, name: str, seed: int) -> None:
+        super().__init__()
+        self.name, self.seed = name, seed
+        self._sets: Sets | None = None
+
     @abc.abstractmethod
-    def sets(self) -> Any:
+    def build(self) -> Sets:
+        """Read or sample everything; deterministic in the constructor's arguments."""
+
+    @property
+    def sets(self) -> Sets:
         """The prepared data, built at the first use: ``item_ids``, ``notes``, ``generated`` and what it is of."""
+        if self._sets is None:
+            self._sets = self.build()
+        return self._sets
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.sets
 
     @abc.abstractmethod
     def item_counts(self) -> Tensor:
@@ -314,8 +336,14 @@ class RecommenderData(L.LightningDataModule, abc.ABC):
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Test metrics of what is simpler than a model (or of an oracle), by its name."""
 
+    def _shard(self) -> dict[str, int]:
+        """Which of the processes that share the data this is."""
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
-class TwoTowerData(RecommenderData):
+
+class TwoTowerData(RecommenderData[TwoTowerSets]):
     """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
 
     Args:
@@ -335,29 +363,13 @@ class TwoTowerData(RecommenderData):
         eval_batch_size: int = 256,
         shuffle: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(name, seed)
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(
                 f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: "
                 "give at least 1"
             )
-        self.name, self.seed, self.batch_size = name, seed, batch_size
-        self.eval_batch_size, self.shuffle = eval_batch_size, shuffle
-        self._sets: TwoTowerSets | None = None
-
-    @abc.abstractmethod
-    def build(self) -> TwoTowerSets:
-        """Read or sample everything; deterministic in the constructor's arguments."""
-
-    @property
-    def sets(self) -> TwoTowerSets:
-        """The prepared data, built at the first use."""
-        if self._sets is None:
-            self._sets = self.build()
-        return self._sets
-
-    def setup(self, stage: str | None = None) -> None:
-        _ = self.sets
+        self.batch_size, self.eval_batch_size, self.shuffle = batch_size, eval_batch_size, shuffle
 
     def train_dataloader(self) -> PairLoader:
         return self._pairs(self.sets.train, self.batch_size, self.shuffle)
@@ -391,11 +403,6 @@ class TwoTowerData(RecommenderData):
                 ranking.update(scores(batch.user_index), batch.relevant, batch.seen)
             results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
         return results
-
-    def _shard(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _pairs(self, pairs: Pairs, batch_size: int, shuffle: bool) -> PairLoader:
         return PairLoader(

@@ -13,7 +13,6 @@ B rows of L positions.
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -429,7 +428,7 @@ class HistoryLoader:
         )
 
 
-class SequenceData(RecommenderData):
+class SequenceData(RecommenderData[SequenceSets]):
     """DataModule of users' histories; a dataset implements :meth:`build`.
 
     Args:
@@ -462,7 +461,7 @@ class SequenceData(RecommenderData):
         n_val_loss: int | None = 2048,
         shuffle: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(name, seed)
         if objective not in ("all", "last"):
             raise UserError(f"dataset.objective={objective}: expected all or last")
         if windows not in ("latest", "all"):
@@ -484,25 +483,10 @@ class SequenceData(RecommenderData):
         for option, value in (("eval_batch_size", eval_batch_size), ("n_val_loss", n_val_loss)):
             if value is not None and value < 1:
                 raise UserError(f"dataset.{option}={value}: give at least 1")
-        self.name, self.seed, self.objective = name, seed, objective
-        self.max_length, self.windows, self.batch_positions = max_length, windows, batch_positions
+        self.objective, self.windows = objective, windows
+        self.max_length, self.batch_positions = max_length, batch_positions
         self.row_length, self.eval_batch_size = row_length, eval_batch_size
         self.n_val_loss, self.shuffle = n_val_loss, shuffle
-        self._sets: SequenceSets | None = None
-
-    @abc.abstractmethod
-    def build(self) -> SequenceSets:
-        """Read everything; deterministic in the constructor's arguments."""
-
-    @property
-    def sets(self) -> SequenceSets:
-        """The prepared data, built at the first use."""
-        if self._sets is None:
-            self._sets = self.build()
-        return self._sets
-
-    def setup(self, stage: str | None = None) -> None:
-        _ = self.sets
 
     def train_dataloader(self) -> SequenceLoader:
         first, stop = self.sets.histories.offsets[:-1], self.sets.train_stop - 1
@@ -553,11 +537,6 @@ class SequenceData(RecommenderData):
                 ranking.update_from_top(filled, batch.target)
             results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
         return results
-
-    def _shard(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _windows(self, windows: Windows, every_position: bool, shuffle: bool) -> SequenceLoader:
         return SequenceLoader(
