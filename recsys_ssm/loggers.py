@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import secrets
@@ -63,7 +65,6 @@ def wandb_logger(
     logger = WandbLogger(
         name=env("WANDB_NAME", name),
         save_dir=save_dir,
-        offline=mode == "offline",
         id=id_file.read_text(),
         project=env("WANDB_PROJECT", project),
         entity=env("WANDB_ENTITY", entity or "") or None,
@@ -75,6 +76,8 @@ def wandb_logger(
         resume="allow",
         settings=wandb.Settings(quiet=True),
     )
+    # Lightning hands on a setting that W&B has dropped, and W&B would warn of it in every run.
+    logger._wandb_init.pop("anonymous", None)
     define_metrics(logger.experiment, monitor, monitor_mode)
     return logger
 
@@ -139,7 +142,7 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
         mode = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)  # type: ignore[assignment]
     if mode != "auto":
         return mode
-    if not wandb.api.api_key:
+    if not _api_key():
         log.info("W&B: no API key, so this run is logged offline; `wandb sync` uploads it later")
         return "offline"
     url = urlparse(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url)
@@ -152,6 +155,15 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
         )
         return "offline"
     return "online"
+
+
+def _api_key() -> str | None:
+    """W&B's key from its variable, its settings or ``.netrc``.
+
+    Newer versions call this way of asking deprecated, on stderr; older ones have no other that never prompts.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        return wandb.api.api_key
 
 
 def csv_logger(*, save_dir: str, name: str) -> CSVLogger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,20 @@ def no_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
 
 def test_without_a_key_offline(no_mode: pytest.MonkeyPatch) -> None:
     assert wandb_mode("auto") == "offline"
+
+
+def test_a_run_begins_without_a_warning(no_mode: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own: W&B gives each warning once."""
+    code = (
+        "import wandb; from recsys_ssm.loggers import wandb_logger\n"
+        "logger = wandb_logger(save_dir='.', name='run')\n"
+        "assert logger.experiment.offline; wandb.finish()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "offline-run-" in done.stderr and "WARNING" not in done.stderr
 
 
 def test_with_a_key_but_no_network_offline(no_mode: pytest.MonkeyPatch) -> None:

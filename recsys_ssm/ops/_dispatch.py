@@ -15,6 +15,7 @@ import ctypes
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,13 @@ def kernel_library() -> KernelLibrary:
     if limit not in _ISA_ORDER:
         raise UserError(f"RECSYS_SSM_MAX_ISA={limit}: must be one of {', '.join(_ISA_ORDER)}")
     chosen = os.environ.get("RECSYS_SSM_LIBRARY")
-    path = Path(chosen) if chosen else library_path()
+    path = Path(chosen) if chosen else _installed(library_path())
     if not path.exists():
         return KernelLibrary(
             None,
             "",
-            f"no compiled library at {path}: no C++ compiler was found when recsys_ssm was "
-            "installed; install one, then run `python -m recsys_ssm.ops.build`",
+            f"no compiled library at {path}; with a C++ compiler installed, "
+            "`python -m recsys_ssm.ops.build` makes it",
         )
     try:
         handle = ctypes.CDLL(str(path))
@@ -102,6 +103,18 @@ def kernel_library() -> KernelLibrary:
     _share_openmp_threads(handle)
     isa = _ISA_ORDER[min(handle.recsys_isa(), _ISA_ORDER.index(limit))]
     return KernelLibrary(handle, isa, "")
+
+
+def _installed(beside: Path) -> Path:
+    """The library beside these sources, or where there is none, that of an install of the package.
+
+    After ``pip install .``, ``python -m`` in the checkout imports the sources there, while the library is where pip
+    put it.  One of another version is told by its fingerprint.
+    """
+    if beside.exists():
+        return beside
+    elsewhere = (Path(folder, "recsys_ssm", "ops", beside.name) for folder in sys.path)
+    return next((path for path in elsewhere if path.is_file()), beside)
 
 
 def _share_openmp_threads(handle: ctypes.CDLL) -> None:

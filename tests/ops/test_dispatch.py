@@ -72,6 +72,23 @@ def test_a_missing_library_says_how_to_build_it(use: Any, tmp_path: Path, monkey
     assert "python -m recsys_ssm.ops.build" in row["cpu_why"]
 
 
+def test_sources_without_a_library_take_that_of_an_install(
+    use: Any, kernel: None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """``pip install .``, then ``python -m recsys_ssm.train`` in the checkout: its sources, pip's library."""
+    beside = tmp_path / "checkout" / library_path().name
+    installed = tmp_path / "site-packages" / "recsys_ssm" / "ops" / beside.name
+    installed.parent.mkdir(parents=True)
+    shutil.copy(library_path(), installed)
+    monkeypatch.setattr("recsys_ssm.ops.build.library_path", lambda: beside)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    use()
+    assert "C++ kernel" in scan_backend()["cpu"]
+    installed.unlink()
+    use()
+    assert str(beside) in scan_backend()["cpu_why"]
+
+
 def test_a_broken_library_is_not_used(use: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("RECSYS_SSM_NO_KERNELS", raising=False)
     broken = tmp_path / "broken.so"
