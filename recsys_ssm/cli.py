@@ -217,6 +217,8 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
     text = str(error).strip()
+    if missing := re.match(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"
     if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
         path = unknown[1].partition("@")[0]
         parent, _, name = path.rpartition(".")

@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(door, run: Path, tmp_path: Path) -> None:
         ([f"run={run}", "checkpoint=middle"], "checkpoint=middle"),
         ([f"run={run}", "+dataset.n_userss=3"], "dataset.n_userss: no such option"),
         ([f"run={run}", "metrics=[x@1]"], "unknown metric 'x@1'"),
-        ([], "run"),
+        ([], "error: run: not given, and there is no default; add run=…"),
     ]:
         outcome = door("evaluate", *arguments)
         assert outcome.code == 1 and message in outcome.err, outcome.err

@@ -197,6 +197,7 @@ def test_without_a_key_offline(no_mode: pytest.MonkeyPatch) -> None:
 
 def test_a_run_begins_without_a_warning(no_mode: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a process of its own: W&B gives each warning once."""
+    no_mode.setenv("WANDB_SILENT", "false")
     code = (
         "import wandb; from recsys_ssm.loggers import wandb_logger\n"
         "logger = wandb_logger(save_dir='.', name='run')\n"
