@@ -86,7 +86,6 @@ class ItemTokenizer(nn.Module):
             need none.
         norm: LayerNorm after the sum, as in SASRec and Mamba4Rec.
         dropout: After the LayerNorm (before it there is none).
-        item_dropout: Share of the items that go unseen in training: a token's elements are dropped together.
         init_std: Standard deviation the embeddings are drawn with; .02 is RecBole's.
         norm_eps: Of the LayerNorm; 1e-12 is RecBole's.
         schema: Of the items' features; none: the id alone.
@@ -100,7 +99,6 @@ class ItemTokenizer(nn.Module):
         positions: int = 0,
         norm: bool = False,
         dropout: float = 0.0,
-        item_dropout: float = 0.0,
         init_std: float = 0.02,
         norm_eps: float = 1e-12,
         schema: FeatureSchema | None = None,
@@ -110,7 +108,6 @@ class ItemTokenizer(nn.Module):
         self.position = nn.Embedding(positions, d_model) if positions else None
         self.norm = nn.LayerNorm(d_model, eps=norm_eps) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.item_dropout = nn.Dropout1d(item_dropout)
         self.features = (
             FeatureTokenizer(
                 n_numeric=len(schema.numeric),
@@ -163,4 +160,4 @@ class ItemTokenizer(nn.Module):
                     f"{self.position.num_embeddings}; give as many as dataset.max_length"
                 )
             tokens_BLD = tokens_BLD + self.position(position)
-        return self.dropout(self.item_dropout(self.norm(tokens_BLD)))
+        return self.dropout(self.norm(tokens_BLD))
