@@ -59,6 +59,8 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # A resumed run goes on in its own folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # What is logged once an epoch is reduced over the processes already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
 

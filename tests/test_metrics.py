@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.retrieval as tm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_ssm import metrics as metrics_module
 from recsys_ssm.errors import UserError
@@ -459,6 +460,22 @@ class TestRankProducts:
             assert torch.equal(without, rank_top_k(query @ items.T, k, mask))
         same, again = rank_products(query, items, 5)
         assert torch.equal(same, again)
+
+    def test_all_scores_are_never_in_memory_at_once(self, monkeypatch):
+        class Largest(TorchDispatchMode):
+            elements = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor):
+                    self.elements = max(self.elements, result.numel())
+                return result
+
+        monkeypatch.setattr(metrics_module, "_BLOCK_ELEMENTS", 2000)
+        exclude = (torch.arange(300), torch.arange(300) % 200)
+        with Largest() as largest:
+            rank_products(torch.randn(300, 4), torch.randn(200, 4), 5, exclude)
+        assert 2000 <= largest.elements < 4000  # of 300 · 200 scores
 
     def test_of_no_user(self):
         everything, _ = rank_products(torch.zeros(0, 2), torch.ones(3, 2), 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -100,6 +102,29 @@ def test_mistakes_are_one_line(door, csv: Path) -> None:
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
     outcome = door("train", "dataset=spotify", "head=next_item", "logger=none")
     assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
+
+
+def test_two_processes_give_the_figures_of_one(door, csv: Path, tmp_path: Path) -> None:
+    data = ("dataset=interactions", f"dataset.interactions={csv}")
+    two = ("trainer.strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "recsys_ssm.train", *data, *SMALL, *two, "backbone.d_state=8"],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = only_run(tmp_path)
+    assert door("evaluate", f"run={run}", "output_dir=alone").code == 0
+    together, alone = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "alone")
+    )
+    assert together["metrics"]["n_users"] == 40
+    for key in ("metrics", "metrics_unfiltered"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-12)
+    assert pl.read_parquet(run / "test_users.parquet").height == 40
 
 
 def test_a_run_may_end_before_its_first_validation(door, csv: Path, tmp_path: Path) -> None:

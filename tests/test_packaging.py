@@ -20,6 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import recsys_ssm
+from recsys_ssm.ops._dispatch import kernel_library
 from recsys_ssm.paths import CONF_DIR
 
 
@@ -199,6 +200,8 @@ def test_wheel_alone_trains(installed: Path, empty: Path, repository: Path) -> N
     train = [installed, "-m", "recsys_ssm.train", "dataset=spotify", "backbone=mamba", *_QUICK]
     done = _run(train, empty)
     assert "p@5" in (done.stdout + done.stderr).lower()
+    # The compiler that made this checkout's library made the wheel's.
+    assert ("C++ kernel" in done.stdout) == (kernel_library().handle is not None)
     assert list(empty.rglob("metrics.json"))
 
 

@@ -15,6 +15,8 @@ import torch
 import yaml
 from small import SMALL_MAMBA, TINY
 
+from recsys_ssm import ops
+
 QUICK = (*TINY, *SMALL_MAMBA, "logger=none")
 
 
@@ -50,6 +52,7 @@ def test_who_was_recommended_what_is_kept(door, tmp_path: Path) -> None:
 def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
     outcome = door("train", "dataset=spotify", *QUICK)
     assert outcome.code == 0, outcome.text
+    assert ops.describe_backends() in outcome.out  # nobody is slow without being told
     for word in (
         "this run",
         "published",
@@ -315,7 +318,7 @@ def test_a_users_own_option(door, tmp_path: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["backbone"]["d_model"] == 8
 
 
-def test_two_processes_test_every_user_once(tmp_path: Path) -> None:
+def test_two_processes_test_every_user_once(door, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -334,6 +337,12 @@ def test_two_processes_test_every_user_once(tmp_path: Path) -> None:
     assert results["metrics"]["n_users"] == 21
     assert results["baselines"]["oracle"]["n_users"] == 21
     assert done.stdout.count("this run") == 1
+    assert "sync_dist" not in done.stdout + done.stderr
+
+    # One process, on the same users: the same to the last digits but those of the order of a sum.
+    assert door("evaluate", f"run={only_run(tmp_path)}", "output_dir=alone").code == 0
+    alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert results["metrics"] == pytest.approx(alone["metrics"], rel=1e-12)
 
 
 def test_from_the_shell(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -283,6 +285,34 @@ def test_a_checkpoint_recommends_by_itself(file: Path, tmp_path: Path) -> None:
     assert again.height == N_ITEMS
     with pytest.raises(UserError, match="history 1 has no item of the catalogue"):
         loaded.recommend([["i01"], ["nothing"]])
+    # Another process, that never imports Hydra or what reads data.
+    code = (
+        "import sys; from recsys_ssm.models.next_item import NextItem\n"
+        "model = NextItem.load_from_checkpoint('model.ckpt', weights_only=True)\n"
+        "print(model.recommend([['i03', 'i04']], k=1)['item'].item())\n"
+        "assert not {'hydra', 'recsys_ssm.data.interactions'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "i05"), done.stderr
+
+
+@pytest.mark.parametrize("backbone", [*CAUSAL.values(), HYDRA], ids=[*CAUSAL, "hydra"])
+def test_half_precision_learns_as_float32_does(file: Path, tmp_path: Path, backbone: dict) -> None:
+    """Scores and losses stay finite and near those of float32 after the same steps."""
+    objective = "last" if backbone is HYDRA else "all"
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        data = data_of(file, objective=objective)
+        model = model_of(data, backbone)
+        trainer = trainer_of(
+            tmp_path, max_steps=20, precision=precision, enable_checkpointing=False
+        )
+        trainer.fit(model, datamodule=data)
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+        losses[precision] = float(trainer.callback_metrics["val/loss"])
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
 
 
 def test_features_of_items_take_part(tmp_path: Path) -> None:
