@@ -33,6 +33,9 @@ RUN_FILES = ("metrics.json", "config.yaml", STATUS, "history.json", "train.log")
 _CELL_OPTIONS = ("dataset.k", "dataset.n_messages")
 """Options that make a cell of the paper's second table, and so no other task than the published one."""
 
+_PARTS = ("baselines", "cost", "latency", "metrics_all_users", "metrics_unfiltered", "parameters")
+"""What of ``metrics.json`` is a table of its own, beside ``metrics``."""
+
 
 class Problem(NamedTuple):
     """A folder that is left out, and why."""
@@ -228,7 +231,7 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
             ]
         elif not names and folder != root:
             problems.append(Problem(folder, "empty"))
-        elif "report.html" not in names:
+        elif folder == root or "report.html" not in names:  # a report holds no runs
             pending += [
                 entry
                 for entry in entries
@@ -248,7 +251,7 @@ def read_run(folder: Path) -> Run | None:
         raise UserError(_unfinished(folder))
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"metrics.json is broken ({error})") from error
     if not isinstance(results, dict) or not {"name", "dataset", "versions"} <= results.keys():
         raise UserError("metrics.json is of another program: no name, dataset and versions")
@@ -258,12 +261,19 @@ def read_run(folder: Path) -> Run | None:
         raise UserError("not tested (test=null)")
     if not isinstance(results.get("seed"), int):
         raise UserError("an evaluation, not a training: metrics.json has no seed")
+    if not numbers(results["metrics"]):
+        raise UserError("metrics.json has no finite figure")
+    for part in _PARTS:
+        if not isinstance(results.get(part) or {}, dict):
+            raise UserError(f"metrics.json is broken ({part}: expected names with values)")
     try:
         config = read_config(folder / "config.yaml")
     except UserError as error:
         raise UserError(str(error).replace(f"{folder}/", "")) from error
-    if not isinstance(config.get("backbone"), dict) or not isinstance(config.get("dataset"), dict):
-        raise UserError("config.yaml is of another program: no backbone and dataset")
+    for part, key in (("backbone", "_target_"), ("dataset", "name")):
+        node = config.get(part)
+        if not isinstance(node, dict) or not isinstance(node.get(key), str):
+            raise UserError(f"config.yaml is of another program: no {part}.{key}")
     return make_run(folder, results, config, _read_history(folder / "history.json"))
 
 
@@ -276,9 +286,8 @@ def make_run(
     """A run out of its parts, its task and setting found by holding it against the shipped recipe."""
     own = settings(config)
     dataset = config["dataset"]
-    cell = (
-        tuple(dataset[key.partition(".")[2]] for key in _CELL_OPTIONS) if "k" in dataset else None
-    )
+    options = [dataset.get(key.partition(".")[2]) for key in _CELL_OPTIONS]
+    cell = (options[0], options[1]) if all(isinstance(value, int) for value in options) else None
     shipped = _shipped(str(dataset.get("name")), backbone_of(config), cell)
     base, is_published = shipped if shipped is not None else ({}, False)
     changed = {
@@ -365,7 +374,7 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     """The records of ``history.json``; none where it is absent (older runs) or broken."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(records, list):
         return []

@@ -138,6 +138,8 @@ _TEX = {
     "–": "--",
     "·": r"$\cdot$",
     "‑": "-",
+    "[": "{[}",  # after the end of a row, or an \\item, it would begin an option
+    "]": "{]}",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
 
 
@@ -189,9 +191,18 @@ def tex(text: str) -> str:
     """Text for LaTeX: its special characters escaped, `code` and **bold** as such."""
     return _spans(
         text,
-        lambda plain: "".join(_TEX.get(character, character) for character in plain),
+        lambda plain: "".join(map(_tex_character, plain)),
         code="\\texttt{{{}}}",
         bold="\\textbf{{{}}}",
+    )
+
+
+def _tex_character(character: str) -> str:
+    if character in _TEX:
+        return _TEX[character]
+    # Letters beyond European ones end pdflatex with an error: a folder may have such a name.
+    return (
+        character if character.isprintable() and character < "\u0180" else f"U+{ord(character):04X}"
     )
 
 

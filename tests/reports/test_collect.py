@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,64 @@ def test_what_is_no_finished_run_is_named_with_its_reason(night: Path) -> None:
     assert problems["bad_config"].startswith("config.yaml: cannot be read")
     with pytest.raises(UserError, match="no such folder"):
         collect([night / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("metrics.json", "", "metrics.json is broken"),
+        ("metrics.json", b"\xff\xfe", "metrics.json is broken"),
+        ("metrics.json", "[" * 100_000, "metrics.json is broken"),
+        ("metrics.json", ('"metrics": {', '"metrics": {}, "x": {'), "no finite figure"),
+        ("metrics.json", ('"baselines": {', '"baselines": [1], "x": {'), r"broken \(baselines"),
+        ("metrics.json", ('"cost": {', '"cost": "low", "x": {'), r"broken \(cost"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml: cannot be read"),
+        ("config.yaml", "backbone: {}\ndataset: {name: spotify}", r"no backbone\._target_"),
+        ("config.yaml", "backbone: {_target_: a.B}\ndataset: {name: [1]}", r"no dataset\.name"),
+    ],
+)
+def test_a_broken_run_is_named_and_the_others_reported(
+    tmp_path: Path, name: str, text: str | bytes | tuple[str, str], what: str
+) -> None:
+    fake_run(tmp_path, seed=0)
+    path = fake_run(tmp_path, seed=1) / name
+    if isinstance(text, tuple):
+        before = path.read_text()
+        path.write_text(before.replace(*text))
+        assert path.read_text() != before
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = collect([tmp_path])
+    assert [[run.seed for run in cell.runs] for cell in found.cells] == [[0]]
+    [problem] = found.problems
+    assert problem.folder == path.parent and re.search(what, problem.what)
+
+
+def test_options_of_a_vaccine_cell_that_are_no_numbers(tmp_path: Path) -> None:
+    fake_run(tmp_path, options={"dataset.k": [3]})
+    assert [cell.task.cell for cell in collect([tmp_path]).cells] == [None]
+
+
+def test_a_report_written_into_the_sweep_itself_does_not_hide_it(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    (tmp_path / "report.html").touch()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").touch()
+    found = collect([tmp_path])
+    assert [cell.n for cell in found.cells] == [1] and not found.problems
+
+
+def test_two_sweeps_one_of_them_still_running(tmp_path: Path) -> None:
+    fake_run(tmp_path / "one", seed=0)
+    fake_run(tmp_path / "two", seed=1)
+    job = tmp_path / "two" / "job"
+    status = {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    for name, text in {"job_status.json": json.dumps(status), "history.json": "[{"}.items():
+        job.mkdir(exist_ok=True)
+        (job / name).write_text(text)
+    found = collect([tmp_path / "one", tmp_path / "two"])
+    assert [[run.seed for run in cell.runs] for cell in found.cells] == [[0, 1]]
+    assert found.problems == [(job, "still running")]
 
 
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:

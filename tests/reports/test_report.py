@@ -20,6 +20,7 @@ from recsys_ssm.reports.document import (
     Heading,
     Paragraph,
     Table,
+    tex,
     to_html,
     to_latex,
     to_markdown,
@@ -257,6 +258,11 @@ def test_what_is_written_in_a_file_cannot_become_code() -> None:
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
     latex = to_latex(document)
     assert "\\input{" not in latex and r"5\_000 \$x\$ \{a\}" in latex and r"100\% \#1" in latex
+
+
+def test_latex_of_what_a_user_names(tmp_path: Path) -> None:
+    """The end of a row takes a [ after it for an option; pdflatex ends at letters it has no font for."""
+    assert tex("[a] ü 日") == "{[}a{]} ü U+65E5"
 
 
 def test_latex_is_balanced(document: Document) -> None:
