@@ -209,8 +209,10 @@ USERS = (
 
 
 def _is_users(error: BaseException) -> bool:
-    return isinstance(error, USERS) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS)
+    return (
+        isinstance(error, USERS)
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
+        or sweeps.all_failed(error)
     )
 
 
@@ -219,8 +221,13 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
     text = str(error).strip()
+    if plugin := re.match(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
+        return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
     if missing := re.match(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"
+    if unread := re.match(r"LexerNoViableAltException: ([^=\s]+)=(.*)", text):
+        option, value = unread.groups()
+        return f"{option}={value}: cannot be read; put it in quotes twice: {option}=\"'{value}'\""
     if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
         path = unknown[1].partition("@")[0]
         parent, _, name = path.rpartition(".")

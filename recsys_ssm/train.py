@@ -138,8 +138,16 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
         head=head,
         optimizer=spec(cfg.optimizer, "optimizer"),
         scheduler=spec(cfg.scheduler, "scheduler"),
-        metrics=plain(cfg.metrics),
+        metrics=ranking_metrics(cfg),
     )
+
+
+def ranking_metrics(cfg: DictConfig) -> list[str]:
+    """The metrics asked for, and the monitored one: checkpoints and early stopping follow it."""
+    names: list[str] = plain(cfg.metrics)
+    part, _, monitored = cfg.monitor.partition("/")
+    is_metric = part == "val" and "@" in monitored
+    return [*names, *([monitored] if is_metric and monitored not in names else [])]
 
 
 def test_checkpoint(

@@ -127,6 +127,14 @@ def test_two_processes_give_the_figures_of_one(door, csv: Path, tmp_path: Path) 
     assert pl.read_parquet(run / "test_users.parquet").height == 40
 
 
+def test_metrics_without_the_monitored_one(door, csv: Path, tmp_path: Path) -> None:
+    """Early stopping and the best checkpoint go by ndcg@10 all the same."""
+    assert train(door, csv, "metrics=[hr@20,map@12]", "trainer.max_epochs=1").code == 0
+    results = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert {"hr@20", "map@12", "ndcg@10"} <= set(results["metrics"])
+    assert "hr@5" not in results["metrics"]
+
+
 def test_a_run_may_end_before_its_first_validation(door, csv: Path, tmp_path: Path) -> None:
     outcome = train(door, csv, "trainer.max_steps=1", "output_dir=short")
     assert outcome.code == 0, outcome.text

@@ -213,6 +213,8 @@ def test_generated_is_written_everywhere(
         (["dataset.nusers=0"], "dataset.nusers: no such option"),
         (["head.loss=hinge"], "head.loss='hinge': expected one of mse, bce, softmax"),
         (["metrics=[hits@3]"], "unknown metric 'hits@3'"),
+        (["monitor=val/hits@3"], "unknown metric 'hits@3'"),
+        (["name=a;b"], "name=a;b: cannot be read; put it in quotes twice: name=\"'a;b'\""),
         (["test=middle"], "test=middle"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
         (["ckpt_path=last"], "ckpt_path=last: no earlier run"),

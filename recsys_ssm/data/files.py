@@ -31,7 +31,8 @@ def scan_table(
     Args:
         path: ``*.parquet`` / ``*.pq`` is Parquet, anything else CSV.
         columns: Columns that must be there; all others are left out when any is named.
-        separator: Between the cells of a CSV, one character.
+        separator: Between the cells of a CSV, one character; a tab also as a backslash and a t, which is what
+            single quotes make of it in YAML and in a shell.
         names: What the columns of a CSV without a header line are called; None: it has one.
         quote: Around a cell of a CSV that holds a separator; None: nothing is.
 
@@ -39,6 +40,7 @@ def scan_table(
         UserError: The file is missing, unreadable, empty, not such a table, or lacks a column.
     """
     path = Path(path).expanduser()
+    separator = "\t" if separator == "\\t" else separator
     if len(separator.encode()) != 1:
         raise UserError(f"separator={separator!r}: give one character, for example {_hint()}")
     _check_file(path, "a header line and rows below it" if names is None else "rows")
@@ -172,7 +174,10 @@ def _other(present: Sequence[str], separator: str) -> str:
     likely = max(_SEPARATORS, key=present[0].count)
     if likely == separator or likely not in present[0]:
         return ""
-    return f"; the separator seems to be {_hint(likely)}, not {_hint(separator)}"
+    return (
+        f"; the separator seems to be {_hint(likely)}, not {_hint(separator)}: "
+        f'dataset.separator="{_hint(likely)}" on the command line'
+    )
 
 
 def _unreadable(path: Path, separator: str, error: BaseException) -> str:

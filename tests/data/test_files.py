@@ -53,7 +53,10 @@ def test_a_path_in_the_home_folder(write, tmp_path, monkeypatch):
         ("user,item\n", "a.csv: no row below the header line"),
         ("\n\n", "a.csv: not a readable CSV file"),
         ("user,thing\n1,2\n", "a.csv: no column 'item'; its columns are user, thing$"),
-        ("user;item\n1;2\n", "no column 'user'.*the separator seems to be ';', not ','"),
+        (
+            "user;item\n1;2\n",
+            "no column 'user'.*the separator seems to be ';', not ',': dataset.separator=\"';'\"",
+        ),
         ("user\titem\n1\t2\n", r"the separator seems to be '\\t', not ','"),
         ("user,item\n1,2\n\n1,2,3\n", "line 4 has 3 cells, the header line 2"),
         ('user,item\n1,2\n3,"four\n5,6\n', 'quotation mark " opened in line 3 is not closed'),
@@ -87,6 +90,10 @@ def test_a_file_one_may_not_read(write):
 def test_a_broken_parquet_file(write):
     with pytest.raises(UserError, match=r"a.parquet: not a readable Parquet file"):
         read_table(write("no parquet at all", "a.parquet"))
+
+
+def test_a_tab_as_it_is_written(write):
+    assert read_table(write("a\tb\n1\t2\n"), separator=r"\t")["b"].to_list() == ["2"]
 
 
 @pytest.mark.parametrize("separator", ["", ";;", "é"])
