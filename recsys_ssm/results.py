@@ -355,11 +355,15 @@ def _series(
 
 
 def _choose_metrics(names: Sequence[str], monitor: str | None, limit: int = 4) -> list[str]:
-    """The monitored metric, then one of each other family, at its cut-off where there is one."""
+    """The monitored metric, then one of each other family, at its cut-off where there is one.
+
+    Means over users only: coverage and popularity are on other scales, and drawn where they are asked for.
+    """
+    means = METRICS.keys() - {"coverage", "popularity"}
     ranking = [
         name
         for name in names
-        if name.startswith("val/") and name[4:].partition("@")[0] in METRICS and "@" in name
+        if name.startswith("val/") and "@" in name and name[4:].partition("@")[0] in means
     ]
     chosen = [monitor] if monitor in ranking else []
     cut_off = (monitor or "").partition("@")[2]

@@ -282,6 +282,13 @@ class TestCurves:
         assert mean[0] == pytest.approx(np.mean([1, 2, 3, 4, 5]))
         assert mean[-1] == pytest.approx(np.mean([196, 197, 198, 199, 200]))
 
+    def test_what_is_no_mean_over_users_is_not_drawn_unasked(self, tmp_path, drawn):
+        values = {"val/ndcg@10": 0.03, "val/hr@10": 0.06, "val/coverage@10": 0.8}
+        history = [{"step": 1, **values, "val/popularity@10": 400.0}]
+        plot_curves(history, tmp_path / "c.png", monitor="val/ndcg@10")
+        legend = drawn[0].axes[1].get_legend().get_texts()
+        assert [each.get_text() for each in legend] == ["ndcg@10", "hr@10"]
+
     def test_metrics_asked_for(self, tmp_path, drawn):
         names = ["val/hr@5", "val/n_users", "val/p@5", "val/p@9", "val/r@5", "val/absent@5"]
         plot_curves(HISTORY, tmp_path / "c.png", metrics=names)
