@@ -221,7 +221,7 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
     text = str(error).strip()
-    if plugin := re.match(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
+    if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
         return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
     if missing := re.match(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.paths import CONF_DIR
@@ -211,7 +212,7 @@ class Task:
         return {"door": self.door, "sweep": self.sweep}
 
 
-def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
+def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float | None:
     """One job of a sweep, in a process of its own, unless it is finished already.
 
     Args:
@@ -220,8 +221,8 @@ def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
         sweep: ``host`` and ``pid`` of the process the sweep was begun by.
 
     Returns:
-        The best value of the monitored metric; NaN if the job failed: what went wrong is in its
-        ``job_status.json``, all that it printed in ``console.log``.
+        The best value of the monitored metric; None if there is none, for the job failed (what went wrong is in
+        its ``job_status.json``, all that it printed in ``console.log``). Not NaN: Optuna's sweeper ends at that.
     """
     if not _is_alive(sweep):  # a worker that outlived it
         os._exit(1)
@@ -230,7 +231,7 @@ def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
     monitor, mode = str(cfg.get("monitor")), str(cfg.get("monitor_mode"))
     with _lock(folder) as lock:
         if lock is None:
-            return math.nan  # another sweep is at it
+            return None  # another sweep is at it
         if is_finished(folder):
             _warn_of_other_options(folder, cfg)
         else:
@@ -238,14 +239,14 @@ def run_job(door: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float:
             overrides = list(hydra_cfg.overrides.task)
             _run(folder, _command(door, folder), overrides, threads, lock, sweep)
         if not is_finished(folder):
-            return math.nan
+            return None
         value = objective(folder, monitor, mode)
         write_json(
             folder / STATUS,
             # "running" so far, if its sweep was killed between its result and its status
             {**read_status(folder), "state": "finished", "objective": value, "monitor": monitor},
         )
-        return value
+        return value if math.isfinite(value) else None
 
 
 def _command(door: str, folder: Path) -> list[str]:
@@ -540,6 +541,7 @@ class SweepProgress(Callback):
         self.since = time.time()
         self._ended, self._told = (0, 0), ""
         self._stop = threading.Event()
+        resume_search(config)
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self._fixed = {each.get_key_element() for each in parsed if not each.is_sweep_override()}
         SweepProgress.current = self
@@ -627,3 +629,52 @@ def trials_left(n_trials: int, storage: str, study: str) -> int:
     except sqlite3.Error:  # the study is not begun
         return n_trials
     return max(0, n_trials - int(done))
+
+
+def resume_search(config: DictConfig) -> None:
+    """Make a search by Optuna that was begun before go on where it was; nothing for other sweepers, or a new study.
+
+    Trials that were cut short with their sweep are tried again, whose jobs then go on from their checkpoints. The
+    sampler's seed is counted on by the trials there are: with the same one it would draw the same trials again.
+    """
+    sweeper, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
+    if not str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+        return
+    storage, name = str(sweeper.storage), str(sweeper.study_name)
+    if not Path(storage.removeprefix("sqlite:///")).is_file():
+        return
+    import optuna
+
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:  # the file is there, the study is not yet
+        return
+    trials = study.get_trials(deepcopy=False)
+    if not _any_running(folder):  # otherwise another sweep is at them
+        for trial in trials:
+            if trial.state == optuna.trial.TrialState.RUNNING:
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                if trial.params:
+                    # "Experimental" in the version that the sweeper holds it to.
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                        study.enqueue_trial(trial.params)
+    seed = OmegaConf.select(sweeper, "sampler.seed")
+    if seed is not None:
+        with open_dict(config):
+            sweeper.sampler.seed = int(seed) + len(trials)
+
+
+def all_failed(error: BaseException) -> bool:
+    """Whether an error is only Optuna's that there is no best trial, for every one has failed."""
+    return isinstance(error, ValueError) and str(error) == "No trials are completed yet."
+
+
+def _any_running(folder: Path) -> bool:
+    """Whether a job of the folder runs; a moment is waited, as for a job's lock."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while any(job_state(path.parent) == "running" for path in folder.glob(f"*/{STATUS}")):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.1)
+    return False

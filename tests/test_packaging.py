@@ -147,8 +147,9 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
 
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    extra = project["optional-dependencies"]["cuda"]
-    names = {Requirement(text).name for text in project["dependencies"] + extra}
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["cuda"] + extras["optuna"]
+    names = {Requirement(text).name for text in declared}
     other = {"hydra-core": "hydra", "pyyaml": "yaml"}
     modules = {other.get(name, name.replace("-", "_")) for name in names}
     known = modules | sys.stdlib_module_names | {"recsys_ssm"}

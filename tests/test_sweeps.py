@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 import cloudpickle
 import hydra
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from small import SMALL_MAMBA, TINY
 
 from recsys_ssm import sweeps
@@ -179,6 +180,43 @@ def test_a_search_has_the_trials_left_that_it_lacks(tmp_path: Path) -> None:
     assert sweeps.trials_left(20, storage, "study") == 20
 
 
+def test_a_search_goes_on_with_what_was_cut_short_and_draws_other_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    cfg = composed("search=optuna", f"output_root={tmp_path}")
+    with open_dict(cfg):
+        cfg.hydra.sweep.dir = str(tmp_path)
+    sweeps.resume_search(cfg)  # there is no study yet
+    assert cfg.hydra.sweeper.sampler.seed == 0 and not (tmp_path / "optuna.db").exists()
+
+    states = optuna.trial.TrialState
+    study = optuna.create_study(study_name="x", storage=cfg.hydra.sweeper.storage)
+    spaces = {"optimizer.lr": optuna.distributions.LogUniformDistribution(1e-5, 1e-3)}
+    for state in (states.COMPLETE, states.FAIL, states.RUNNING):
+        trial = study.ask(spaces)
+        if state != states.RUNNING:
+            study.tell(trial, 0.5 if state == states.COMPLETE else None, state)
+    study.ask()  # killed before anything was drawn
+    sweeps.resume_search(cfg)
+    study = optuna.load_study("x", cfg.hydra.sweeper.storage)  # as another process sees it
+    found = study.get_trials()
+    fail = states.FAIL
+    assert [t.state for t in found] == [states.COMPLETE, fail, fail, fail, states.WAITING]
+    assert study.ask(spaces).params == found[2].params
+    assert cfg.hydra.sweeper.sampler.seed == 4
+    assert sweeps.trials_left(6, cfg.hydra.sweeper.storage, "x") == 5
+
+    # A job that runs is another sweep's: its trial is left to it.
+    alive = {"host": os.uname().nodename, "pid": os.getpid()}
+    make_job(tmp_path / "on-00000005", state="running", **alive)
+    monkeypatch.setattr(sweeps, "_LOCK_WAIT_S", 0.1)
+    sweeps.resume_search(cfg)
+    study = optuna.load_study("x", cfg.hydra.sweeper.storage)
+    assert study.get_trials()[4].state == states.RUNNING
+
+
 # ----------------------------------------------------------------------------------------- for real
 
 
@@ -334,6 +372,26 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     disturbed, whole = metrics_of(tmp_path / "runs"), metrics_of(tmp_path / "whole")
     assert len(whole) == 12 and disturbed == whole
     assert finished, "killed too early each time to tell anything"
+
+
+def test_a_search_whose_trials_all_fail_says_so_in_lines(door) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    failing = ("head.loss=none_such", "search=optuna", "search.n_trials=1")
+    outcome = door("train", "--multirun", *QUICK, *failing)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "none_such" in outcome.err and "No trials are completed" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "extra"), [("launcher=ray", "ray"), ("search=optuna", "optuna")]
+)
+def test_a_launcher_that_is_not_installed(door, option: str, extra: str) -> None:
+    plugin = {"ray": "hydra_ray_launcher", "optuna": "hydra_optuna_sweeper"}[extra]
+    if importlib.util.find_spec(f"hydra_plugins.{plugin}"):
+        pytest.skip(f"{plugin} is installed")
+    outcome = door("train", "--multirun", option, "seed=0,1")
+    assert outcome.code == 1
+    assert outcome.err == f'error: {extra}: not installed; pip install "recsys-ssm[{extra}]"\n'
 
 
 def test_a_search_remembers_its_trials(tmp_path: Path) -> None:
