@@ -83,10 +83,17 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdecimal())
 
 
+def name_of_seeds(name: str, seed: Any, n_seeds: Any) -> str:
+    """What a run of several seeds at once is called: ``…-seeds0-3`` for ``…-seed0``; any other, ``name``."""
+    if not (isinstance(seed, int) and isinstance(n_seeds, int) and n_seeds > 1):
+        return name  # what is wrong with them is said later
+    return f"{name.removesuffix(f'-seed{seed}')}-seeds{seed}-{seed + n_seeds - 1}"
+
+
 @functools.cache  # one folder a run, however often Hydra and Lightning's launcher resolve it
-def _run_folder(root: str, name: str, ckpt_path: str | None) -> str:
+def _run_folder(root: str, name: str, ckpt_path: str | None, seed: int, n_seeds: int) -> str:
     """A new folder for a run; for ``ckpt_path=last`` that of the newest run of this name that left a checkpoint."""
-    folder = Path(root) / name
+    folder = Path(root) / name_of_seeds(name, seed, n_seeds)
     if ckpt_path == "last":
         # Folders are named after their time, so the last by name is the newest.
         earlier = sorted(path.parent.parent for path in folder.glob("*/checkpoints/last.ckpt"))

@@ -21,7 +21,7 @@ from rich.text import Text
 from recsys_ssm import ops
 from recsys_ssm.callbacks import Cost, StepSeed
 from recsys_ssm.checkpoints import check_fits, read_checkpoint
-from recsys_ssm.cli import make, plain, spec
+from recsys_ssm.cli import make, name_of_seeds, plain, spec
 from recsys_ssm.data.base import TwoTowerData
 from recsys_ssm.data.seeds import SeedsData
 from recsys_ssm.errors import UserError
@@ -120,7 +120,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     log.info(ops.describe_backends())
     parts, model = prepare(cfg, output)
     first, n_seeds = parts[0], len(parts)
-    name = f"{first.name.removesuffix(f'-seed{cfg.seed}')}-seeds{cfg.seed}-{parts[-1].seed}"
+    name = name_of_seeds(first.name, cfg.seed, n_seeds)
     for note in first.data.sets.notes:
         log.info("%s: %s", first.data.name, note)
     counts = model.single.parameter_counts()

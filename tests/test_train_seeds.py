@@ -81,6 +81,7 @@ def test_the_whole_run_reports_means(door, tmp_path: Path) -> None:
     for word in ("mean of 3", "± 95 %", "published", "oracle", "hr@10", "spotify-mamba-seeds0-2"):
         assert word in outcome.out
     run = only(tmp_path)
+    assert run.parent.name == "spotify-mamba-seeds0-2", "a single run's ckpt_path=last passes it by"
     results = read(run / "metrics.json")
     each = [read(run / f"seed{seed}" / "metrics.json") for seed in range(3)]
     assert results["seeds"] == [0, 1, 2] and results["cost"]["seeds_at_once"] == 3
@@ -169,7 +170,8 @@ def test_a_checkpoint_of_another_number_of_seeds(door, tmp_path: Path) -> None:
         (["train.seeds=two"], "train.seeds=two: give how many"),
         (["optimizer=sgd", "optimizer._target_=torch.optim.LBFGS"], "element by element"),
         (["callbacks=early_stopping"], "callbacks.early_stopping: it would stop all 2 seeds"),
-        (["monitor=val/hits@3"], "monitor=val/hits@3: validation found no such value"),
+        (["monitor=val/hits"], "monitor=val/hits: validation found no such value"),
+        (["monitor=val/hits@3"], "unknown metric 'hits@3'"),
         (["trainer.devices=2", "trainer.accelerator=cpu"], "2 devices"),
     ],
 )
