@@ -84,9 +84,11 @@ def cell_record(cell: Cell) -> dict[str, Any]:
 
 
 def command(cell: Cell) -> str | None:
-    """The command that makes all the seeds of a cell; None where the runs did not keep theirs."""
-    overrides = cell.runs[0].results.get("overrides")
-    if not isinstance(overrides, list):
+    """The command that makes all the seeds of a cell; None where no run kept its own."""
+    # Runs of a cell differ in their seed alone, however they were called: any one's options do.
+    all_kept = (run.results.get("overrides") for run in cell.runs)
+    overrides = next((each for each in all_kept if isinstance(each, list)), None)
+    if overrides is None:
         return None
     kept = [str(each) for each in overrides if not str(each).startswith(_PLACES)]
     seeds = [run.seed for run in cell.runs]

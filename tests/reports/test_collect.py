@@ -204,6 +204,9 @@ def test_the_best_setting_is_chosen_on_validation_over_the_seeds_all_have(night:
 
 def test_cells_are_kept_and_read_again(night: Path, tmp_path: Path) -> None:
     cells = collect([night]).cells
+    for cell in cells:
+        if len(cell.runs) > 1:  # an older run: any other one's options will do
+            cell.runs[0].results.pop("overrides", None)
     written = archive.write_cells(cells, tmp_path)
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     read = archive.read_cells(tmp_path)
