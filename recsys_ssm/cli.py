@@ -227,6 +227,8 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     """An error as a line for people; for an option that does not exist, with what does."""
     if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
+    if sweeps.all_failed(error):
+        return "no trial of the search is complete; the same command again goes on with others"
     text = str(error).strip()
     if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
         return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'

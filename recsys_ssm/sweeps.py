@@ -667,7 +667,8 @@ def resume_search(config: DictConfig) -> None:
 
 def all_failed(error: BaseException) -> bool:
     """Whether an error is only Optuna's that there is no best trial, for every one has failed."""
-    return isinstance(error, ValueError) and str(error) == "No trials are completed yet."
+    told = ("No trials are completed yet.", "Record does not exist.")  # in memory, on disk
+    return isinstance(error, ValueError) and str(error) in told
 
 
 def _any_running(folder: Path) -> bool:
