@@ -35,7 +35,10 @@ def recommend(cfg: DictConfig) -> Path:
     for option in ("k", "batch_size"):
         if not isinstance(cfg[option], int) or cfg[option] < 1:
             raise UserError(f"{option}={cfg[option]}: give a whole number above 0")
-    check_writable(Path(cfg.output).parent, "output")
+    path = Path(cfg.output)
+    if path.is_dir():
+        raise UserError(f"output={path}: is a folder; name the file to write")
+    check_writable(path.parent, "output")
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
     model = load_model(checkpoint, trained.head.get("_target_", TWO_TOWER))
@@ -54,7 +57,6 @@ def recommend(cfg: DictConfig) -> Path:
     if not tables:
         raise UserError(f"users={cfg.users}: none of them has an item of the model's catalogue")
     table = pl.concat(tables)
-    path = Path(cfg.output)
     if path.suffix == ".csv":
         write_text(path, table.write_csv())
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     model = make_model(cfg, data)
     counts = model.parameter_counts()
     log.info("%s: parameters %s", name, describe(counts))
-    config = {**plain(cfg), "name": name, "versions": versions()}
-    write_text(output / "config.yaml", OmegaConf.to_yaml(config))
+    config = write_config(output, cfg, name)
 
     if ckpt_path is not None:
         check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
@@ -120,6 +120,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return results
     finally:
         finish(logger, failed)
+
+
+def write_config(folder: Path, cfg: DictConfig, name: str) -> dict[str, Any]:
+    """``config.yaml``, what the run in ``folder`` is made of; returns the same."""
+    config = {**plain(cfg), "name": name, "versions": versions()}
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    return config
 
 
 def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
@@ -195,13 +202,7 @@ def report(
 ) -> None:
     """Table on the terminal, ``metrics.json``, the curves, and where each of them is."""
     write_json(output / "history.json", timed(history.records, cost))
-    curves = plot_curves(
-        history.records,
-        output / "curves.png",
-        monitor=cfg.monitor,
-        mode=cfg.monitor_mode,
-        title=results["name"],
-    )
+    curves = draw_curves(history.records, output, cfg, results["name"])
     written = {
         # Last of the files: a sweep takes a run that has it for finished.
         "metrics": write_json(output / "metrics.json", results),
@@ -213,6 +214,15 @@ def report(
     for what, path in written.items():
         if path is not None:
             log.info("%-10s %s", what, path)
+
+
+def draw_curves(
+    records: Sequence[dict[str, float]], folder: Path, cfg: DictConfig, title: str
+) -> Path:
+    """``curves.png`` of a history."""
+    return plot_curves(
+        records, folder / "curves.png", monitor=cfg.monitor, mode=cfg.monitor_mode, title=title
+    )
 
 
 def timed(records: list[dict[str, float]], cost: Cost) -> list[dict[str, float]]:

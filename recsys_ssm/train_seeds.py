@@ -29,10 +29,11 @@ from recsys_ssm.metrics import COUNTS
 from recsys_ssm.models.seeds import Seeds
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.reports.statistics import estimate
-from recsys_ssm.results import plot_curves, versions, write_bytes, write_json, write_text
+from recsys_ssm.results import versions, write_bytes, write_json
 from recsys_ssm.specs import import_target
 from recsys_ssm.train import (
     describe,
+    draw_curves,
     find_checkpoint,
     finish,
     logger_tags,
@@ -41,6 +42,7 @@ from recsys_ssm.train import (
     overrides,
     test_model,
     timed,
+    write_config,
 )
 
 log = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s: %s", first.data.name, note)
     counts = model.single.parameter_counts()
     log.info("%s: parameters of each %s", name, describe(counts))
-    write_config(output, cfg, name)
+    config = write_config(output, cfg, name)
     for part in parts:
         part.folder.mkdir(exist_ok=True)
         write_config(part.folder, part.cfg, part.name)
@@ -156,7 +158,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
         )
         check_one_process(trainer)
         if logger is not None:
-            logger.log_hyperparams({**plain(cfg), "name": name, "versions": versions()})
+            logger.log_hyperparams(config)
         start = time.perf_counter()
         try:
             data = SeedsData([part.data for part in parts])
@@ -187,7 +189,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             **summarise(each),
         }
         write_json(output / "history.json", timed(histories.means(), cost))
-        curves(histories.means(), output, cfg, f"{name}, mean")
+        draw_curves(histories.means(), output, cfg, f"{name}, mean")
         path = write_json(output / "metrics.json", results)
         print_seeds(results)
         log.info("%-10s %s", "metrics", path)
@@ -259,11 +261,6 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[list[Part], Seeds]:
     )
 
 
-def write_config(folder: Path, cfg: DictConfig, name: str) -> None:
-    config = {**plain(cfg), "name": name, "versions": versions()}
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-
-
 # After the training
 
 
@@ -312,7 +309,7 @@ def finish_seed(
             **test_seed(part, model, number),
         }
     write_json(part.folder / "history.json", records)
-    curves(records, part.folder, part.cfg, part.name)
+    draw_curves(records, part.folder, part.cfg, part.name)
     write_json(part.folder / "metrics.json", results)
     return results
 
@@ -331,12 +328,6 @@ def test_seed(part: Part, model: Seeds, number: int) -> dict[str, Any]:
         return test_model(trainer, single, part.data)
     finally:
         lightning.setLevel(level)
-
-
-def curves(records: Sequence[dict[str, float]], folder: Path, cfg: DictConfig, title: str) -> Path:
-    return plot_curves(
-        records, folder / "curves.png", monitor=cfg.monitor, mode=cfg.monitor_mode, title=title
-    )
 
 
 def summarise(each: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -138,6 +138,7 @@ def test_mistakes_are_one_line(door, next_item: Path, tmp_path: Path) -> None:
         ([f"run={next_item}", "users=strange.csv"], "none of them has an item of the model's"),
         ([f"run={next_item}", "user=id"], "the run's column is dataset.user"),
         ([f"run={next_item}", "output=taken/x.parquet"], "output=taken: cannot write there"),
+        ([f"run={next_item}", "output=runs"], "output=runs: is a folder; name the file to write"),
         ([f"run={next_item}", "accelerator=tpuu"], "accelerator=tpuu: expected one of auto"),
         ([f"run={next_item}", "kk=3"], "kk: no such option; did you mean"),
     ]:

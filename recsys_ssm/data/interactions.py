@@ -212,10 +212,7 @@ class Interactions(SequenceData):
         Raises:
             UserError: The file does not exist, lacks a column, or a cell is wrong.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file (looked in {path.parent.resolve()})")
-        user_ids, item_ids, histories = _ragged(self._ordered(path, notes=[]))
+        user_ids, item_ids, histories = _ragged(self._ordered(Path(path), notes=[]))
         return user_ids, item_ids.to_list(), histories
 
     # Reading and preparing

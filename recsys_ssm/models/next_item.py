@@ -9,6 +9,7 @@ D = d_model, K places.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +22,7 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.metrics import RankingMetrics, rank_products, rank_top_k
+from recsys_ssm.metrics import RankingMetrics, rank_products
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers
@@ -327,7 +328,7 @@ class NextItem(Recommender):
         """
         training = self.training
         self.eval()
-        top_UK, scores_UI = self._top(histories, min(k, len(self.item_ids)), filter_seen)
+        top_UK, scores_UK = self._top(histories, min(k, len(self.item_ids)), filter_seen)
         self.train(training)
         user, place = (top_UK >= 0).nonzero(as_tuple=True)
         item = top_UK[user, place]
@@ -336,7 +337,7 @@ class NextItem(Recommender):
                 "user": user.numpy(),
                 "rank": place.numpy() + 1,
                 "item": [self.item_ids[i] for i in item.tolist()],
-                "score": scores_UI[user, item].numpy(),
+                "score": scores_UK[user, place].numpy(),
             }
         )
 
@@ -344,7 +345,7 @@ class NextItem(Recommender):
     def _top(
         self, histories: Sequence[Sequence[str]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
-        """Catalogue indices (U, k) and scores (U, I), on the CPU."""
+        """Catalogue indices, -1 where no item is left, and their scores: (U, k) each, on the CPU."""
         index = self._index()
         known = [[index[item] for item in history if item in index] for history in histories]
         if empty := [row for row, history in enumerate(known) if not history]:
@@ -359,13 +360,15 @@ class NextItem(Recommender):
         position_UL = position_UL.where(item_UL >= 0, 0)
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
         x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
-        scores_UI = (self._query(x_UD) @ self._items().T).float().cpu()
-        seen_UI = None
+        query_UD, items_ID = self._query(x_UD), self._items()
+        seen = None
         if filter_seen:
-            seen_UI = torch.zeros(scores_UI.shape, dtype=torch.bool)
-            for row, history in enumerate(known):
-                seen_UI[row, history] = True
-        return rank_top_k(scores_UI, k, seen_UI), scores_UI
+            user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
+            item = torch.tensor([*itertools.chain.from_iterable(known)])
+            seen = (user.to(self.device), item.to(self.device))
+        _, top_UK = rank_products(query_UD, items_ID, k, seen, everything=False)
+        scores_UK = (items_ID[top_UK.clamp(min=0)] * query_UD.unsqueeze(1)).sum(2)
+        return top_UK.cpu(), scores_UK.float().cpu()
 
     def _index(self) -> dict[str, int]:
         if not hasattr(self, "_index_of"):
