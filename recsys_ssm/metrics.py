@@ -167,77 +167,30 @@ def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
     if exclude is not None:
         _check_mask("exclude", exclude, scores.shape)
     tops = []
-    for start, block in _user_blocks(scores):
+    for start, block in user_blocks(scores, scores.shape[1]):
         seen = None if exclude is None else exclude[start : start + len(block)]
         tops.append(_rank_block(block, min(k, scores.shape[1]), seen, start))
     top = torch.cat(tops)
     return torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1)
 
 
-@torch.no_grad()
-def rank_products(
-    query: Tensor,
-    items: Tensor,
-    k: int,
-    exclude: tuple[Tensor, Tensor] | None = None,
-    *,
-    everything: bool = True,
-) -> tuple[Tensor | None, Tensor]:
-    """`rank_top_k` of ``query @ items.T``, of all items and without the excluded ones.
-
-    On the CPU the scores are made and ranked for some users at a time, and stay in cache meanwhile:
-    of a whole catalogue the way to memory and back costs more than the product.
-
-    Args:
-        query: (U, D).
-        items: (I, D).
-        k: places, at least 1; may be more than I.
-        exclude: users (n,) int64, ascending, and items (n,) int64 not to recommend to them; None:
-            nothing is excluded.
-        everything: whether the ranking of all items is wanted beside the other.
-
-    Returns:
-        (U, k) int64 of all items (None if not wanted), and (U, k) without the excluded ones (the
-        same if there are none).
-
-    Raises:
-        UserError: a score is NaN, which means that the model has diverged.
-        ValueError: wrong shape or k.
-    """
-    n_users, n_items = query.shape[0], items.shape[0]
-    rows = max(1, n_users if query.device.type != "cpu" else _BLOCK_ELEMENTS // max(n_items, 1))
-    whole, without = [], []
-    for start in range(0, max(1, n_users), rows):
-        scores = query[start : start + rows] @ items.T
-        if everything or exclude is None:
-            whole.append(rank_top_k(scores, k))
-        if exclude is None:
-            continue
-        user, item = exclude
-        ends = torch.searchsorted(user, torch.tensor([start, start + rows], device=user.device))
-        here = slice(int(ends[0]), int(ends[1]))
-        # Not excluded and -inf must stay apart, as rank_top_k has it.
-        scores.clamp_(min=torch.finfo(scores.dtype).min)
-        scores[user[here] - start, item[here]] = -math.inf
-        top = rank_top_k(scores, min(k, n_items))
-        top = top.masked_fill(scores.gather(1, top) == -math.inf, -1)
-        without.append(torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-1))
-    of_all = torch.cat(whole) if whole else None
-    if exclude is None:
-        assert of_all is not None
-        return of_all, of_all
-    return of_all, torch.cat(without)
-
-
-def _user_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of users and where each starts: on the CPU what is computed from one stays in cache.
+def user_blocks(rows: Tensor, n_items: int) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of users' rows and where each starts: on the CPU their scores stay in cache.
 
     One block at least, also of no users.
     """
-    n_users, n_items = matrix.shape
-    rows = max(1, n_users if matrix.device.type != "cpu" else _BLOCK_ELEMENTS // n_items)
-    for start in range(0, max(1, n_users), rows):
-        yield start, matrix[start : start + rows]
+    n_users = len(rows)
+    size = max(1, n_users if rows.device.type != "cpu" else _BLOCK_ELEMENTS // n_items)
+    for start in range(0, max(1, n_users), size):
+        yield start, rows[start : start + size]
+
+
+def diverged(user: int) -> UserError:
+    """What to raise where a user of a batch has a score that is NaN."""
+    return UserError(
+        f"the scores of user {user} of this batch contain NaN: the model has diverged; "
+        "try a smaller learning rate, gradient clipping or trainer.precision=32"
+    )
 
 
 def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int) -> Tensor:
@@ -250,11 +203,7 @@ def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int)
     value, top = _top_values(scores, min(k + 1, n_items))
     nan_U = value[:, 0].isnan()  # topk and amax put NaN above all numbers
     if nan_U.any():
-        user = first_user + int(nan_U.nonzero()[0, 0])
-        raise UserError(
-            f"the scores of user {user} of this batch contain NaN: the model has diverged; "
-            "try a smaller learning rate, gradient clipping or trainer.precision=32"
-        )
+        raise diverged(first_user + int(nan_U.nonzero()[0, 0]))
 
     if k < n_items:
         # Of the items that tie at the cut-off topk takes any. Their places go to those with the
@@ -489,7 +438,9 @@ class RankingMetrics(torchmetrics.Metric):
 
 def _count_relevant(relevant: Tensor) -> Tensor:
     """(U, I) bool -> (U,) int32."""
-    return torch.cat([block.sum(1, dtype=torch.int32) for _, block in _user_blocks(relevant)])
+    return torch.cat(
+        [block.sum(1, dtype=torch.int32) for _, block in user_blocks(relevant, relevant.shape[1])]
+    )
 
 
 def over_all_users(values: Mapping[str, float | Tensor]) -> dict[str, float]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.retrieval as tm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_ssm import metrics as metrics_module
 from recsys_ssm.errors import UserError
@@ -17,7 +16,6 @@ from recsys_ssm.metrics import (
     RankingMetrics,
     over_all_users,
     per_user,
-    rank_products,
     rank_top_k,
 )
 
@@ -439,56 +437,6 @@ class TestRankingMetrics:
         with pytest.raises(UserError, match="NaN"):
             metric.update(torch.full((1, 40), math.nan), torch.ones(1, 40, dtype=torch.bool))
         assert metric.n_users == before["n_users"]
-
-
-class TestRankProducts:
-    """Scores made block by block are ranked as those made at once."""
-
-    @pytest.mark.parametrize("block", [1, 40, 1 << 20])
-    def test_equals_ranking_the_whole_product(self, block, monkeypatch):
-        monkeypatch.setattr(metrics_module, "_BLOCK_ELEMENTS", block)
-        generator = torch.Generator().manual_seed(0)
-        # Whole numbers: ties galore, and products that do not depend on the order of the sum.
-        query = torch.randint(-2, 3, (17, 4), generator=generator).float()
-        items = torch.randint(-2, 3, (30, 4), generator=generator).float()
-        mask = torch.rand(17, 30, generator=generator) < 0.4
-        mask[3] = True  # nothing left for a user
-        mask[4] = False
-        for k in (1, 5, 30, 33):
-            everything, without = rank_products(query, items, k, mask.nonzero(as_tuple=True))
-            assert torch.equal(everything, rank_top_k(query @ items.T, k))
-            assert torch.equal(without, rank_top_k(query @ items.T, k, mask))
-        same, again = rank_products(query, items, 5)
-        assert torch.equal(same, again)
-
-    def test_all_scores_are_never_in_memory_at_once(self, monkeypatch):
-        class Largest(TorchDispatchMode):
-            elements = 0
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                result = func(*args, **(kwargs or {}))
-                if isinstance(result, torch.Tensor):
-                    self.elements = max(self.elements, result.numel())
-                return result
-
-        monkeypatch.setattr(metrics_module, "_BLOCK_ELEMENTS", 2000)
-        exclude = (torch.arange(300), torch.arange(300) % 200)
-        with Largest() as largest:
-            rank_products(torch.randn(300, 4), torch.randn(200, 4), 5, exclude)
-        assert 2000 <= largest.elements < 4000  # of 300 · 200 scores
-
-    def test_of_no_user(self):
-        everything, _ = rank_products(torch.zeros(0, 2), torch.ones(3, 2), 2)
-        assert everything.shape == (0, 2)
-
-    def test_a_score_of_minus_infinity_is_not_excluded(self):
-        query, items = torch.tensor([[1.0]]), torch.tensor([[-math.inf], [1.0], [2.0]])
-        pairs = (torch.tensor([0]), torch.tensor([2]))
-        assert rank_products(query, items, 3, pairs)[1].tolist() == [[1, 0, -1]]
-
-    def test_nan_is_told(self):
-        with pytest.raises(UserError, match="NaN"):
-            rank_products(torch.tensor([[math.nan]]), torch.ones(3, 1), 1)
 
 
 class TestOneRelevantItemAUser:

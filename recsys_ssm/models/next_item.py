@@ -22,12 +22,13 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.metrics import RankingMetrics, rank_products
+from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import ItemTokenizer
+from recsys_ssm.ops import rank_products
 from recsys_ssm.rankings import Rankings
 from recsys_ssm.specs import Spec, build, check_arguments
 

@@ -2,6 +2,7 @@
 
 from recsys_ssm.ops._dispatch import backends, describe_backends
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step, same_conv1d
+from recsys_ssm.ops.rank_products import rank_products
 from recsys_ssm.ops.selective_scan import (
     selective_scan,
     selective_scan_reference,
@@ -14,6 +15,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "describe_backends",
+    "rank_products",
     "same_conv1d",
     "selective_scan",
     "selective_scan_reference",

@@ -132,12 +132,12 @@ class Operator:
     Args:
         name: the operator's public name.
         kernels: names of the C functions it needs; all must be there for the kernel to be used.
-        cuda: "module:function" of the public CUDA implementation.
+        cuda: "module:function" of the public CUDA implementation; empty where plain PyTorch is all there is.
     """
 
     registered: dict[str, Operator] = {}  # noqa: RUF012 - filled below, one entry an operator
 
-    def __init__(self, name: str, kernels: Iterable[str], cuda: str) -> None:
+    def __init__(self, name: str, kernels: Iterable[str], cuda: str = "") -> None:
         self.name = name
         self.kernels = tuple(kernels)
         self.cuda = cuda
@@ -162,6 +162,8 @@ class Operator:
     def cuda_function(self) -> Callable[..., Any] | None:
         """The public CUDA implementation, or None where its package cannot be imported."""
         module, _, function = self.cuda.partition(":")
+        if not module:
+            return None
         try:
             return getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, RuntimeError):  # built for another torch: RuntimeError
@@ -185,6 +187,8 @@ class Operator:
         package = self.cuda.partition(".")[0]
         if not torch.cuda.is_available():
             cuda, cuda_why = "none", "PyTorch sees no CUDA device"
+        elif not self.cuda:
+            cuda, cuda_why = "plain PyTorch", "there is no other"
         elif self.cuda_function is None:
             cuda = "plain PyTorch"
             cuda_why = f"{package} is not installed (pip install 'recsys-ssm[cuda]')"

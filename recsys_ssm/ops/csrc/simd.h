@@ -106,6 +106,10 @@ struct Vec {
   static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
     return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
   }
+  // Bit i: lane i of a is not at most that of b; so where either is NaN.
+  static RECSYS_INLINE uint32_t not_at_most(Vec a, Vec b) {
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+  }
   RECSYS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   // Lane i: the sum of the i-th of `size` rows of `size` floats each.
   static RECSYS_INLINE Vec sum_rows(const float* p) {
@@ -180,6 +184,9 @@ struct Vec {
   static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, x.v)};
   }
+  static RECSYS_INLINE uint32_t not_at_most(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
+  }
   RECSYS_INLINE float sum() const {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -246,6 +253,10 @@ struct Vec {
   RECSYS_INLINE Vec abs() const { return {vabsq_f32(v)}; }
   static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
     return {vbslq_f32(vcltq_s32(vreinterpretq_s32_f32(x.v), vdupq_n_s32(0)), a.v, b.v)};
+  }
+  static RECSYS_INLINE uint32_t not_at_most(Vec a, Vec b) {
+    const uint32_t bits[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vbicq_u32(vld1q_u32(bits), vcleq_f32(a.v, b.v)));
   }
   RECSYS_INLINE float sum() const { return vaddvq_f32(v); }
   static RECSYS_INLINE Vec sum_rows(const float* p) {
@@ -316,6 +327,11 @@ struct Vec {
   }
   static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
     return each([&](int i) { return float_to_bits(x.v[i]) >> 31 ? a.v[i] : b.v[i]; });
+  }
+  static RECSYS_INLINE uint32_t not_at_most(Vec a, Vec b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
+    return bits;
   }
   RECSYS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   static RECSYS_INLINE Vec sum_rows(const float* p) {
