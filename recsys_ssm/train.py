@@ -96,6 +96,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from stop
+        except RuntimeError as error:  # Lightning has no type of its own for this one
+            if "Early stopping conditioned on metric" not in str(error):
+                raise
+            found = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
+            raise UserError(
+                f"monitor={cfg.monitor}: validation found no such value; it found {found}"
+            ) from error
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,

@@ -100,6 +100,9 @@ def test_mistakes_are_one_line(door, csv: Path) -> None:
         assert outcome.code == 1, options
         assert message in outcome.err and "Traceback" not in outcome.text
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    outcome = train(door, csv, "monitor=val/nothing", "trainer.max_epochs=1")
+    assert outcome.code == 1 and "Traceback" not in outcome.text
+    assert "monitor=val/nothing: validation found no such value; it found val/cov" in outcome.err
     outcome = door("train", "dataset=spotify", "head=next_item", "logger=none")
     assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
 

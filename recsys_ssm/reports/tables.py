@@ -252,8 +252,12 @@ def paired(
         rows.append([task, f"{first} − {second}", comparison.what, str(n), *cells])
     caption = (
         f"Paired differences: mean over the seeds that both models have, {options.confidence:.0%} confidence interval "
-        f"(Student's t), and the p-value of the paired t-test after Holm's correction for the {n_tests} tests of this "
-        "table. Bold: p < .05."
+        "(Student's t)"
+    ) + (
+        f", and the p-value of the paired t-test after Holm's correction for the {n_tests} tests of this table. Bold: "
+        "p < .05."
+        if n_tests
+        else ". No pair has the two seeds a test needs."
     )
     head = ("data", "difference", "settings", "seeds", *metrics)
     return Table(caption, head, rows, n_labels=3, label="paired")
