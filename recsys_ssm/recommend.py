@@ -123,9 +123,11 @@ def _by_features(
     rows = pl.Series("user", range(table.height)) if cfg.user is None else table[cfg.user]
 
     def blocks() -> Iterator[tuple[pl.Series, pl.DataFrame]]:
+        catalogue = model.item_embeddings()
         for start in range(0, table.height, cfg.batch_size):
             part = table[start : start + cfg.batch_size]
-            yield rows[start : start + cfg.batch_size], model.recommend(part, cfg.k)
+            found = model.recommend(part, cfg.k, item_embeddings=catalogue)
+            yield rows[start : start + cfg.batch_size], found
 
     return blocks(), table.height
 

@@ -58,9 +58,10 @@ class NextItem(Recommender):
         items: The catalogue's features, I rows.
         item_counts: (I,) training interactions of each item.
         tokenizer: Arguments of :class:`ItemTokenizer`.
-        head: Arguments of :class:`NextItemLoss`, and two more. ``filter_seen``: whether validation leaves out what a
+        head: Arguments of :class:`NextItemLoss`, and three more. ``filter_seen``: whether validation leaves out what a
             user had already (the test always reports both). ``temperature``: None, the score is the inner product; a
-            number, it is the cosine divided by it, so that no item scores high by its length alone.
+            number, it is the cosine divided by it, so that no item scores high by its length alone. ``skip``: how
+            likely a target of the training is passed over for the one after it (:func:`later_targets`).
         optimizer: Spec of a ``torch.optim`` optimizer.
         scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
@@ -92,13 +93,21 @@ class NextItem(Recommender):
         n_items = len(self.item_ids)
         head = dict(head or {})
         own: dict[str, Any] = {
-            name: head.pop(name) for name in ("filter_seen", "temperature") if name in head
+            name: head.pop(name) for name in ("filter_seen", "temperature", "skip") if name in head
         }
         check_arguments(_scoring, own, "head", given=None)
         self.filter_seen: bool = own.get("filter_seen", True)
         self.temperature: float | None = own.get("temperature")
         if self.temperature is not None and self.temperature <= 0:
             raise UserError(f"head.temperature={self.temperature}: give a number above 0, or null")
+        self.skip: float = own.get("skip", 0.0)
+        if not 0 <= self.skip < 1:
+            raise UserError(f"head.skip={self.skip}: give a probability, from 0 to below 1")
+        if self.skip and objective == "last":
+            raise UserError(
+                f"head.skip={self.skip}: with dataset.objective=last a sample has one target, and what follows is not "
+                "there; give head.skip=0, or dataset.objective=all"
+            )
         self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-3}
         self.scheduler_spec = scheduler
 
@@ -187,6 +196,8 @@ class NextItem(Recommender):
     # Training
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        if self.skip:
+            batch = batch._replace(target=later_targets(batch.target, batch.seq_idx, self.skip))
         loss, n_targets = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=n_targets)
         return loss
@@ -377,5 +388,33 @@ class NextItem(Recommender):
         return self._index_of
 
 
-def _scoring(filter_seen: bool, temperature: float | None) -> None:
+def later_targets(target: Tensor, seq_idx: Tensor, skip: float) -> Tensor:
+    """Targets some of which lie further ahead: what a user does after the next event is worth predicting as well.
+
+    A position's target is passed over for the following one with probability ``skip``, that again with the same
+    probability, and so on; a sequence's last target is passed over for none. Where histories are short and what
+    comes next is a matter of chance, the model learns more of an item's surroundings, and less of the order in them
+    (the idea of PinnerFormer's "all action" losses, Pancha et al. 2022, arXiv 2205.04507, drawn anew in each epoch).
+
+    Args:
+        target: (B, L) int64, -1 where nothing is predicted.
+        seq_idx: (B, L), as in :class:`~recsys_ssm.data.sequences.SequenceBatch`.
+        skip: From 0 to below 1.
+
+    Returns:
+        (B, L) int64, -1 where ``target`` is.
+    """
+    if not skip:
+        return target
+    B, L = target.shape
+    here_L = torch.arange(L, device=target.device)
+    has_one = target >= 0
+    goes_on = (seq_idx[:, 1:] == seq_idx[:, :-1]) & has_one[:, 1:] & has_one[:, :-1]
+    last = F.pad(~goes_on, (0, 1), value=True)
+    end_BL = torch.where(last, here_L, L - 1).flip(1).cummin(1).values.flip(1)
+    ahead_BL = target.new_empty(B, L).geometric_(1 - skip) - 1
+    return target.gather(1, torch.minimum(here_L + ahead_BL, end_BL))
+
+
+def _scoring(filter_seen: bool, temperature: float | None, skip: float) -> None:
     """Signature the head's options beside the loss's are checked against."""

@@ -24,6 +24,7 @@ from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import FeatureTokenizer
+from recsys_ssm.ops import rank_products
 from recsys_ssm.rankings import Rankings
 from recsys_ssm.specs import Spec, build, check_arguments
 
@@ -250,23 +251,29 @@ class TwoTower(Recommender):
         Raises:
             UserError: A column is absent or holds something that is no number where one belongs.
         """
-        training = self.training
-        self.eval()
-        catalogue = self.items if items is None else self.item_schema.encode(items, where="items")
-        user = self.user_tower.encode(self.user_schema.encode(users, where="users").to(self.device))
-        item = self.item_tower.encode(catalogue.to(self.device))
-        self.train(training)
-        return (user @ item.T).float().cpu()
+        user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
+        if items is None:
+            item_IS = self.item_embeddings()
+        else:
+            item_IS = self._encode(self.item_tower, self.item_schema.encode(items, where="items"))
+        return (user_US @ item_IS.T).float().cpu()
 
+    @torch.no_grad()
     def recommend(
-        self, users: pl.DataFrame, k: int = 10, exclude: Tensor | None = None
+        self,
+        users: pl.DataFrame,
+        k: int = 10,
+        exclude: Tensor | None = None,
+        *,
+        item_embeddings: Tensor | None = None,
     ) -> pl.DataFrame:
-        """The ``k`` best items of the catalogue for each user.
+        """The ``k`` best items of the catalogue for each user. Scores of all items are never held for all users.
 
         Args:
             users: One row a user, with the columns of ``user_schema``.
             k: How many.
             exclude: (U, I) bool, items not to recommend.
+            item_embeddings: What :meth:`item_embeddings` gives, where many calls are to share it.
 
         Returns:
             Columns ``user`` (row number in ``users``), ``rank`` (from 1), ``item``, ``score``.
@@ -274,18 +281,38 @@ class TwoTower(Recommender):
         Raises:
             UserError: As :meth:`predict`.
         """
-        scores = self.predict(users)
-        top = rank_top_k(scores, min(k, len(self.item_ids)), exclude)
-        user, position = (top >= 0).nonzero(as_tuple=True)
-        item = top[user, position]
+        user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
+        item_IS = self.item_embeddings() if item_embeddings is None else item_embeddings
+        pairs = None
+        if exclude is not None:
+            user, item = exclude.to(self.device).nonzero(as_tuple=True)
+            pairs = user, item
+        k = min(k, len(self.item_ids))
+        _, top_UK = rank_products(user_US, item_IS, k, pairs, everything=False)
+        scores_UK = (item_IS[top_UK.clamp(min=0)] * user_US.unsqueeze(1)).sum(2).float().cpu()
+        top_UK = top_UK.cpu()
+        user, place = (top_UK >= 0).nonzero(as_tuple=True)
+        item = top_UK[user, place]
         return pl.DataFrame(
             {
                 "user": user.numpy(),
-                "rank": position.numpy() + 1,
+                "rank": place.numpy() + 1,
                 "item": [self.item_ids[i] for i in item.tolist()],
-                "score": scores[user, item].numpy(),
+                "score": scores_UK[user, place].numpy(),
             }
         )
+
+    def item_embeddings(self) -> Tensor:
+        """Of the catalogue, (I, S), on the model's device."""
+        return self._encode(self.item_tower, self.items)
+
+    def _encode(self, tower: Tower, features: Features) -> Tensor:
+        """A table's embeddings, without dropout."""
+        training = self.training
+        self.eval()
+        found = tower.encode(features.to(self.device))
+        self.train(training)
+        return found
 
 
 def _tower(

@@ -18,7 +18,7 @@ from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.sequences import SequenceBatch
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import per_user, rank_top_k
-from recsys_ssm.models.next_item import NextItem
+from recsys_ssm.models.next_item import NextItem, later_targets
 
 BACKBONES = "recsys_ssm.models.backbones"
 CAUSAL = {
@@ -368,6 +368,8 @@ def test_options_are_checked(file: Path) -> None:
         ({"head": {"loss": "hinge"}}, "head.loss='hinge'"),
         ({"head": {"temperature": -1.0}}, "head.temperature=-1.0"),
         ({"head": {"filter_seen": 3}}, "head.filter_seen=3"),
+        ({"head": {"skip": 1.0}}, "head.skip=1.0: give a probability"),
+        ({"head": {"skip": -0.1}}, "head.skip=-0.1: give a probability"),
         ({"tokenizer": {"dropuot": 0.1}}, "tokenizer.dropuot: no such option"),
     ]:
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
@@ -404,3 +406,53 @@ def test_with_a_temperature_scores_are_cosines(file: Path) -> None:
     assert after.filter(item=item)["score"].item() == pytest.approx(
         before.filter(item=item)["score"].item(), rel=1e-4
     )
+
+
+class TestLaterTargets:
+    """Of ``head.skip``: targets of the training from further ahead in the same sequence."""
+
+    SEQ_IDX = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1], [3, 3, -1, -1, 3, 3, 3, 3]])
+    TARGET = torch.tensor([[1, 2, 3, 4, 5, 6, -1, -1], [7, 8, -1, -1, -1, 9, 10, -1]])
+
+    def test_each_is_one_of_the_sequence_that_is_not_before_it(self) -> None:
+        allowed = [
+            [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4], [5, 6], [6], [-1], [-1]],
+            [[7, 8], [8], [-1], [-1], [-1], [9, 10], [10], [-1]],
+        ]
+        torch.manual_seed(0)
+        draws = torch.stack([later_targets(self.TARGET, self.SEQ_IDX, 0.5) for _ in range(300)])
+        found = [[sorted(set(cell.tolist())) for cell in row] for row in draws.permute(1, 2, 0)]
+        assert found == [[sorted(cell) for cell in row] for row in allowed]
+
+    def test_each_further_one_is_passed_over_as_likely(self) -> None:
+        torch.manual_seed(0)
+        n = 40_000
+        drawn = later_targets(
+            torch.arange(1, 5).expand(n, 4).contiguous(), torch.zeros(n, 4).long(), 0.3
+        )
+        shares = drawn[:, 0].bincount(minlength=5)[1:] / n
+        expected = torch.tensor([0.7, 0.3 * 0.7, 0.09 * 0.7, 0.027])
+        assert (shares - expected).abs().max() < 0.01
+
+    def test_of_none_all_stay(self) -> None:
+        assert torch.equal(later_targets(self.TARGET, self.SEQ_IDX, 0.0), self.TARGET)
+
+    def test_of_empty_rows(self) -> None:
+        nothing = torch.full((2, 1), -1)
+        assert torch.equal(later_targets(nothing, nothing, 0.5), nothing)
+
+    def test_only_training_has_them(self, file: Path) -> None:
+        data = data_of(file)
+        data.setup("fit")
+        model = model_of(data, head={"skip": 0.9}, tokenizer={"dropout": 0.0}).eval()
+        batch = next(iter(data.train_dataloader()))
+        loss, _ = model._loss(batch)
+        model.log = lambda *_, **__: None
+        assert not torch.isclose(model.training_step(batch, 0), loss)
+        model.validation_step(batch, 0)
+        assert torch.isclose(model.val_loss.compute(), loss)
+
+    def test_prefixes_have_one_target_only(self, file: Path) -> None:
+        data = data_of(file, objective="last")
+        with pytest.raises(UserError, match=r"head\.skip=0\.5: with dataset\.objective=last"):
+            model_of(data, head={"skip": 0.5})
