@@ -8,6 +8,7 @@ from recsys_ssm.ops.selective_scan import (
     selective_scan_reference,
     selective_scan_step,
 )
+from recsys_ssm.ops.sequences import each_sequence, seq_idx_of, sequences_of
 from recsys_ssm.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -15,11 +16,14 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "describe_backends",
+    "each_sequence",
     "rank_products",
     "same_conv1d",
     "selective_scan",
     "selective_scan_reference",
     "selective_scan_step",
+    "seq_idx_of",
+    "sequences_of",
     "ssd",
     "ssd_step",
 ]

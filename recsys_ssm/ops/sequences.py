@@ -1,0 +1,102 @@
+"""Sequences packed into rows, each with a state of its own: where it starts from, and what it ends in.
+
+The operators run packed rows as they are, and carry one state into a row and one out of it. To continue each of many
+histories where it was left, which is what serving needs, the states of all of them are wanted: :func:`each_sequence`.
+
+Legend: B rows, L positions, S sequences in them, M positions of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_ssm.errors import UserError
+
+__all__ = ["Sequences", "each_sequence", "seq_idx_of", "sequences_of"]
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of packed rows are: row by row, and in a row by position."""
+
+    row: Tensor
+    """(S,) int64."""
+    start: Tensor
+    """(S,) int64, the first position."""
+    length: Tensor
+    """(S,) int64, at least 1."""
+
+
+def sequences_of(seq_idx: Tensor) -> Sequences:
+    """The sequences that ``seq_idx`` (B, L) marks: equal neighbours are one, -1 is padding and ends one."""
+    valid = seq_idx >= 0
+    new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
+    row, start = (valid & new).nonzero(as_tuple=True)
+    of = (valid & new).flatten().cumsum(0)[valid.flatten()] - 1
+    return Sequences(row, start, torch.bincount(of, minlength=row.numel()))
+
+
+def seq_idx_of(cu_seqlens: Tensor) -> Tensor:
+    """The one row (1, L) of sequences that begin, end to end, at ``cu_seqlens`` (S + 1), 0 … L, as varlen kernels say it.
+
+    Raises:
+        UserError: It is not from 0 upwards.
+    """
+    length = cu_seqlens.diff()
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens[0] != 0 or (length < 0).any():
+        raise UserError(f"cu_seqlens must rise from 0, got {cu_seqlens.tolist()}")
+    return torch.arange(len(length), device=length.device).repeat_interleave(length).unsqueeze(0)
+
+
+def each_sequence(
+    operator: Callable[..., Any],
+    over_time: Mapping[str, Tensor],
+    seq_idx: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """A causal operator on packed rows, with a state in and out for each sequence.
+
+    >>> y, states = each_sequence(selective_scan, {"u": u, "dt": dt, "B": B, "C": C}, seq_idx, A=A)
+
+    Every sequence becomes a row of its own for that, as long as the longest: of rows whose sequences differ much in
+    length, that is more work than packed. Of the output alone, ``operator(…, seq_idx=seq_idx)`` is the same.
+
+    Args:
+        operator: ``selective_scan``, ``ssd``, ``causal_conv1d``.
+        over_time: Its arguments that are (B, L, …), by name.
+        seq_idx: (B, L).
+        initial_state: (S, …), of each sequence in the order of :func:`sequences_of`; none: zeros.
+        others: Its other arguments.
+
+    Returns:
+        The output (B, L, …), 0 at padding, and the state after each sequence (S, …). Both are differentiable in
+        every floating-point argument.
+
+    Raises:
+        UserError: As the operator.
+    """
+    B, L = seq_idx.shape
+    for name, x in over_time.items():
+        if x.shape[:2] != (B, L):
+            raise UserError(f"{name} is {tuple(x.shape)}: expected ({B}, {L}, …), as seq_idx")
+    row, start, length = sequences_of(seq_idx)
+    if initial_state is not None and len(initial_state) != len(row):
+        raise UserError(f"initial_state has {len(initial_state)} states for {len(row)} sequences")
+    here_M = torch.arange(int(length.max()) if len(row) else 0, device=seq_idx.device)
+    inside_SM = here_M < length.unsqueeze(1)
+    at_SM = ((row * L + start).unsqueeze(1) + here_M).where(inside_SM, 0)
+    y, state = operator(
+        **{name: x.flatten(0, 1)[at_SM] for name, x in over_time.items()},
+        **others,
+        seq_idx=torch.where(inside_SM, 0, -1),
+        initial_state=initial_state,
+        return_final_state=True,
+    )
+    packed = y.new_zeros(B * L, *y.shape[2:]).index_put((at_SM[inside_SM],), y[inside_SM])
+    return packed.unflatten(0, (B, L)), state
