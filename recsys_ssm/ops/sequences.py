@@ -41,7 +41,7 @@ def sequences_of(seq_idx: Tensor) -> Sequences:
 
 
 def seq_idx_of(cu_seqlens: Tensor) -> Tensor:
-    """The one row (1, L) of sequences that begin, end to end, at ``cu_seqlens`` (S + 1), 0 … L, as varlen kernels say it.
+    """The one row (1, L) of sequences that lie end to end from ``cu_seqlens`` (S + 1) on: 0 … L, as varlen kernels say.
 
     Raises:
         UserError: It is not from 0 upwards.
