@@ -14,8 +14,9 @@
 //  * Forward keeps the state at the start of each chunk ("checkpoint"), no other. Backward takes the
 //    chunks in reverse: a tile computes its decays and states of the chunk again, into L1, and walks
 //    back over them.
-//  * dB and dC sum over channels, that is over lanes. Each lane's part is kept apart until all blocks
-//    of a chunk are done, then the lanes are summed once.
+//  * dB and dC sum over channels, that is over lanes. A tile folds its states' vectors of a step into
+//    one, which is what a later tile of the same states adds to; its lanes are summed when all blocks
+//    of a chunk are done. Unfolded, these sums would not fit L1, and be half of all stores.
 //  * Sequences packed into a row, and padding: positions that hold padding are left out of the chunks
 //    altogether; where a sequence starts the state is set to 0.
 //
@@ -152,13 +153,6 @@ void from_block(const float* from, int64_t channels, int64_t states, float* to) 
     for (int64_t n = 0; n < states; ++n) to[e * states + n] = from[n * kBlock + e];
 }
 
-// out[i] = the sum of the i-th vector.
-void sum_lanes(const float* vectors, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLane <= count; i += kLane) Vec::sum_rows(vectors + i * kLane).store(out + i);
-  for (; i < count; ++i) out[i] = Vec::load(vectors + i * kLane).sum();
-}
-
 // ---- the steps of a row --------------------------------------------------------------------------
 
 struct Row {
@@ -204,42 +198,51 @@ void clear_padding(const Arguments& a, const Row& row, const Strided& x, int64_t
   }
 }
 
-// Fetches a block of channels of the tensors' next chunk, piece by piece between tiles: its rows lie
+// Fetches a block of channels of the tensors' next chunk while tiles walk over this one: its rows lie
 // too far apart for the processor to see the pattern, and waiting for them costs as much as a third
-// of the scan.
+// of the scan. Each tile takes its share of a row's cache lines, and a row at each of its steps:
+// many lines at once would have to wait for each other.
 struct Prefetch {
-  const Strided* tensors[9];  // null for none
-  const int64_t* position;    // as in Row
-  int64_t b, t, end, e, channels;
-  const float* state;         // the checkpoint the chunk starts from, or null
-  int64_t states;
+  struct Line {
+    const char* at;  // at position 0
+    int64_t stride;
+  };
+  static constexpr int64_t kTensors = 9, kLines = kTensors * kBlock * 4 / 64;
+  Line lines[kLines];
+  int64_t count, tiles, first, steps;  // lines, tiles that share them; the chunk's steps
+  const int64_t* position;             // as in Row
+  const float* state;                  // the checkpoint the chunk starts from, or null
 
-  RECSYS_INLINE void some(int64_t steps) {
-    if (state != nullptr && states > 0) {
-      prefetch(state, 2 * kBlock * 4);  // of two states
-      state += 2 * kBlock;
-      states -= 2;
-    }
-    for (; steps > 0 && t < end; --steps, ++t)
-      for (const Strided* x : tensors) {
-        if (x == nullptr || x->data == nullptr) continue;
-        const int64_t size = x->bf16 ? 2 : 4;
-        const int64_t at = offset_of(*x, b, position == nullptr ? t : position[t]) + e;
-        prefetch(static_cast<const char*>(x->data) + at * size, channels * size);
-      }
+  RECSYS_INLINE void step(int64_t t, int64_t tile) const {
+    if (t >= steps) return;
+    const int64_t at = position == nullptr ? first + t : position[first + t];
+    for (int64_t i = tile; i < count; i += tiles) prefetch(lines[i].at + at * lines[i].stride, 64);
   }
 };
 
-Prefetch prefetch_chunk(const Arguments& a, const Row& row, int64_t c, int64_t e, int64_t channels) {
-  Prefetch ahead{{&a.u, &a.dt, &a.z, &a.ungated, &a.y, &a.dy, &a.du, &a.ddt, &a.dz}, row.position,
-                 row.b, 0, 0, e, channels, nullptr, 0};
+Prefetch prefetch_chunk(const Arguments& a, const Row& row, int64_t c, int64_t e, int64_t channels,
+                        int64_t tiles) {
+  Prefetch ahead;
+  ahead.count = ahead.steps = ahead.first = 0;
+  ahead.tiles = tiles;
+  ahead.position = row.position;
+  ahead.state = nullptr;
+  int64_t b = row.b;
   if (c < 0 || c >= row.chunks) {  // goes on in the next row, whose padding is not known yet
-    if (row.position != nullptr || row.b + 1 >= a.batch) return ahead;
-    ahead.b = row.b + 1;
+    if (row.position != nullptr || b + 1 >= a.batch) return ahead;
+    b += 1;
     c = c < 0 ? row.chunks - 1 : 0;
   }
-  ahead.t = c * row.chunk;
-  ahead.end = min64(ahead.t + row.chunk, row.steps);
+  ahead.first = c * row.chunk;
+  ahead.steps = min64(row.chunk, row.steps - ahead.first);
+  const Strided* const tensors[Prefetch::kTensors] = {&a.u,  &a.dt, &a.z,   &a.ungated, &a.y,
+                                                      &a.dy, &a.du, &a.ddt, &a.dz};
+  for (const Strided* x : tensors) {
+    if (x->data == nullptr) continue;
+    const int64_t size = x->bf16 ? 2 : 4;
+    const char* from = static_cast<const char*>(x->data) + (b * x->batch + e) * size;
+    for (int64_t i = 0; i < channels * size; i += 64) ahead.lines[ahead.count++] = {from + i, x->time * size};
+  }
   return ahead;
 }
 
@@ -307,23 +310,25 @@ struct ForwardChunk {  // of one block, (chunk, kBlock) each
 // One vector of channels from `e` on, N states from `n0` on. Packed: `starts` is given. (Known when
 // compiled, because a compiler moves work behind the branch and runs out of registers.)
 template <int N, bool Packed>
-RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
-                                int64_t e, int64_t n0) {
+RECSYS_INLINE void forward_tile(ForwardChunk c, const float* A, const float* h_in, float* h_out, int64_t e,
+                                int64_t n0, const Prefetch& ahead, int64_t tile) {
   Vec h[N], rate[N];
   for (int n = 0; n < N; ++n) {
     h[n] = Vec::load(h_in + (n0 + n) * kBlock + e);
     rate[n] = Vec::load(A + (n0 + n) * kBlock + e);
   }
   for (int64_t t = 0; t < c.steps; ++t) {
+    ahead.step(t, tile);
     if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n) h[n] = Vec::zero();
     const float *B = c.B + t * c.states + n0, *C = c.C + t * c.states + n0;
     const int64_t i = t * kBlock + e;
     const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i);
-    Vec y = Vec::load(c.y + i);
+    Vec y = Vec::load(c.y + i), decay[N];
+    for (int n = 0; n < N; ++n) decay[n] = dt * rate[n];
+    exp2(decay);
     for (int n = 0; n < N; ++n) {
-      const Vec decay = (dt * rate[n]).exp2();
-      h[n] = Vec::fma(decay, h[n], dtu * Vec::all(B[n]));
+      h[n] = Vec::fma(decay[n], h[n], dtu * Vec::all(B[n]));
       y = Vec::fma(h[n], Vec::all(C[n]), y);
     }
     y.store(c.y + i);
@@ -331,23 +336,26 @@ RECSYS_INLINE void forward_tile(const ForwardChunk& c, const float* A, const flo
   for (int n = 0; n < N; ++n) h[n].store(h_out + (n0 + n) * kBlock + e);
 }
 
-// States a tile: as many as keep their own in registers, of which AVX2 has sixteen.
-#if defined(RECSYS_ISA_AVX512) || defined(RECSYS_NEON)
+// States a tile: as many as keep their own in registers, of which AVX2 has sixteen, and backward as
+// many as fold into one vector.
+#if defined(RECSYS_ISA_AVX512)
 constexpr int kForwardN = 4, kBackwardN = 4;
 #else
 constexpr int kForwardN = 4, kBackwardN = 2;
 #endif
 
+// Of n states each; those left over are tiles of one.
+RECSYS_INLINE int64_t tiles_of(int64_t states, int64_t n) { return states / n + states % n; }
+
 template <bool Packed>
 void forward_block(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
-                   int64_t channels, Prefetch* ahead) {
+                   int64_t channels, const Prefetch& ahead) {
+  int64_t tile = 0;
   for (int64_t e = 0; e < channels; e += kLane) {
     int64_t n = 0;
-    for (; n + kForwardN <= c.states; n += kForwardN) {
-      ahead->some(2);
-      forward_tile<kForwardN, Packed>(c, A, h_in, h_out, e, n);
-    }
-    for (; n < c.states; ++n) forward_tile<1, Packed>(c, A, h_in, h_out, e, n);
+    for (; n + kForwardN <= c.states; n += kForwardN)
+      forward_tile<kForwardN, Packed>(c, A, h_in, h_out, e, n, ahead, tile++);
+    for (; n < c.states; ++n) forward_tile<1, Packed>(c, A, h_in, h_out, e, n, ahead, tile++);
   }
 }
 
@@ -444,9 +452,10 @@ void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, i
         if (c > 0) from = kept + (c - 1) * row_size;
         if (c + 1 < row.chunks) to = kept + c * row_size;
       }
-      Prefetch ahead = prefetch_chunk(a, row, c + 1, e, channels);
+      const int64_t tiles = ceil_div(channels, kLane) * tiles_of(a.states, kForwardN);
+      const Prefetch ahead = prefetch_chunk(a, row, c + 1, e, channels, tiles);
       const auto scan = row.starts == nullptr ? &forward_block<false> : &forward_block<true>;
-      scan(chunk, s.A + k * plan.block_state, from, to, channels, &ahead);
+      scan(chunk, s.A + k * plan.block_state, from, to, channels, ahead);
       out(a, f, row, t0, steps, e, channels);
     }
   }
@@ -466,38 +475,73 @@ struct BackwardChunk {  // of one block, (chunk, kBlock) each
   const float *dt, *dtu, *dy;
   float *ddtu, *rate;          // out: gradient of dt u by way of B; sum over n of g A, see below
   const float *B, *C;          // (chunk, N)
-  float *lanes_dB, *lanes_dC;  // (chunk, N, kLane), summed into unless `first`
+  float* folded;               // (chunk, tiles over N, kLane): dB and dC, summed into unless `first`
   const uint8_t* starts;       // or null
   int64_t steps, states;
-  bool first;                  // the chunk's first tile to write lanes
+  bool first;                  // the chunk's first tile of its states
 };
+
+// The vectors of N states in one: sums of dB's lanes in the lower half, state n's in the lanes i = n
+// mod N, sums of dC's in the upper.
+template <int N>
+RECSYS_INLINE Vec fold_states(const Vec (&dB)[N], const Vec (&dC)[N]) {
+  static_assert(N == 1 || N == 2 || N == 4, "");
+  constexpr int half = kLane / 2;
+  if constexpr (N == 1) {
+    return Vec::fold<half>(dB[0], dC[0]);
+  } else if constexpr (N == 2) {
+    return Vec::fold<half>(Vec::fold<1>(dB[0], dB[1]), Vec::fold<1>(dC[0], dC[1]));
+  } else {
+    return Vec::fold<half>(Vec::fold<2>(Vec::fold<1>(dB[0], dB[1]), Vec::fold<1>(dB[2], dB[3])),
+                           Vec::fold<2>(Vec::fold<1>(dC[0], dC[1]), Vec::fold<1>(dC[2], dC[3])));
+  }
+}
+template <int N>
+RECSYS_INLINE void unfold_states(const float* folded, float* dB, float* dC) {
+  for (int n = 0; n < N; ++n) {
+    float b = 0, c = 0;
+    for (int i = n; i < kLane / 2; i += N) {
+      b += folded[i];
+      c += folded[kLane / 2 + i];
+    }
+    dB[n] = b;
+    dC[n] = c;
+  }
+}
 
 // With x = decay h_before the step is h = x + dt u B, and with g = dh x (the gradient of dt A)
 //   dB = dh dt u,  dC = dy h,  d(dt u) = dh B,  d(dt) = g A,  dA = g dt,  dh_before = dh decay + dy C.
 // dC is left as dy x; the rest of it, B dy dt u, is the same for all states and added at the end.
 template <int N, bool Packed>
-RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const float* h_in, float* dh_inout,
-                                 float* dA, float* kept, int64_t e, int64_t n0) {
+RECSYS_INLINE void backward_tile(BackwardChunk c, const float* A, const float* h_in, float* dh_inout,
+                                 float* dA, float* kept, int64_t e, int64_t n0, const Prefetch& ahead,
+                                 int64_t tile) {
   Vec h[N], rate[N];
   for (int n = 0; n < N; ++n) {
     h[n] = Vec::load(h_in + (n0 + n) * kBlock + e);
     rate[n] = Vec::load(A + (n0 + n) * kBlock + e);
   }
+  if (ahead.state != nullptr)
+    for (int n = 0; n < N; ++n) prefetch(ahead.state + (n0 + n) * kBlock + e, sizeof(Vec));
   float* keep = kept;
   for (int64_t t = 0; t < c.steps; ++t) {
+    ahead.step(t, tile);
     if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n) h[n] = Vec::zero();
     const float* B = c.B + t * c.states + n0;
     const Vec dt = Vec::load(c.dt + t * kBlock + e), dtu = Vec::load(c.dtu + t * kBlock + e);
+    Vec decay[N];
+    for (int n = 0; n < N; ++n) decay[n] = dt * rate[n];
+    exp2(decay);
     for (int n = 0; n < N; ++n, keep += 2 * kLane) {
-      const Vec decay = (dt * rate[n]).exp2();
-      const Vec x = decay * h[n];
-      decay.store(keep);
+      const Vec x = decay[n] * h[n];
+      decay[n].store(keep);
       x.store(keep + kLane);
       h[n] = Vec::fma(dtu, Vec::all(B[n]), x);
     }
   }
 
+  const int64_t tiles = tiles_of(c.states, kBackwardN);
   Vec dh[N], sum_dA[N];
   for (int n = 0; n < N; ++n) {
     dh[n] = Vec::load(dh_inout + (n0 + n) * kBlock + e);
@@ -506,19 +550,17 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
   for (int64_t t = c.steps; t-- > 0;) {
     keep -= 2 * kLane * N;
     const float *B = c.B + t * c.states + n0, *C = c.C + t * c.states + n0;
-    float* lanes_dB = c.lanes_dB + (t * c.states + n0) * kLane;
-    float* lanes_dC = c.lanes_dC + (t * c.states + n0) * kLane;
+    float* folded = c.folded + (t * tiles + tile % tiles) * kLane;
     const int64_t i = t * kBlock + e;
     const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i), dy = Vec::load(c.dy + i);
     Vec ddtu = n0 == 0 ? Vec::zero() : Vec::load(c.ddtu + i);
     Vec sum_rate = n0 == 0 ? Vec::zero() : Vec::load(c.rate + i);
+    Vec dB[N], dC[N];
     for (int n = 0; n < N; ++n) {
       const Vec decay = Vec::load(keep + n * 2 * kLane), x = Vec::load(keep + n * 2 * kLane + kLane);
       const Vec d = Vec::fma(dy, Vec::all(C[n]), dh[n]);
-      const Vec dB = c.first ? Vec::zero() : Vec::load(lanes_dB + n * kLane);
-      const Vec dC = c.first ? Vec::zero() : Vec::load(lanes_dC + n * kLane);
-      Vec::fma(d, dtu, dB).store(lanes_dB + n * kLane);
-      Vec::fma(dy, x, dC).store(lanes_dC + n * kLane);
+      dB[n] = d * dtu;
+      dC[n] = dy * x;
       ddtu = Vec::fma(d, Vec::all(B[n]), ddtu);
       const Vec g = d * x;
       sum_rate = Vec::fma(g, rate[n], sum_rate);
@@ -527,6 +569,8 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
     }
     ddtu.store(c.ddtu + i);
     sum_rate.store(c.rate + i);
+    const Vec sums = fold_states<N>(dB, dC);
+    (c.first ? sums : sums + Vec::load(folded)).store(folded);
     if (Packed && c.starts[t])
       for (int n = 0; n < N; ++n) dh[n] = Vec::zero();
   }
@@ -538,21 +582,20 @@ RECSYS_INLINE void backward_tile(const BackwardChunk& c, const float* A, const f
 
 template <bool Packed>
 void backward_block(BackwardChunk c, const float* A, const float* h_in, float* dh, float* dA,
-                    float* kept, int64_t channels, Prefetch* ahead) {
+                    float* kept, int64_t channels, const Prefetch& ahead) {
+  int64_t tile = 0;
   for (int64_t e = 0; e < channels; e += kLane) {
     int64_t n = 0;
-    for (; n + kBackwardN <= c.states; n += kBackwardN) {
-      ahead->some(2);
-      backward_tile<kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n);
-    }
-    for (; n < c.states; ++n) backward_tile<1, Packed>(c, A, h_in, dh, dA, kept, e, n);
+    for (; n + kBackwardN <= c.states; n += kBackwardN)
+      backward_tile<kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
+    for (; n < c.states; ++n) backward_tile<1, Packed>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
     c.first = false;
   }
 }
 
 struct BackwardBuffers {
   float *dt, *slope, *u, *dtu, *dy, *ddtu, *rate;  // slope: softplus's derivative
-  float *B, *C, *dB, *dC, *lanes_dB, *lanes_dC, *lanes_dydtu, *kept, *initial, *dh;
+  float *B, *C, *dB, *dC, *folded, *lanes_dydtu, *kept, *initial, *dh;
   int64_t* position;
   uint8_t* starts;
 
@@ -561,8 +604,7 @@ struct BackwardBuffers {
     for (float** buffer : of_block) *buffer = arena->take<float>(kChunk * kBlock);
     float** const of_states[] = {&B, &C, &dB, &dC};
     for (float** buffer : of_states) *buffer = arena->take<float>(kChunk * a.states);
-    lanes_dB = arena->take<float>(kChunk * a.states * kLane);
-    lanes_dC = arena->take<float>(kChunk * a.states * kLane);
+    folded = arena->take<float>(kChunk * tiles_of(a.states, kBackwardN) * kLane);
     lanes_dydtu = arena->take<float>(kChunk * kLane);
     kept = arena->take<float>(kChunk * kBackwardN * 2 * kLane);
     initial = arena->take<float>(plan.block_state);
@@ -680,27 +722,28 @@ void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f,
         std::memset(f.initial, 0, sizeof(float) * static_cast<size_t>(plan.block_state));
       }
       const BackwardChunk chunk{
-          f.dt, f.dtu,      f.dy,       f.ddtu, f.rate,
-          f.B,  f.C,        f.lanes_dB, f.lanes_dC, row.starts == nullptr ? nullptr : row.starts + t0,
-          steps, a.states, k == k0};
-      Prefetch ahead = prefetch_chunk(a, row, c - 1, e, channels);
-      if (c > 1) {
-        ahead.state = from - row_size;
-        ahead.states = a.states;
-      }
+          f.dt, f.dtu, f.dy, f.ddtu, f.rate, f.B, f.C, f.folded,
+          row.starts == nullptr ? nullptr : row.starts + t0, steps, a.states, k == k0};
+      const int64_t tiles = ceil_div(channels, kLane) * tiles_of(a.states, kBackwardN);
+      Prefetch ahead = prefetch_chunk(a, row, c - 1, e, channels, tiles);
+      if (c > 1) ahead.state = from - row_size;
       const auto scan = row.starts == nullptr ? &backward_block<false> : &backward_block<true>;
       scan(chunk, s.A + k * plan.block_state, from, f.dh + (k - k0) * plan.block_state,
-           sums.dA + k * plan.block_state, f.kept, channels, &ahead);
+           sums.dA + k * plan.block_state, f.kept, channels, ahead);
       out(a, s, f, sums, row, t0, steps, e, channels);
     }
-    sum_lanes(f.lanes_dB, steps * a.states, f.dB);
-    sum_lanes(f.lanes_dC, steps * a.states, f.dC);
+    const float* folded = f.folded;
     for (int64_t t = 0; t < steps; ++t) {
+      float *dB_t = f.dB + t * a.states, *dC_t = f.dC + t * a.states;
+      int64_t n = 0;
+      for (; n + kBackwardN <= a.states; n += kBackwardN, folded += kLane)
+        unfold_states<kBackwardN>(folded, dB_t + n, dC_t + n);
+      for (; n < a.states; ++n, folded += kLane) unfold_states<1>(folded, dB_t + n, dC_t + n);
       const float dydtu = Vec::load(f.lanes_dydtu + t * kLane).sum();
-      for (int64_t i = t * a.states; i < (t + 1) * a.states; ++i) f.dC[i] += f.B[i] * dydtu;
+      for (n = 0; n < a.states; ++n) dC_t[n] += f.B[t * a.states + n] * dydtu;
       const int64_t at = row.at(t0 + t);
-      store_row(dB, offset_of(dB, b, at), a.states, f.dB + t * a.states);
-      store_row(dC, offset_of(dC, b, at), a.states, f.dC + t * a.states);
+      store_row(dB, offset_of(dB, b, at), a.states, dB_t);
+      store_row(dC, offset_of(dC, b, at), a.states, dC_t);
     }
   }
   if (a.dinitial_state != nullptr)

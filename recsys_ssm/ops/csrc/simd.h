@@ -1,6 +1,6 @@
 // Vec: as many floats as one register of the instruction set holds, and what kernels do with them.
-// One of four: AVX-512 (16), AVX2 (8), NEON (4), or plain C++ on four floats, which compilers turn
-// into SSE2. Error bounds stand beside the functions.
+// One of five: AVX-512 (16), AVX2 (8), SSE2 (4), NEON (4), or plain C++ on four floats. Error bounds
+// stand beside the functions.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,9 @@
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #include <arm_neon.h>
 #define RECSYS_NEON 1
+#elif defined(__SSE2__) || defined(_M_X64)
+#include <immintrin.h>
+#define RECSYS_SSE2 1
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -111,38 +114,45 @@ struct Vec {
     return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
   }
   RECSYS_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
-  // Lane i: the sum of the i-th of `size` rows of `size` floats each.
-  static RECSYS_INLINE Vec sum_rows(const float* p) {
-    __m512 four[4];  // each 128-bit part: a part's sums of four rows
-    for (int i = 0; i < 4; ++i, p += 4 * size) {
-      const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + size);
-      const __m512 c = _mm512_loadu_ps(p + 2 * size), d = _mm512_loadu_ps(p + 3 * size);
-      const __m512d ab = _mm512_castps_pd(
-          _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-      const __m512d cd = _mm512_castps_pd(
-          _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-      four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    }
-    const auto halve = [](__m512 a, __m512 b) {
-      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return {halve(halve(four[0], four[1]), halve(four[2], four[3]))};
+  // Lane i: the sum of two lanes of a, of b if i has bit K; two that agree with i in all bits below.
+  // So folding by one K after another, smallest first, sums the lanes of many vectors at once.
+  template <int K>
+  static RECSYS_INLINE Vec fold(Vec a, Vec b) {
+    static_assert(K == 1 || K == 2 || K == 8, "");
+    if (K == 1) return {_mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v))};
+    if (K == 2)
+      return {_mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a.v, b.v), _mm512_shuffle_ps(a.v, b.v, 0x4e))};
+    return {_mm512_add_ps(_mm512_mask_blend_ps(0xff00, a.v, b.v), _mm512_shuffle_f32x4(a.v, b.v, 0x4e))};
   }
 
   // 2^v, relative error below 2e-7 and exact at 0; 0 far below, infinity far above, NaN stays NaN.
   // 2^x = 2^floor(s) 2^frac(s) 2^(x - s) with s = x rounded to 1/32: a shuffle of a table in two
   // registers, and a parabola. Fewer multiplications than a polynomial over the whole of [-.5, .5].
   RECSYS_INLINE Vec exp2() const {
+    Vec x[1] = {*this};
+    exp2(x);
+    return x[0];
+  }
+  // Of several: a step at a time for all of them, because a processor sees only so far ahead.
+  template <int N>
+  static RECSYS_INLINE void exp2(Vec (&x)[N]) {
+    // Sums with a rounding mode of their own: compilers would fuse them with the multiplication that
+    // v is, twice, and multiplications are what there are most of.
     const __m512 magic = _mm512_set1_ps(393216.f);  // 1.5 2^18: the last mantissa bits count 1/32
-    const __m512 shifted = _mm512_add_ps(v, magic);
-    const __m512 s = _mm512_sub_ps(shifted, magic);
-    const __m512 r = _mm512_sub_ps(v, s);
-    const __m512 t = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), _mm512_castps_si512(shifted),
-                                            _mm512_load_ps(kExp2Table + 16));
-    const __m512 q =
-        _mm512_fmadd_ps(_mm512_set1_ps(.240226763f), r, _mm512_set1_ps(.693157334f));
-    return {_mm512_scalef_ps(_mm512_fmadd_ps(q, _mm512_mul_ps(r, t), t), s)};
+    __m512 shifted[N], s[N], t[N];
+    for (int n = 0; n < N; ++n) shifted[n] = _mm512_add_round_ps(x[n].v, magic, _MM_FROUND_CUR_DIRECTION);
+    for (int n = 0; n < N; ++n) {
+      s[n] = _mm512_sub_ps(shifted[n], magic);
+      t[n] = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), _mm512_castps_si512(shifted[n]),
+                                    _mm512_load_ps(kExp2Table + 16));
+    }
+    for (int n = 0; n < N; ++n) {
+      const __m512 r = _mm512_sub_round_ps(x[n].v, s[n], _MM_FROUND_CUR_DIRECTION);
+      const __m512 q =
+          _mm512_fmadd_ps(_mm512_set1_ps(.240226763f), r, _mm512_set1_ps(.693157334f));
+      t[n] = _mm512_fmadd_ps(q, _mm512_mul_ps(r, t[n]), t[n]);
+    }
+    for (int n = 0; n < N; ++n) x[n].v = _mm512_scalef_ps(t[n], s[n]);
   }
 };
 
@@ -192,14 +202,11 @@ struct Vec {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
-  static RECSYS_INLINE Vec sum_rows(const float* p) {
-    __m256 four[2];
-    for (int i = 0; i < 2; ++i, p += 4 * size)
-      four[i] = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + size)),
-                               _mm256_hadd_ps(_mm256_loadu_ps(p + 2 * size),
-                                              _mm256_loadu_ps(p + 3 * size)));
-    return {_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
-                          _mm256_permute2f128_ps(four[0], four[1], 0x31))};
+  template <int K>
+  static RECSYS_INLINE Vec fold(Vec a, Vec b) {
+    static_assert(K == 1 || K == 4, "");
+    if (K == 1) return {_mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v))};
+    return {_mm256_add_ps(_mm256_blend_ps(a.v, b.v, 0xf0), _mm256_permute2f128_ps(a.v, b.v, 0x21))};
   }
 
   // 2^v, relative error below 2e-7 and exact at 0; 2^-126 far below, infinity or NaN far above.
@@ -217,6 +224,67 @@ struct Vec {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f));
     const __m256i scale = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), scale))};
+  }
+};
+
+#elif defined(RECSYS_SSE2)
+
+struct Vec {
+  static constexpr int size = 4;
+  __m128 v;
+
+  static RECSYS_INLINE Vec zero() { return {_mm_setzero_ps()}; }
+  static RECSYS_INLINE Vec all(float x) { return {_mm_set1_ps(x)}; }
+  static RECSYS_INLINE Vec load(const float* p) { return {_mm_loadu_ps(p)}; }
+  static RECSYS_INLINE Vec load_bf16(const uint16_t* p) {
+    const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), half))};
+  }
+  RECSYS_INLINE void store(float* p) const { _mm_storeu_ps(p, v); }
+  RECSYS_INLINE void stream(float* p) const { _mm_stream_ps(p, v); }
+  static RECSYS_INLINE void end_of_stream() { _mm_sfence(); }
+  RECSYS_INLINE void store_bf16(uint16_t* p) const {
+    float part[4];
+    store(part);
+    for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(part[i]);
+  }
+
+  friend RECSYS_INLINE Vec operator+(Vec a, Vec b) { return {_mm_add_ps(a.v, b.v)}; }
+  friend RECSYS_INLINE Vec operator-(Vec a, Vec b) { return {_mm_sub_ps(a.v, b.v)}; }
+  friend RECSYS_INLINE Vec operator*(Vec a, Vec b) { return {_mm_mul_ps(a.v, b.v)}; }
+  friend RECSYS_INLINE Vec operator/(Vec a, Vec b) { return {_mm_div_ps(a.v, b.v)}; }
+  static RECSYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static RECSYS_INLINE Vec max(Vec a, Vec b) { return {_mm_max_ps(a.v, b.v)}; }
+  static RECSYS_INLINE Vec min(Vec a, Vec b) { return {_mm_min_ps(a.v, b.v)}; }
+  RECSYS_INLINE Vec abs() const { return {_mm_andnot_ps(_mm_set1_ps(-0.f), v)}; }
+  static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
+    const __m128 mask = _mm_castsi128_ps(_mm_srai_epi32(_mm_castps_si128(x.v), 31));
+    return {_mm_or_ps(_mm_and_ps(mask, a.v), _mm_andnot_ps(mask, b.v))};
+  }
+  RECSYS_INLINE float sum() const {
+    const __m128 half = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+  }
+  template <int K>
+  static RECSYS_INLINE Vec fold(Vec a, Vec b) {
+    static_assert(K == 1 || K == 2, "");
+    if (K == 1) return {_mm_add_ps(_mm_unpacklo_ps(a.v, b.v), _mm_unpackhi_ps(a.v, b.v))};
+    return {_mm_add_ps(_mm_movelh_ps(a.v, b.v), _mm_movehl_ps(b.v, a.v))};
+  }
+
+  RECSYS_INLINE Vec exp2() const {  // as for AVX2
+    const Vec x = min(all(128.f), max(all(-126.f), *this));
+    const Vec magic = all(12582912.f);
+    const Vec shifted = x + magic;
+    const Vec r = x - (shifted - magic);
+    Vec p = all(1.32647271e-3f);
+    p = fma(p, r, all(9.67151286e-3f));
+    p = fma(p, r, all(5.55073375e-2f));
+    p = fma(p, r, all(.240222421f));
+    p = fma(p, r, all(.693146978f));
+    p = fma(p, r, all(1.f));
+    const __m128i scale = _mm_slli_epi32(_mm_castps_si128(shifted.v), 23);
+    return {_mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p.v), scale))};
   }
 };
 
@@ -259,9 +327,12 @@ struct Vec {
     return vaddvq_u32(vbicq_u32(vld1q_u32(bits), vcleq_f32(a.v, b.v)));
   }
   RECSYS_INLINE float sum() const { return vaddvq_f32(v); }
-  static RECSYS_INLINE Vec sum_rows(const float* p) {
-    return {vpaddq_f32(vpaddq_f32(vld1q_f32(p), vld1q_f32(p + 4)),
-                       vpaddq_f32(vld1q_f32(p + 8), vld1q_f32(p + 12)))};
+  template <int K>
+  static RECSYS_INLINE Vec fold(Vec a, Vec b) {
+    static_assert(K == 1 || K == 2, "");
+    if (K == 1) return {vaddq_f32(vtrn1q_f32(a.v, b.v), vtrn2q_f32(a.v, b.v))};
+    return {vaddq_f32(vcombine_f32(vget_low_f32(a.v), vget_low_f32(b.v)),
+                      vcombine_f32(vget_high_f32(a.v), vget_high_f32(b.v)))};
   }
 
   RECSYS_INLINE Vec exp2() const {  // as for AVX2
@@ -334,8 +405,9 @@ struct Vec {
     return bits;
   }
   RECSYS_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
-  static RECSYS_INLINE Vec sum_rows(const float* p) {
-    return each([&](int i) { return load(p + 4 * i).sum(); });
+  template <int K>
+  static RECSYS_INLINE Vec fold(Vec a, Vec b) {
+    return each([&](int i) { return i & K ? b.v[i] + b.v[i ^ K] : a.v[i] + a.v[i ^ K]; });
   }
 
   RECSYS_INLINE Vec exp2() const {  // as for AVX2
@@ -356,6 +428,16 @@ struct Vec {
 };
 
 #endif
+
+// 2^x of each.
+template <int N>
+RECSYS_INLINE void exp2(Vec (&x)[N]) {
+#if defined(RECSYS_ISA_AVX512)
+  Vec::exp2(x);
+#else
+  for (int n = 0; n < N; ++n) x[n] = x[n].exp2();
+#endif
+}
 
 constexpr float kLog2e = 1.44269504f;
 
