@@ -51,6 +51,13 @@ RECSYS_INLINE int lowest_bit(uint64_t bits) {
 #endif
 }
 
+// Into the first of Vec::size / K vectors, lane i: the sum of the i-th one's lanes.
+template <int K>
+RECSYS_INLINE void fold_all(Vec* v) {
+  for (int i = 0; i < Vec::size / (2 * K); ++i) v[i] = Vec::fold<K>(v[2 * i], v[2 * i + 1]);
+  if constexpr (2 * K < Vec::size) fold_all<2 * K>(v);
+}
+
 // The k best of what one user was offered: a heap, the worst in front; the items are in their place of
 // the result already.
 struct Best {
@@ -215,9 +222,10 @@ class Chunk {
   void compare_one(int64_t u, int64_t item, int64_t width, uint64_t valid) {
     const float *query = a_.query + (first_ + u) * a_.query_row, *row = a_.item + item * a_.item_row;
     const int64_t even = a_.dim / Vec::size * Vec::size, left = a_.dim - even;
-    alignas(64) float parts[Vec::size * Vec::size], scores[Vec::size], end[Vec::size] = {};
+    alignas(64) float scores[Vec::size], end[Vec::size] = {};
     std::memcpy(end, query + even, sizeof(float) * static_cast<size_t>(left));
     const Vec query_end = Vec::load(end);
+    Vec parts[Vec::size];
     for (int64_t i = 0; i < Vec::size; ++i, row += i < width ? a_.item_row : 0) {
       Vec sum = Vec::zero();
       for (int64_t d = 0; d < even; d += Vec::size)
@@ -226,12 +234,12 @@ class Chunk {
         std::memcpy(end, row + even, sizeof(float) * static_cast<size_t>(left));
         sum = Vec::fma(query_end, Vec::load(end), sum);
       }
-      sum.store(parts + i * Vec::size);
+      parts[i] = sum;
     }
-    const Vec sums = Vec::sum_rows(parts);
-    const uint64_t larger = uint64_t{Vec::not_at_most(sums, Vec::all(bar_[u]))} & valid;
+    fold_all<1>(parts);
+    const uint64_t larger = uint64_t{Vec::not_at_most(parts[0], Vec::all(bar_[u]))} & valid;
     if (larger == 0) return;
-    sums.store(scores);
+    parts[0].store(scores);
     offer(u, item, larger, scores);
   }
 

@@ -118,10 +118,15 @@ struct Vec {
   // So folding by one K after another, smallest first, sums the lanes of many vectors at once.
   template <int K>
   static RECSYS_INLINE Vec fold(Vec a, Vec b) {
-    static_assert(K == 1 || K == 2 || K == 8, "");
+    static_assert(K == 1 || K == 2 || K == 4 || K == 8, "");
     if (K == 1) return {_mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v))};
     if (K == 2)
       return {_mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a.v, b.v), _mm512_shuffle_ps(a.v, b.v, 0x4e))};
+    if (K == 4) {
+      const __m512 other = _mm512_mask_blend_ps(0x0f0f, a.v, b.v);
+      return {_mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a.v, b.v),
+                            _mm512_shuffle_f32x4(other, other, 0xb1))};
+    }
     return {_mm512_add_ps(_mm512_mask_blend_ps(0xff00, a.v, b.v), _mm512_shuffle_f32x4(a.v, b.v, 0x4e))};
   }
 
@@ -204,8 +209,10 @@ struct Vec {
   }
   template <int K>
   static RECSYS_INLINE Vec fold(Vec a, Vec b) {
-    static_assert(K == 1 || K == 4, "");
+    static_assert(K == 1 || K == 2 || K == 4, "");
     if (K == 1) return {_mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v))};
+    if (K == 2)
+      return {_mm256_add_ps(_mm256_blend_ps(a.v, b.v, 0xcc), _mm256_shuffle_ps(a.v, b.v, 0x4e))};
     return {_mm256_add_ps(_mm256_blend_ps(a.v, b.v, 0xf0), _mm256_permute2f128_ps(a.v, b.v, 0x21))};
   }
 
@@ -260,6 +267,9 @@ struct Vec {
   static RECSYS_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
     const __m128 mask = _mm_castsi128_ps(_mm_srai_epi32(_mm_castps_si128(x.v), 31));
     return {_mm_or_ps(_mm_and_ps(mask, a.v), _mm_andnot_ps(mask, b.v))};
+  }
+  static RECSYS_INLINE uint32_t not_at_most(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnle_ps(a.v, b.v)));
   }
   RECSYS_INLINE float sum() const {
     const __m128 half = _mm_add_ps(v, _mm_movehl_ps(v, v));
