@@ -1,6 +1,6 @@
 // Vec: as many floats as one register of the instruction set holds, and what kernels do with them.
 // One of five: AVX-512 (16), AVX2 (8), SSE2 (4), NEON (4), or plain C++ on four floats. Error bounds
-// stand beside the functions.
+// stand beside the functions. -DRECSYS_PLAIN in CXXFLAGS takes the last where there is SSE2, to test it.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #include <arm_neon.h>
 #define RECSYS_NEON 1
-#elif defined(__SSE2__) || defined(_M_X64)
+#elif (defined(__SSE2__) || defined(_M_X64)) && !defined(RECSYS_PLAIN)
 #include <immintrin.h>
 #define RECSYS_SSE2 1
 #endif
