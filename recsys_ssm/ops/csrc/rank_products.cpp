@@ -223,7 +223,7 @@ class Chunk {
     const float *query = a_.query + (first_ + u) * a_.query_row, *row = a_.item + item * a_.item_row;
     const int64_t even = a_.dim / Vec::size * Vec::size, left = a_.dim - even;
     alignas(64) float scores[Vec::size], end[Vec::size] = {};
-    std::memcpy(end, query + even, sizeof(float) * static_cast<size_t>(left));
+    if (left > 0) std::memcpy(end, query + even, sizeof(float) * static_cast<size_t>(left));
     const Vec query_end = Vec::load(end);
     Vec parts[Vec::size];
     for (int64_t i = 0; i < Vec::size; ++i, row += i < width ? a_.item_row : 0) {
