@@ -191,7 +191,8 @@ def run(command: list[str], out: Path, niceness: int) -> dict[str, Any]:
                 check=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=HERE.parents[1],
+                # RecBole writes logs where it is run.
+                cwd=HERE.parents[1] if command[0] == sys.executable else out,
                 env=environment,
             )
         (out / "done").touch()
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
 
-    runs = args.runs or args.folder.expanduser() / "runs"
+    runs = (args.runs or args.folder.expanduser() / "runs").absolute()
     changed = {n: json.loads(v) for n, v in (pair.split("=", 1) for pair in args.set)}
     overrides, path, data = export(args.dataset, runs, args.users)
     rows, comparisons, details = [], [], []
