@@ -340,18 +340,9 @@ class NextItem(Recommender):
         """
         training = self.training
         self.eval()
-        top_UK, scores_UK = self._top(histories, min(k, len(self.item_ids)), filter_seen)
+        top_UK, scores_UK = self._top(histories, k, filter_seen)
         self.train(training)
-        user, place = (top_UK >= 0).nonzero(as_tuple=True)
-        item = top_UK[user, place]
-        return pl.DataFrame(
-            {
-                "user": user.numpy(),
-                "rank": place.numpy() + 1,
-                "item": [self.item_ids[i] for i in item.tolist()],
-                "score": scores_UK[user, place].numpy(),
-            }
-        )
+        return self.as_table(top_UK, scores_UK)
 
     @torch.no_grad()
     def _top(
@@ -378,9 +369,7 @@ class NextItem(Recommender):
             user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
             item = torch.tensor([*itertools.chain.from_iterable(known)])
             seen = (user.to(self.device), item.to(self.device))
-        _, top_UK = rank_products(query_UD, items_ID, k, seen, everything=False)
-        scores_UK = (items_ID[top_UK.clamp(min=0)] * query_UD.unsqueeze(1)).sum(2)
-        return top_UK.cpu(), scores_UK.float().cpu()
+        return self.best_items(query_UD, items_ID, k, seen)
 
     def _index(self) -> dict[str, int]:
         if not hasattr(self, "_index_of"):

@@ -6,14 +6,19 @@ import abc
 from typing import Any, Self
 
 import lightning as L
+import polars as pl
+from torch import Tensor
 
 from recsys_ssm.metrics import RankingMetrics
+from recsys_ssm.ops import rank_products
 from recsys_ssm.rankings import Rankings
 
 
 class Recommender(L.LightningModule, abc.ABC):
     """A LightningModule the doors can build for a dataset, test and report on; a head names it by ``_target_``."""
 
+    item_ids: list[str]
+    """What the catalogue's items are called, in catalogue order."""
     val_metrics: RankingMetrics
     test_metrics: RankingMetrics
     test_rankings: Rankings
@@ -43,6 +48,31 @@ class Recommender(L.LightningModule, abc.ABC):
     @abc.abstractmethod
     def parameter_counts(self) -> dict[str, int]:
         """Parameters as the papers count them."""
+
+    def best_items(
+        self, query: Tensor, items: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The items of the largest products: catalogue indices, -1 where none is left, and their scores.
+
+        Arguments as of :func:`~recsys_ssm.ops.rank_products`; (U, k) each, on the CPU, k at most the catalogue's size.
+        """
+        _, top_UK = rank_products(
+            query, items, min(k, len(self.item_ids)), exclude, everything=False
+        )
+        scores_UK = (items[top_UK.clamp(min=0)] * query.unsqueeze(1)).sum(2)
+        return top_UK.cpu(), scores_UK.float().cpu()
+
+    def as_table(self, top: Tensor, scores: Tensor) -> pl.DataFrame:
+        """What :meth:`best_items` found: columns ``user`` (row number), ``rank`` (from 1), ``item``, ``score``."""
+        user, place = (top >= 0).nonzero(as_tuple=True)
+        return pl.DataFrame(
+            {
+                "user": user.numpy(),
+                "rank": place.numpy() + 1,
+                "item": [self.item_ids[i] for i in top[user, place].tolist()],
+                "score": scores[user, place].numpy(),
+            }
+        )
 
     def latency(self, data: Any) -> dict[str, float]:
         """Seconds a call takes to rank the catalogue, by the number of users in it; empty: not measured."""

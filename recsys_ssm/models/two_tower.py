@@ -24,7 +24,6 @@ from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import FeatureTokenizer
-from recsys_ssm.ops import rank_products
 from recsys_ssm.rankings import Rankings
 from recsys_ssm.specs import Spec, build, check_arguments
 
@@ -279,28 +278,19 @@ class TwoTower(Recommender):
             Columns ``user`` (row number in ``users``), ``rank`` (from 1), ``item``, ``score``.
 
         Raises:
-            UserError: As :meth:`predict`.
+            UserError: As :meth:`predict`, or ``exclude`` has another shape.
         """
         user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
         item_IS = self.item_embeddings() if item_embeddings is None else item_embeddings
         pairs = None
         if exclude is not None:
+            if exclude.shape != (len(user_US), len(item_IS)):
+                raise UserError(
+                    f"exclude is {tuple(exclude.shape)}: expected {len(user_US)} users by {len(item_IS)} items"
+                )
             user, item = exclude.to(self.device).nonzero(as_tuple=True)
             pairs = user, item
-        k = min(k, len(self.item_ids))
-        _, top_UK = rank_products(user_US, item_IS, k, pairs, everything=False)
-        scores_UK = (item_IS[top_UK.clamp(min=0)] * user_US.unsqueeze(1)).sum(2).float().cpu()
-        top_UK = top_UK.cpu()
-        user, place = (top_UK >= 0).nonzero(as_tuple=True)
-        item = top_UK[user, place]
-        return pl.DataFrame(
-            {
-                "user": user.numpy(),
-                "rank": place.numpy() + 1,
-                "item": [self.item_ids[i] for i in item.tolist()],
-                "score": scores_UK[user, place].numpy(),
-            }
-        )
+        return self.as_table(*self.best_items(user_US, item_IS, k, pairs))
 
     def item_embeddings(self) -> Tensor:
         """Of the catalogue, (I, S), on the model's device."""

@@ -151,6 +151,8 @@ def test_recommend(tiny_data) -> None:
     assert model.recommend(users_frame(), k=3, exclude=exclude).filter(pl.col("user") == 0)[
         "item"
     ].to_list() == ["i5"]
+    with pytest.raises(UserError, match=r"exclude is \(3, 6\): expected 4 users by 6 items"):
+        model.recommend(users_frame(), k=3, exclude=exclude[:3])
 
 
 def test_predict_leaves_the_mode_alone_and_ignores_dropout(tiny_data) -> None:
