@@ -30,6 +30,7 @@ from torch import Tensor
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
+from recsys_ssm.ops.sequences import starts_of
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "same_conv1d"]
 
@@ -368,9 +369,7 @@ _ARGUMENTS = 24
 
 def _first_sequence(seq_idx: Tensor) -> Tensor:
     """(B, L) bool: the positions of each row's first sequence."""
-    valid = seq_idx >= 0
-    start = valid & F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]), (1, 0), value=True)
-    return valid & (start.cumsum(1) == 1)
+    return (seq_idx >= 0) & (starts_of(seq_idx).cumsum(1) == 1)
 
 
 def _final_state(x: Tensor, W: int, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:

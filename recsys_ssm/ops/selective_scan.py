@@ -27,6 +27,7 @@ from torch import Tensor
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
+from recsys_ssm.ops.sequences import starts_of
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
 
@@ -525,11 +526,7 @@ register_vmap("recsys_ssm::selective_scan_backward", _LIBRARY)
 
 def _resets(seq_idx: Tensor) -> Tensor:
     """(B, L) bool: where a sequence begins that is not the row's first."""
-    valid_BL = seq_idx >= 0
-    begins_BL = (
-        valid_BL
-        & F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
-    )
+    begins_BL = starts_of(seq_idx)
     return begins_BL & (begins_BL.cumsum(1) > 1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 
-__all__ = ["Sequences", "each_sequence", "seq_idx_of", "sequences_of"]
+__all__ = ["Sequences", "each_sequence", "seq_idx_of", "sequences_of", "starts_of"]
 
 
 class Sequences(NamedTuple):
@@ -31,12 +31,17 @@ class Sequences(NamedTuple):
     """(S,) int64, at least 1."""
 
 
+def starts_of(seq_idx: Tensor) -> Tensor:
+    """(B, L) bool: where a sequence begins."""
+    new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
+    return (seq_idx >= 0) & new
+
+
 def sequences_of(seq_idx: Tensor) -> Sequences:
     """The sequences that ``seq_idx`` (B, L) marks: equal neighbours are one, -1 is padding and ends one."""
-    valid = seq_idx >= 0
-    new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
-    row, start = (valid & new).nonzero(as_tuple=True)
-    of = (valid & new).flatten().cumsum(0)[valid.flatten()] - 1
+    starts = starts_of(seq_idx)
+    row, start = starts.nonzero(as_tuple=True)
+    of = starts.flatten().cumsum(0)[(seq_idx >= 0).flatten()] - 1
     return Sequences(row, start, torch.bincount(of, minlength=row.numel()))
 
 

@@ -62,6 +62,24 @@ RECSYS_INLINE uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// As Vec::exp2, for registers without a scaling instruction: a polynomial on [-.5, .5], and the integer
+// part put into the exponent's bits.
+template <class V>
+RECSYS_INLINE V exp2_by_bits(V v) {
+  // min and max give their second operand where one is NaN.
+  const V x = V::min(V::all(128.f), V::max(V::all(-126.f), v));
+  const V magic = V::all(12582912.f);  // 1.5 2^23
+  const V shifted = x + magic;
+  const V r = x - (shifted - magic);
+  V p = V::all(1.32647271e-3f);
+  p = V::fma(p, r, V::all(9.67151286e-3f));
+  p = V::fma(p, r, V::all(5.55073375e-2f));
+  p = V::fma(p, r, V::all(.240222421f));
+  p = V::fma(p, r, V::all(.693146978f));
+  p = V::fma(p, r, V::all(1.f));
+  return V::scale(p, shifted);
+}
+
 #if defined(RECSYS_ISA_AVX512)
 
 alignas(64) constexpr float kExp2Table[32] = {  // 2^(j/32)
@@ -217,20 +235,11 @@ struct Vec {
   }
 
   // 2^v, relative error below 2e-7 and exact at 0; 2^-126 far below, infinity or NaN far above.
-  RECSYS_INLINE Vec exp2() const {
-    // min and max give their second operand where one is NaN.
-    const __m256 x = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-126.f), v));
-    const __m256 magic = _mm256_set1_ps(12582912.f);  // 1.5 2^23
-    const __m256 shifted = _mm256_add_ps(x, magic);
-    const __m256 r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
-    __m256 p = _mm256_set1_ps(1.32647271e-3f);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(9.67151286e-3f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.55073375e-2f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(.240222421f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(.693146978f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f));
-    const __m256i scale = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), scale))};
+  RECSYS_INLINE Vec exp2() const { return exp2_by_bits(*this); }
+  // p 2^n, where the last bits of `shifted` are those of the integer n.
+  static RECSYS_INLINE Vec scale(Vec p, Vec shifted) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), exponent))};
   }
 };
 
@@ -282,19 +291,10 @@ struct Vec {
     return {_mm_add_ps(_mm_movelh_ps(a.v, b.v), _mm_movehl_ps(b.v, a.v))};
   }
 
-  RECSYS_INLINE Vec exp2() const {  // as for AVX2
-    const Vec x = min(all(128.f), max(all(-126.f), *this));
-    const Vec magic = all(12582912.f);
-    const Vec shifted = x + magic;
-    const Vec r = x - (shifted - magic);
-    Vec p = all(1.32647271e-3f);
-    p = fma(p, r, all(9.67151286e-3f));
-    p = fma(p, r, all(5.55073375e-2f));
-    p = fma(p, r, all(.240222421f));
-    p = fma(p, r, all(.693146978f));
-    p = fma(p, r, all(1.f));
-    const __m128i scale = _mm_slli_epi32(_mm_castps_si128(shifted.v), 23);
-    return {_mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p.v), scale))};
+  RECSYS_INLINE Vec exp2() const { return exp2_by_bits(*this); }
+  static RECSYS_INLINE Vec scale(Vec p, Vec shifted) {
+    const __m128i exponent = _mm_slli_epi32(_mm_castps_si128(shifted.v), 23);
+    return {_mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(p.v), exponent))};
   }
 };
 
@@ -345,19 +345,10 @@ struct Vec {
                       vcombine_f32(vget_high_f32(a.v), vget_high_f32(b.v)))};
   }
 
-  RECSYS_INLINE Vec exp2() const {  // as for AVX2
-    const float32x4_t x = vminq_f32(vdupq_n_f32(128.f), vmaxq_f32(vdupq_n_f32(-126.f), v));
-    const float32x4_t magic = vdupq_n_f32(12582912.f);
-    const float32x4_t shifted = vaddq_f32(x, magic);
-    const float32x4_t r = vsubq_f32(x, vsubq_f32(shifted, magic));
-    float32x4_t p = vdupq_n_f32(1.32647271e-3f);
-    p = vfmaq_f32(vdupq_n_f32(9.67151286e-3f), p, r);
-    p = vfmaq_f32(vdupq_n_f32(5.55073375e-2f), p, r);
-    p = vfmaq_f32(vdupq_n_f32(.240222421f), p, r);
-    p = vfmaq_f32(vdupq_n_f32(.693146978f), p, r);
-    p = vfmaq_f32(vdupq_n_f32(1.f), p, r);
-    const int32x4_t scale = vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23);
-    return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), scale))};
+  RECSYS_INLINE Vec exp2() const { return exp2_by_bits(*this); }
+  static RECSYS_INLINE Vec scale(Vec p, Vec shifted) {
+    const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v), 23);
+    return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v), exponent))};
   }
 };
 
@@ -420,17 +411,8 @@ struct Vec {
     return each([&](int i) { return i & K ? b.v[i] + b.v[i ^ K] : a.v[i] + a.v[i ^ K]; });
   }
 
-  RECSYS_INLINE Vec exp2() const {  // as for AVX2
-    const Vec x = min(all(128.f), max(all(-126.f), *this));
-    const Vec magic = all(12582912.f);
-    const Vec shifted = x + magic;
-    const Vec r = x - (shifted - magic);
-    Vec p = all(1.32647271e-3f);
-    p = fma(p, r, all(9.67151286e-3f));
-    p = fma(p, r, all(5.55073375e-2f));
-    p = fma(p, r, all(.240222421f));
-    p = fma(p, r, all(.693146978f));
-    p = fma(p, r, all(1.f));
+  RECSYS_INLINE Vec exp2() const { return exp2_by_bits(*this); }
+  static RECSYS_INLINE Vec scale(Vec p, Vec shifted) {
     return each([&](int i) {
       return bits_to_float(float_to_bits(p.v[i]) + (float_to_bits(shifted.v[i]) << 23));
     });
