@@ -19,7 +19,7 @@ from recsys_ssm.callbacks import Cost, History, StepSeed
 from recsys_ssm.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.cli import check, door, make, make_all, plain, spec
 from recsys_ssm.data.base import RecommenderData
-from recsys_ssm.errors import UserError
+from recsys_ssm.errors import UnknownMonitorError, UserError
 from recsys_ssm.loggers import run_summary
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.results import (
@@ -99,10 +99,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         except RuntimeError as error:  # Lightning has no type of its own for this one
             if "Early stopping conditioned on metric" not in str(error):
                 raise
-            found = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
-            raise UserError(
-                f"monitor={cfg.monitor}: validation found no such value; it found {found}"
-            ) from error
+            raise UnknownMonitorError(cfg.monitor, trainer.callback_metrics) from error
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,

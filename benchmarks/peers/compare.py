@@ -71,6 +71,13 @@ CONTESTS = {
     "recbole": Contest(
         "recbole", (*SASREC, "dataset.objective=last"), {"inner": "{inner}", **TWO}, sequences=2048
     ),
+    # The same model, and a target at every position here: what each learns from an epoch is not the same.
+    "recbole-positions": Contest(
+        "recbole",
+        (*SASREC, "dataset.objective=all", "dataset.batch_positions=2048"),
+        {"inner": "{inner}", **TWO},
+        sequences=2048,
+    ),
     # Their layers are the authors' of SASRec, ours RecBole's: of one width and number.
     "sasrec-softmax": Contest(
         "rectools", (*SASREC, "head.loss=softmax"), {"layers": "sasrec", "loss": "softmax", **TWO}
@@ -323,9 +330,11 @@ def main() -> None:
             peer += flags(common | own)
             ours = [sys.executable, str(HERE / "ours_model.py"), *flags(common | {"seed": seed})]
             ours += ["--", *overrides]
-            ours += [text.format(**values) for text in (*contest.ours, *BOTH)]
+            ours += [text.format(**values) for text in (*BOTH, *contest.ours)]
             for side, command in ((contest.peer, peer), ("recsys_ssm", ours)):
-                record = run(command, runs / f"{path.stem}-{name}-{side}-{seed}", args.nice)
+                # A peer's run serves every contest that asks for the same.
+                label = side if side == contest.peer else f"{name}-{side}"
+                record = run(command, runs / f"{path.stem}-{label}-{seed}", args.nice)
                 record |= {"seed": seed, "last": record["epochs"][-1]["epoch"]}
                 record["metrics"] = measured(record, data)
                 sides[side].append(record)

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from recsys_ssm.errors import UserError
+from recsys_ssm.errors import UnknownMonitorError, UserError
 from recsys_ssm.models.heads import PairLoss, in_batch_softmax
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.two_tower import TwoTower
@@ -231,9 +231,7 @@ class Seeds(L.LightningModule):
         """As ModelCheckpoint does it: the first of several that are best; not a number is the worst."""
         for number, found in enumerate(self.validated):
             if self.monitor not in found:
-                raise UserError(
-                    f"monitor={self.monitor}: validation found no such value; known: {', '.join(found)}"
-                )
+                raise UnknownMonitorError(self.monitor, found)
             value, best = found[self.monitor], self.best_values[number]
             better = value < best if self.mode == "min" else value > best
             if not self.best_steps[number] or better or (math.isnan(best) and value == value):
