@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--no-processes", action="store_true", help="leave out the last contender")
+    parser.add_argument(
+        "--spin", action="store_true", help="threads wait as a user's do, not asleep at once"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
 
@@ -149,5 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    let_threads_sleep()
+    let_threads_sleep(unless="--spin")
     main()

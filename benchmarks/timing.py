@@ -38,13 +38,18 @@ __all__ = [
 ]
 
 
-def let_threads_sleep() -> None:
+def let_threads_sleep(unless: str = "") -> None:
     """Start the program again with OMP_WAIT_POLICY=PASSIVE, which OpenMP reads when it is loaded.
 
-    Spinning threads inflate both clocks several fold on a machine that is shared.
+    Spinning threads inflate both clocks several fold on a machine that is shared. With the flag ``unless`` among the
+    arguments they spin as long as recsys_ssm has a user's spin.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        if unless in sys.argv:
+            os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # for as long as GOMP_SPINCOUNT says
+        else:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            os.environ.pop("GOMP_SPINCOUNT", None)
         os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
 
 

@@ -57,6 +57,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument(
+        "--spin", action="store_true", help="threads wait as a user's do, not asleep at once"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
 
@@ -90,5 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    let_threads_sleep()
+    let_threads_sleep(unless="--spin")
     main()

@@ -189,6 +189,7 @@ def run(command: list[str], out: Path, niceness: int) -> dict[str, Any]:
     if not (out / "done").exists() or command[0] == sys.executable:
         out.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        environment.pop("GOMP_SPINCOUNT", None)  # recsys_ssm sets it, and a peer has its own
         at = command.index("--") if "--" in command else len(command)
         full = [*command[:at], f"--out={out}", *command[at:]]
         print("$", *full, flush=True)
