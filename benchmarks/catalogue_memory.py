@@ -21,7 +21,7 @@ from timing import let_threads_sleep, machine, peak_memory, table, write_json
 from recsys_ssm.cli import register_resolvers
 from recsys_ssm.data.sequences import SequenceBatch
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.train import make_model
+from recsys_ssm.runs import make_model
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from recsys_ssm.data.base import TwoTowerData
 from recsys_ssm.data.seeds import SeedsData
 from recsys_ssm.models.seeds import Seeds
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.train import make_model
+from recsys_ssm.runs import make_model
 
 
 def config(dataset: str, backbone: str) -> DictConfig:

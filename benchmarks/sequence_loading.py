@@ -32,7 +32,7 @@ from recsys_ssm.cli import make, register_resolvers
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.sequences import SequenceLoader
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.train import make_model
+from recsys_ssm.runs import make_model
 
 BAR_TIME, BAR_PADDING = 0.05, 0.03
 

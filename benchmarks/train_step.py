@@ -22,7 +22,7 @@ from recsys_ssm.cli import make, register_resolvers
 from recsys_ssm.data.base import TwoTowerData
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.train import make_model
+from recsys_ssm.runs import make_model
 
 
 def step_of(dataset: str, backbone: str, data: TwoTowerData) -> tuple[Callable[[], None], int]:

@@ -15,8 +15,8 @@ from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.results import print_results, versions, write_json
+from recsys_ssm.runs import check_writable, test_model
 from recsys_ssm.specs import find
-from recsys_ssm.train import check_writable, test_model
 
 log = logging.getLogger(__name__)
 

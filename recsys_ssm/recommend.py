@@ -21,7 +21,7 @@ from recsys_ssm.evaluate import TWO_TOWER, find_run, load_config, load_model
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.results import write_table, write_text
-from recsys_ssm.train import check_writable
+from recsys_ssm.runs import check_writable
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,7 @@ from recsys_ssm.models.seeds import Seeds
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.results import versions, write_bytes, write_json
-from recsys_ssm.specs import import_target
-from recsys_ssm.train import (
+from recsys_ssm.runs import (
     describe,
     draw_curves,
     find_checkpoint,
@@ -44,6 +43,7 @@ from recsys_ssm.train import (
     timed,
     write_config,
 )
+from recsys_ssm.specs import import_target
 
 log = logging.getLogger(__name__)
 

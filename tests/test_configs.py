@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli import check, plain, register_resolvers
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.train import make_model
+from recsys_ssm.runs import make_model
 
 GROUPS = (
     "backbone",
