@@ -39,6 +39,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("threads_for", sweeps.threads_for, replace=True)
     OmegaConf.register_new_resolver("trials_left", sweeps.trials_left, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
+    OmegaConf.register_new_resolver("if_none", _if_none, replace=True)
 
 
 def quiet_dependencies() -> None:
@@ -68,6 +69,11 @@ def quiet_dependencies() -> None:
 def _first(*values: Any) -> Any:
     """The first that is not null."""
     return next((value for value in values if value is not None), None)
+
+
+def _if_none(given: Any, value: Any) -> Any:
+    """A value that has a meaning only where another is null."""
+    return value if given is None else None
 
 
 def _every(max_steps: int, times: int) -> int:
@@ -220,6 +226,7 @@ def _is_users(error: BaseException) -> bool:
         isinstance(error, USERS)
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
         or sweeps.all_failed(error)
+        or sweeps.launcher_of(error) is not None
     )
 
 
@@ -230,6 +237,8 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if sweeps.all_failed(error):
         return "no trial of the search is complete; the same command again goes on with others"
     text = str(error).strip()
+    if launcher := sweeps.launcher_of(error):
+        return f"the launcher {launcher} cannot start jobs: {text.partition(chr(10))[0]}"
     if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
         return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
     if missing := re.match(r"Missing mandatory value: (\S+)", text):

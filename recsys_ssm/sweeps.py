@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -669,6 +670,22 @@ def all_failed(error: BaseException) -> bool:
     """Whether an error is only Optuna's that there is no best trial, for every one has failed."""
     told = ("No trials are completed yet.", "Record does not exist.")  # in memory, on disk
     return isinstance(error, ValueError) and str(error) in told
+
+
+def launcher_of(error: BaseException) -> str | None:
+    """The launcher that could not start its jobs, where an error says that; None: it says something else.
+
+    Such an error comes from Hydra's plugin or from what the plugin calls, with none of our code in between.
+    """
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    plugins = [re.search(r"hydra_plugins.hydra_(\w+)_launcher\b", file) for file in files]
+    last = max((at for at, found in enumerate(plugins) if found), default=None)
+    if last is None or error.__cause__ is not None:  # a cause: a job's own error, handed on
+        return None
+    if any(Path(__file__).parent in Path(file).parents for file in files[last + 1 :]):
+        return None
+    found = plugins[last]
+    return found[1] if found else None
 
 
 def _any_running(folder: Path) -> bool:

@@ -394,6 +394,17 @@ def test_a_launcher_that_is_not_installed(door, option: str, extra: str) -> None
     assert outcome.err == f'error: {extra}: not installed; pip install "recsys-ssm[{extra}]"\n'
 
 
+def test_a_cluster_that_is_not_there_is_one_line(door, monkeypatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # where no srun is
+    outcome = door("train", "--multirun", "launcher=submitit_slurm", "seed=0,1", "logger=none")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith(
+        "error: the launcher submitit cannot start jobs: Could not detect"
+    )
+    assert "Traceback" not in outcome.err
+
+
 def test_a_search_remembers_its_trials(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     run_sweep(tmp_path, "search=optuna", "search.n_trials=1")
