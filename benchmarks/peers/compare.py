@@ -7,7 +7,7 @@
 A contest is a peer and the settings of both sides (see CONTESTS). Each side runs in a process of its own, one after the
 other; epochs and evaluations are timed by both clocks within it, reading the data is not. All metrics are computed
 here, by recsys_ssm.metrics, from the 20 items each side recommends to each user. A peer's run
-that is there already is not repeated; ours is, since the code may have changed.
+that is there already is not repeated; ours is, since the code may have changed, but for --keep.
 """
 
 from __future__ import annotations
@@ -182,11 +182,11 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
-def run(command: list[str], out: Path, niceness: int) -> dict[str, Any]:
-    """Run one side, or read what a peer left behind when it ran last."""
+def run(command: list[str], out: Path, niceness: int, again: bool) -> dict[str, Any]:
+    """Run one side, or, if not ``again``, read what it left behind when it ran last."""
     key = hashlib.sha256(json.dumps([part for part in command if "--out" not in part]).encode())
     out = out / key.hexdigest()[:12]
-    if not (out / "done").exists() or command[0] == sys.executable:
+    if again or not (out / "done").exists():
         out.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         environment.pop("GOMP_SPINCOUNT", None)  # recsys_ssm sets it, and a peer has its own
@@ -297,6 +297,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of install.py")
     parser.add_argument("--runs", type=Path, help="where runs are kept; default: within --folder")
+    parser.add_argument("--keep", action="store_true", help="runs of ours that are there already")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
 
@@ -335,7 +336,8 @@ def main() -> None:
             for side, command in ((contest.peer, peer), ("recsys_ssm", ours)):
                 # A peer's run serves every contest that asks for the same.
                 label = side if side == contest.peer else f"{name}-{side}"
-                record = run(command, runs / f"{path.stem}-{label}-{seed}", args.nice)
+                again = side != contest.peer and not args.keep
+                record = run(command, runs / f"{path.stem}-{label}-{seed}", args.nice, again)
                 record |= {"seed": seed, "last": record["epochs"][-1]["epoch"]}
                 record["metrics"] = measured(record, data)
                 sides[side].append(record)
