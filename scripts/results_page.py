@@ -94,7 +94,7 @@ def readme(cells: Sequence[Cell]) -> str:
                 *(tables.show_estimate(e, 3, tables.Options(0)) for e in ours),
             ]
         )
-        rows.append([f"{name}, paper", *(tables.show_exact(paper[m]) for m in metrics)])
+        rows.append([f"{name}, paper", *(tables.show(paper[m]) for m in metrics)])
     if shipped:
         widest = max(shipped, key=lambda cell: cell.n)
         ceiling = [estimate(list(widest.baseline("oracle", m).values())) for m in metrics]

@@ -118,7 +118,7 @@ def performance(
             published = published_figures(task, backbone)
             name = _name(backbone, is_next_item=False)
             if published:
-                figures = [show_exact(published[m]) if m in published else "–" for m in METRICS]
+                figures = [show(published.get(m, math.nan), digits) for m in METRICS]
                 real = dataclasses.replace(task, generated=False)
                 rows.append([real.label, name, "paper", str(_PAPER_SEEDS), *figures])
             for cell in chosen_cells(collection.of(task, backbone)):
