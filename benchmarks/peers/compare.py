@@ -71,7 +71,7 @@ CONTESTS = {
     "recbole": Contest(
         "recbole", (*SASREC, "dataset.objective=last"), {"inner": "{inner}", **TWO}, sequences=2048
     ),
-    # The same model, and a target at every position here: what each learns from an epoch is not the same.
+    # The same model; here every position of a history is a target at once.
     "recbole-positions": Contest(
         "recbole",
         (*SASREC, "dataset.objective=all", "dataset.batch_positions=2048"),
