@@ -18,10 +18,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from timing import let_threads_sleep, machine, peak_memory, table, write_json
 
-from recsys_ssm.cli import register_resolvers
-from recsys_ssm.data.sequences import SequenceBatch
+from recsys_ssm.batches import SequenceBatch
+from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 
 def main() -> None:
@@ -40,14 +40,14 @@ def main() -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", ["dataset=amazon_beauty_2014", f"backbone={args.backbone}",
                                 "name=benchmark", "output_dir=."])  # fmt: skip
-    sets: Any = SimpleNamespace(
+    splits: Any = SimpleNamespace(
         histories=None,
         item_ids=range(args.items),
         item_schema=None,
         items=None,
         item_counts=torch.ones(args.items, dtype=torch.long),
     )
-    data: Any = SimpleNamespace(sets=sets, max_length=64, objective="all", name="random")
+    data: Any = SimpleNamespace(splits=splits, max_length=64, objective="all", name="random")
     model = make_model(cfg, data)
     optimizer: Any = model.configure_optimizers()
     rows = args.positions // 64

@@ -28,8 +28,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader, Dataset
 
-from recsys_ssm.cli import make, plain, register_resolvers, spec
-from recsys_ssm.data.base import PairBatch, PairLoader, TwoTowerData
+from recsys_ssm.batches import PairBatch
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.data.two_tower import PairLoader, TwoTowerData
+from recsys_ssm.instantiate import make, plain, spec
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.paths import CONF_DIR
 

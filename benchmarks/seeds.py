@@ -23,12 +23,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timing import Timing, let_threads_sleep, machine, table, take_turns, write_json
 
-from recsys_ssm.cli import make, register_resolvers
-from recsys_ssm.data.base import TwoTowerData
-from recsys_ssm.data.seeds import SeedsData
-from recsys_ssm.models.seeds import Seeds
+from recsys_ssm.batched_seeds.data import SeedsData
+from recsys_ssm.batched_seeds.model import Seeds
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.data.two_tower import TwoTowerData
+from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 
 def config(dataset: str, backbone: str) -> DictConfig:

@@ -18,10 +18,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from timing import let_threads_sleep, machine, peak_memory, table, take_turns, write_json
 
-from recsys_ssm.cli import register_resolvers
-from recsys_ssm.data.sequences import SequenceBatch
+from recsys_ssm.batches import SequenceBatch
+from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 N_ITEMS = 3416
 
@@ -39,14 +39,14 @@ def step_of(backbone: str, length: int, rows: int) -> Callable[[], None]:
                 "output_dir=.",
             ],
         )
-    sets: Any = SimpleNamespace(
+    splits: Any = SimpleNamespace(
         histories=None,
         item_ids=[str(i) for i in range(N_ITEMS)],
         item_schema=None,
         items=None,
         item_counts=torch.ones(N_ITEMS, dtype=torch.long),
     )
-    data: Any = SimpleNamespace(sets=sets, max_length=length, objective="all", name="random")
+    data: Any = SimpleNamespace(splits=splits, max_length=length, objective="all", name="random")
     torch.manual_seed(0)
     model = make_model(cfg, data)
     optimizer: Any = model.configure_optimizers()

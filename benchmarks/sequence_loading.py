@@ -28,11 +28,12 @@ from timing import let_threads_sleep, machine, peak_memory, table, take_turns, w
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from recsys_ssm.cli import make, register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.sequences import SequenceLoader
+from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 BAR_TIME, BAR_PADDING = 0.05, 0.03
 

@@ -18,11 +18,12 @@ from hydra import compose, initialize_config_dir
 from timing import let_threads_sleep, machine, table, take_turns, write_json
 
 from recsys_ssm import ops
-from recsys_ssm.cli import make, register_resolvers
-from recsys_ssm.data.base import TwoTowerData
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.data.two_tower import TwoTowerData
+from recsys_ssm.instantiate import make
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 
 def step_of(dataset: str, backbone: str, data: TwoTowerData) -> tuple[Callable[[], None], int]:

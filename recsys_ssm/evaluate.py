@@ -9,14 +9,15 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
-from recsys_ssm.checkpoints import read_checkpoint
-from recsys_ssm.cli import door, make, plain
+from recsys_ssm.cli.command import command
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import find, make, plain
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.results import print_results, versions, write_json
-from recsys_ssm.runs import check_writable, test_model
-from recsys_ssm.specs import find
+from recsys_ssm.run.assemble import check_writable, test_model
+from recsys_ssm.run.checkpoints import read_checkpoint
+from recsys_ssm.run.files import versions, write_json
+from recsys_ssm.run.table import print_results
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     results = {
         "name": trained.name,
         "dataset": data.name,
-        "generated": data.sets.generated,
-        "notes": data.sets.notes,
+        "generated": data.splits.generated,
+        "notes": data.splits.notes,
         "versions": versions(),
         **test_model(trainer, model, data),
         "checkpoint": str(checkpoint),
@@ -119,7 +120,7 @@ def load_model(checkpoint: Path, module: str) -> Recommender:
         ) from error
 
 
-main = door("evaluate")(evaluate)
+main = command("evaluate")(evaluate)
 
 if __name__ == "__main__":
     main()

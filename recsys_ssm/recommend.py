@@ -13,15 +13,16 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from recsys_ssm.cli import door, make
+from recsys_ssm.cli.command import command
 from recsys_ssm.data.files import read_table
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
 from recsys_ssm.evaluate import TWO_TOWER, find_run, load_config, load_model
+from recsys_ssm.instantiate import make
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
-from recsys_ssm.results import write_table, write_text
-from recsys_ssm.runs import check_writable
+from recsys_ssm.run.assemble import check_writable
+from recsys_ssm.run.files import write_table, write_text
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ def _by_history(
         raise UserError(f"user={cfg.user}: the run's column is dataset.user; change it there")
     if cfg.users is None:
         data.setup("test")
-        sets = data.sets
-        user_ids, item_ids, (events, offsets) = sets.user_ids, sets.item_ids, sets.histories
+        splits = data.splits
+        user_ids, item_ids, (events, offsets) = splits.user_ids, splits.item_ids, splits.histories
     else:
         user_ids, item_ids, (events, offsets) = data.read_histories(cfg.users)
     catalogue = set(model.item_ids)
@@ -142,7 +143,7 @@ def _device(accelerator: str) -> torch.device:
     return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
 
 
-main = door("recommend")(recommend)
+main = command("recommend")(recommend)
 
 if __name__ == "__main__":
     main()

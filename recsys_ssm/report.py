@@ -8,12 +8,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recsys_ssm.cli import door, plain
+from recsys_ssm.cli.command import command
 from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import plain
 from recsys_ssm.reports import archive, build, on_wandb
 from recsys_ssm.reports.collect import Collection, collect
 from recsys_ssm.reports.tables import Options
-from recsys_ssm.results import write_bytes
+from recsys_ssm.run.files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def folders_first(arguments: list[str]) -> list[str]:
     return [f"sweep=[{quoted}]", *(each for each in arguments if each not in words)]
 
 
-_door = door("report")(report)
+_door = command("report")(report)
 
 
 def main() -> None:

@@ -12,15 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from recsys_ssm import ops
-from recsys_ssm.callbacks import Cost, History, StepSeed
-from recsys_ssm.checkpoints import check_fits, read_checkpoint
-from recsys_ssm.cli import check, door, make, plain
+from recsys_ssm.batched_seeds.train import train_seeds
+from recsys_ssm.cli.command import command
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UnknownMonitorError, UserError
-from recsys_ssm.loggers import run_summary
+from recsys_ssm.instantiate import check, make, plain
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.results import print_results, versions, write_json
-from recsys_ssm.runs import (
+from recsys_ssm.run.assemble import (
     callback_options,
     check_writable,
     describe,
@@ -35,7 +33,11 @@ from recsys_ssm.runs import (
     timed,
     write_config,
 )
-from recsys_ssm.train_seeds import train_seeds
+from recsys_ssm.run.callbacks import Cost, History, StepSeed
+from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
+from recsys_ssm.run.files import versions, write_json
+from recsys_ssm.run.loggers import run_summary
+from recsys_ssm.run.table import print_results
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     log.info(ops.describe_backends())
 
     data: RecommenderData[Any] = make(cfg.dataset, "dataset")
-    name = cfg.name + ("-generated" if data.sets.generated else "")
-    for note in data.sets.notes:
+    name = cfg.name + ("-generated" if data.splits.generated else "")
+    for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
     model = make_model(cfg, data)
     counts = model.parameter_counts()
@@ -106,14 +108,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,
-            "generated": data.sets.generated,
+            "generated": data.splits.generated,
             "seed": cfg.seed,
             "steps": trainer.global_step,
             "train_seconds": time.perf_counter() - start,
             "cost": cost.summary(model.device),
             "parameters": counts,
             "overrides": overrides(),
-            "notes": data.sets.notes,
+            "notes": data.splits.notes,
             "versions": versions(),
         }
         if cfg.test is not None:
@@ -174,7 +176,7 @@ def log_results(logger: Any, results: dict[str, Any], output: Path) -> None:
         logger.log_image("curves", [str(output / "curves.png")])
 
 
-main = door("train")(train)
+main = command("train")(train)
 
 if __name__ == "__main__":
     main()

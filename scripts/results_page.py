@@ -19,7 +19,7 @@ from recsys_ssm.reports.archive import file_name, read_cells
 from recsys_ssm.reports.collect import Cell, Collection
 from recsys_ssm.reports.document import Table, markdown_table
 from recsys_ssm.reports.statistics import estimate
-from recsys_ssm.results import write_text
+from recsys_ssm.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/results.md", "README.md")

@@ -12,7 +12,7 @@ import argparse
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
 
-from recsys_ssm.loggers import STEP
+from recsys_ssm.run.loggers import STEP
 
 # A class's path, the same in every run of it: what runs are put together by.
 BACKBONE = panels.Config("backbone._target_")

@@ -66,12 +66,12 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def door(
+def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
-    """Run a door as the command line does, in an empty folder, within this process.
+    """Run a command as the command line does, in an empty folder, within this process.
 
-    ``door("train", "dataset=spotify", …)`` is ``python -m recsys_ssm.train dataset=spotify …``.
+    ``cli("train", "dataset=spotify", …)`` is ``python -m recsys_ssm.train dataset=spotify …``.
     """
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()

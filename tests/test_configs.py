@@ -11,9 +11,10 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recsys_ssm.cli import check, plain, register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.instantiate import check, plain
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.runs import make_model
+from recsys_ssm.run.assemble import make_model
 
 GROUPS = (
     "backbone",
@@ -130,7 +131,7 @@ def test_next_item_models_have_the_papers_parameters(
 ) -> None:
     """At ML-1M's 3,417 rows, padding included. (For Mamba4Rec the paper prints the next row's count.)"""
     cfg = compose(f"experiment=ml_1m/{experiment}")
-    sets = SimpleNamespace(
+    splits = SimpleNamespace(
         histories=None,
         item_ids=[str(i) for i in range(3416)],
         item_schema=None,
@@ -138,7 +139,10 @@ def test_next_item_models_have_the_papers_parameters(
         item_counts=torch.ones(3416, dtype=torch.long),
     )
     data = SimpleNamespace(
-        sets=sets, name="ml_1m", max_length=cfg.dataset.max_length, objective=cfg.dataset.objective
+        splits=splits,
+        name="ml_1m",
+        max_length=cfg.dataset.max_length,
+        objective=cfg.dataset.objective,
     )
     model = make_model(cfg, data)
     assert model.parameter_counts() == {"total": total, "without_embeddings": without_embeddings}

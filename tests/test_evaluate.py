@@ -10,8 +10,8 @@ QUICK = (*TINY, *SMALL_MAMBA, "logger=none")
 
 
 @pytest.fixture
-def run(door, tmp_path: Path) -> Path:
-    assert door("train", *QUICK).code == 0
+def run(cli, tmp_path: Path) -> Path:
+    assert cli("train", *QUICK).code == 0
     [folder] = tmp_path.glob("runs/*/*")
     return folder
 
@@ -20,8 +20,8 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_run_gives_the_same_figures_again(door, run: Path, tmp_path: Path) -> None:
-    outcome = door("evaluate", f"run={run}", "output_dir=again")
+def test_a_run_gives_the_same_figures_again(cli, run: Path, tmp_path: Path) -> None:
+    outcome = cli("evaluate", f"run={run}", "output_dir=again")
     assert outcome.code == 0, outcome.text
     assert "this run" in outcome.out and "again/metrics.json" in outcome.out
     again, before = results_of(tmp_path / "again"), results_of(run)
@@ -29,8 +29,8 @@ def test_a_run_gives_the_same_figures_again(door, run: Path, tmp_path: Path) -> 
         assert again[key] == before[key]
 
 
-def test_a_checkpoint_file_other_users_other_metrics(door, run: Path, tmp_path: Path) -> None:
-    outcome = door(
+def test_a_checkpoint_file_other_users_other_metrics(cli, run: Path, tmp_path: Path) -> None:
+    outcome = cli(
         "evaluate",
         f"run={run / 'checkpoints' / 'last.ckpt'}",
         "+dataset.n_test_users=33",
@@ -46,7 +46,7 @@ def test_a_checkpoint_file_other_users_other_metrics(door, run: Path, tmp_path: 
     }
 
 
-def test_mistakes_are_one_line(door, run: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(cli, run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk" / "checkpoints").mkdir(parents=True)
     (tmp_path / "junk" / "checkpoints" / "best.ckpt").write_bytes(b"junk")
@@ -60,15 +60,15 @@ def test_mistakes_are_one_line(door, run: Path, tmp_path: Path) -> None:
         ([f"run={run}", "metrics=[x@1]"], "unknown metric 'x@1'"),
         ([], "error: run: not given, and there is no default; add run=…"),
     ]:
-        outcome = door("evaluate", *arguments)
+        outcome = cli("evaluate", *arguments)
         assert outcome.code == 1 and message in outcome.err, outcome.err
         assert "Traceback" not in outcome.text and outcome.err.count("\n") == 1
 
 
-def test_another_dataset_than_the_trained_one(door, run: Path, tmp_path: Path) -> None:
+def test_another_dataset_than_the_trained_one(cli, run: Path, tmp_path: Path) -> None:
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
         config.replace("recsys_ssm.data.spotify.SpotifyData", "recsys_ssm.data.vaccine.VaccineData")
     )
-    outcome = door("evaluate", f"run={run}")
+    outcome = cli("evaluate", f"run={run}")
     assert outcome.code == 1 and "no such option" in outcome.err

@@ -12,7 +12,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from recsys_ssm.cli import check, register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.instantiate import check
 from recsys_ssm.metrics import rank_top_k
 from recsys_ssm.paths import CONF_DIR
 

@@ -1,4 +1,4 @@
-"""The door that recommends: users in, a file of recommendations out."""
+"""The command that recommends: users in, a file of recommendations out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_rows(path: Path, rows: list[tuple], header: str = "user_id,item_id,tim
 
 
 @pytest.fixture
-def next_item(door, tmp_path: Path) -> Path:
+def next_item(cli, tmp_path: Path) -> Path:
     generator = random.Random(0)
     rows = []
     for user in range(40):
@@ -40,11 +40,11 @@ def next_item(door, tmp_path: Path) -> Path:
         rows += [(f"u{user}", f"i{(start + t) % N_ITEMS}", t) for t in range(4 + user % 6)]
     write_rows(tmp_path / "mine.csv", rows)
     data = ("dataset=interactions", f"dataset.interactions={tmp_path / 'mine.csv'}")
-    assert door("train", *data, *SMALL, "trainer.max_epochs=1").code == 0
+    assert cli("train", *data, *SMALL, "trainer.max_epochs=1").code == 0
     return only_run(tmp_path)
 
 
-def test_new_histories_as_the_model_would(door, next_item: Path, tmp_path: Path) -> None:
+def test_new_histories_as_the_model_would(cli, next_item: Path, tmp_path: Path) -> None:
     """Unsorted rows, a user whose items nobody knows, an item nobody knows."""
     rows = [
         ("ann", "i3", 9),
@@ -54,7 +54,7 @@ def test_new_histories_as_the_model_would(door, next_item: Path, tmp_path: Path)
         ("eve", "x", 1),
     ]
     write_rows(tmp_path / "new.csv", rows)
-    outcome = door(
+    outcome = cli(
         "recommend",
         f"run={next_item}",
         "users=new.csv",
@@ -76,8 +76,8 @@ def test_new_histories_as_the_model_would(door, next_item: Path, tmp_path: Path)
     assert not {"i2", "i3"} & set(found.filter(user="ann")["item"])
 
 
-def test_everyone_of_the_training_whole_histories(door, next_item: Path, tmp_path: Path) -> None:
-    assert door("recommend", f"run={next_item}", "k=1", "filter_seen=false").code == 0
+def test_everyone_of_the_training_whole_histories(cli, next_item: Path, tmp_path: Path) -> None:
+    assert cli("recommend", f"run={next_item}", "k=1", "filter_seen=false").code == 0
     found = pl.read_parquet(tmp_path / "recommendations.parquet")
     assert found["user"].n_unique() == found.height == 40
     model = NextItem.load_from_checkpoint(next_item / "checkpoints/best.ckpt", weights_only=True)
@@ -88,7 +88,7 @@ def test_everyone_of_the_training_whole_histories(door, next_item: Path, tmp_pat
     assert left == {"mine.csv", "runs", "recommendations.parquet"}
 
 
-def test_two_towers_from_features(door, tmp_path: Path) -> None:
+def test_two_towers_from_features(cli, tmp_path: Path) -> None:
     generator = random.Random(0)
     people = [(f"p{i}", generator.choice("abc"), generator.randrange(20, 60)) for i in range(60)]
     write_rows(tmp_path / "people.csv", people, "user_id,kind,age")
@@ -102,17 +102,17 @@ def test_two_towers_from_features(door, tmp_path: Path) -> None:
         "dataset.user_categorical=[kind]",
         "dataset.user_numeric=[age]",
     )
-    outcome = door("train", *options, *SMALL, "backbone.n_layers=1", "trainer.max_steps=3")
+    outcome = cli("train", *options, *SMALL, "backbone.n_layers=1", "trainer.max_steps=3")
     assert outcome.code == 0, outcome.text
     run = only_run(tmp_path)
-    outcome = door("recommend", f"run={run}", "users=people.csv", "user=user_id", "k=2")
+    outcome = cli("recommend", f"run={run}", "users=people.csv", "user=user_id", "k=2")
     assert outcome.code == 0, outcome.text
     found = pl.read_parquet(tmp_path / "recommendations.parquet")
     assert found["user"].to_list() == [user for user, *_ in people for _ in range(2)]
     model = TwoTower.load_from_checkpoint(run / "checkpoints/best.ckpt", weights_only=True)
     expected = model.recommend(pl.read_csv(tmp_path / "people.csv", infer_schema=False), 2)
     assert found["item"].to_list() == expected["item"].to_list()
-    outcome = door("recommend", f"run={run}", "users=people.csv", "k=2", "output=rows.csv")
+    outcome = cli("recommend", f"run={run}", "users=people.csv", "k=2", "output=rows.csv")
     assert outcome.code == 0 and pl.read_csv(tmp_path / "rows.csv")["user"][2] == 1
 
     write_rows(tmp_path / "no_age.csv", [("p1", "a")], "user_id,kind")
@@ -121,12 +121,12 @@ def test_two_towers_from_features(door, tmp_path: Path) -> None:
         (["users=no_age.csv"], "no_age.csv: no column 'age'"),
         (["users=people.csv", "user=id"], "people.csv: no column 'id'"),
     ]:
-        outcome = door("recommend", f"run={run}", *arguments)
+        outcome = cli("recommend", f"run={run}", *arguments)
         assert outcome.code == 1 and message in outcome.err, outcome.text
         assert outcome.err.count("\n") == 1
 
 
-def test_mistakes_are_one_line(door, next_item: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(cli, next_item: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "short.csv", [("ann", "i3")], "user_id,item_id")
     write_rows(tmp_path / "strange.csv", [("ann", "x", 1)])
     (tmp_path / "taken").write_text("")
@@ -142,6 +142,6 @@ def test_mistakes_are_one_line(door, next_item: Path, tmp_path: Path) -> None:
         ([f"run={next_item}", "accelerator=tpuu"], "accelerator=tpuu: expected one of auto"),
         ([f"run={next_item}", "kk=3"], "kk: no such option; did you mean"),
     ]:
-        outcome = door("recommend", *arguments)
+        outcome = cli("recommend", *arguments)
         assert outcome.code == 1 and message in outcome.err, (arguments, outcome.text)
         assert "Traceback" not in outcome.err

@@ -1,4 +1,4 @@
-"""The training door, as people use it."""
+"""The training command, as people use it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def only_run(folder: Path) -> Path:
     return run
 
 
-def test_who_was_recommended_what_is_kept(door, tmp_path: Path) -> None:
-    outcome = door("train", "dataset=spotify", *QUICK)
+def test_who_was_recommended_what_is_kept(cli, tmp_path: Path) -> None:
+    outcome = cli("train", "dataset=spotify", *QUICK)
     assert outcome.code == 0, outcome.text
     run = only_run(tmp_path)
     users = pl.read_parquet(run / "test_users.parquet")
@@ -49,8 +49,8 @@ def test_who_was_recommended_what_is_kept(door, tmp_path: Path) -> None:
     assert validations[0]["seconds"] < validations[1]["seconds"]
 
 
-def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
-    outcome = door("train", "dataset=spotify", *QUICK)
+def test_a_run_ends_with_the_table_and_its_files(cli, tmp_path: Path) -> None:
+    outcome = cli("train", "dataset=spotify", *QUICK)
     assert outcome.code == 0, outcome.text
     assert ops.describe_backends() in outcome.out  # nobody is slow without being told
     for word in (
@@ -89,9 +89,9 @@ def test_a_run_ends_with_the_table_and_its_files(door, tmp_path: Path) -> None:
     assert config["backbone"]["d_model"] == 16 and config["dataset"]["n_train"] == 512
 
 
-def test_same_seed_same_digits_other_seed_other(door, tmp_path: Path) -> None:
+def test_same_seed_same_digits_other_seed_other(cli, tmp_path: Path) -> None:
     def run(folder: str, seed: int) -> dict[str, float]:
-        assert door("train", *QUICK, f"output_root={folder}", f"seed={seed}").code == 0
+        assert cli("train", *QUICK, f"output_root={folder}", f"seed={seed}").code == 0
         [path] = tmp_path.glob(f"{folder}/*/*/metrics.json")
         return json.loads(path.read_text())["metrics"]
 
@@ -100,7 +100,7 @@ def test_same_seed_same_digits_other_seed_other(door, tmp_path: Path) -> None:
     assert first != other
 
 
-def test_the_best_checkpoint_is_tested_not_the_last(door, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_tested_not_the_last(cli, tmp_path: Path) -> None:
     """What is best is turned around, so that it is the checkpoint that has learnt least."""
     quick = (
         *QUICK,
@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_tested_not_the_last(door, tmp_path: Path) -> Non
         "validations=6",
         "monitor_mode=min",
     )
-    assert door("train", *quick).code == 0
+    assert cli("train", *quick).code == 0
     run = only_run(tmp_path)
     results = json.loads((run / "metrics.json").read_text())
     best, last = (
@@ -117,8 +117,8 @@ def test_the_best_checkpoint_is_tested_not_the_last(door, tmp_path: Path) -> Non
     )
     assert best["global_step"] < last["global_step"] == 60
     assert results["checkpoint"].endswith("best.ckpt")
-    assert door("evaluate", f"run={run}", "checkpoint=best", "output_dir=eval_best").code == 0
-    assert door("evaluate", f"run={run}", "checkpoint=last", "output_dir=eval_last").code == 0
+    assert cli("evaluate", f"run={run}", "checkpoint=best", "output_dir=eval_best").code == 0
+    assert cli("evaluate", f"run={run}", "checkpoint=last", "output_dir=eval_last").code == 0
     of_best, of_last = (
         json.loads((tmp_path / f"eval_{n}" / "metrics.json").read_text())["metrics"]
         for n in ("best", "last")
@@ -126,11 +126,11 @@ def test_the_best_checkpoint_is_tested_not_the_last(door, tmp_path: Path) -> Non
     assert results["metrics"] == of_best != of_last
 
 
-def test_resuming_ends_as_if_never_stopped(door, tmp_path: Path) -> None:
+def test_resuming_ends_as_if_never_stopped(cli, tmp_path: Path) -> None:
     steps = "trainer.val_check_interval=4"
-    assert door("train", *QUICK, steps, "trainer.max_steps=16", "output_root=whole").code == 0
-    assert door("train", *QUICK, steps, "trainer.max_steps=8", "output_root=runs").code == 0
-    outcome = door(
+    assert cli("train", *QUICK, steps, "trainer.max_steps=16", "output_root=whole").code == 0
+    assert cli("train", *QUICK, steps, "trainer.max_steps=8", "output_root=runs").code == 0
+    outcome = cli(
         "train", *QUICK, steps, "trainer.max_steps=16", "output_root=runs", "ckpt_path=last"
     )
     assert outcome.code == 0, outcome.text
@@ -150,9 +150,9 @@ def test_resuming_ends_as_if_never_stopped(door, tmp_path: Path) -> None:
     assert [record["step"] for record in history if "val/loss" in record] == [4, 8, 12, 16]
 
 
-def test_multirun_and_a_failing_job(door, tmp_path: Path) -> None:
+def test_multirun_and_a_failing_job(cli, tmp_path: Path) -> None:
     # Options on both sides of the flag, as people write it.
-    outcome = door("train", *QUICK, "--multirun", "seed=0,1", "head.loss=hinge,mse")
+    outcome = cli("train", *QUICK, "--multirun", "seed=0,1", "head.loss=hinge,mse")
     assert outcome.code == 1
     assert (
         outcome.err.count("expected one of mse, bce, softmax") == 2
@@ -165,7 +165,7 @@ def test_multirun_and_a_failing_job(door, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer", "identity"])
 @pytest.mark.parametrize("dataset", ["spotify", "vaccine"])
-def test_every_backbone_on_every_embedded_dataset(door, dataset: str, backbone: str) -> None:
+def test_every_backbone_on_every_embedded_dataset(cli, dataset: str, backbone: str) -> None:
     small = [
         f"dataset={dataset}",
         f"backbone={backbone}",
@@ -175,13 +175,13 @@ def test_every_backbone_on_every_embedded_dataset(door, dataset: str, backbone: 
     ]
     if dataset == "vaccine":
         small.append("dataset.n_users=2000")
-    outcome = door("train", *TINY[:4], "trainer.enable_progress_bar=false", "validations=1", *small)
+    outcome = cli("train", *TINY[:4], "trainer.enable_progress_bar=false", "validations=1", *small)
     assert outcome.code == 0, outcome.text
     assert "oracle" in outcome.out
 
 
 def test_generated_is_written_everywhere(
-    door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RECSYS_SSM_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -192,7 +192,7 @@ def test_generated_is_written_everywhere(
         "dataset.n_val_users=20",
         *SMALL_MAMBA,
     )
-    outcome = door("train", *options, "trainer.max_steps=2", "validations=1", "logger=csv")
+    outcome = cli("train", *options, "trainer.max_steps=2", "validations=1", "logger=csv")
     assert outcome.code == 0, outcome.text
     [run] = tmp_path.glob("runs/*/*")
     results = json.loads((run / "metrics.json").read_text())
@@ -226,8 +226,8 @@ def test_generated_is_written_everywhere(
         (["monitor=val/hits"], "val/hits"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(door, arguments: list[str], message: str) -> None:
-    outcome = door(
+def test_a_mistake_is_one_line_and_an_exit_code(cli, arguments: list[str], message: str) -> None:
+    outcome = cli(
         "train",
         *[a for a in QUICK if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}],
         *arguments,
@@ -238,17 +238,17 @@ def test_a_mistake_is_one_line_and_an_exit_code(door, arguments: list[str], mess
     assert len([line for line in outcome.err.splitlines() if line.strip()]) == 1, outcome.err
 
 
-def test_a_checkpoint_of_another_architecture(door, tmp_path: Path) -> None:
-    assert door("train", *QUICK).code == 0
+def test_a_checkpoint_of_another_architecture(cli, tmp_path: Path) -> None:
+    assert cli("train", *QUICK).code == 0
     checkpoint = only_run(tmp_path) / "checkpoints" / "last.ckpt"
-    outcome = door("train", *QUICK, "backbone.n_layers=2", f"ckpt_path={checkpoint}")
+    outcome = cli("train", *QUICK, "backbone.n_layers=2", f"ckpt_path={checkpoint}")
     assert (
         outcome.code == 1
         and "a checkpoint of another architecture: user_tower.backbone.layers.1" in outcome.err
         and "Traceback" not in outcome.text
     )
     (tmp_path / "junk.ckpt").write_bytes(b"not a checkpoint")
-    outcome = door("train", *QUICK, "ckpt_path=junk.ckpt")
+    outcome = cli("train", *QUICK, "ckpt_path=junk.ckpt")
     assert (
         outcome.code == 1
         and "junk.ckpt: not a readable checkpoint" in outcome.err
@@ -256,15 +256,15 @@ def test_a_checkpoint_of_another_architecture(door, tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_one_may_not_write_to(door, tmp_path: Path) -> None:
+def test_a_folder_one_may_not_write_to(cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    outcome = door("train", *QUICK, "output_root=file")
+    outcome = cli("train", *QUICK, "output_root=file")
     assert outcome.code == 1 and "file" in outcome.err and "Traceback" not in outcome.text
 
 
 @pytest.mark.parametrize("debug", ["fast", "overfit", "profiler", "anomaly"])
-def test_debug_options(door, tmp_path: Path, debug: str) -> None:
-    outcome = door(
+def test_debug_options(cli, tmp_path: Path, debug: str) -> None:
+    outcome = cli(
         "train", f"debug={debug}", *TINY[:4], *SMALL_MAMBA, "trainer.enable_progress_bar=false"
     )
     assert outcome.code == 0, outcome.text
@@ -285,8 +285,8 @@ def test_debug_options(door, tmp_path: Path, debug: str) -> None:
         assert results["steps"] == 5
 
 
-def test_lightning_options_as_lightning_users_know_them(door) -> None:
-    outcome = door(
+def test_lightning_options_as_lightning_users_know_them(cli) -> None:
+    outcome = cli(
         "train",
         *QUICK,
         "trainer.gradient_clip_val=1.0",
@@ -300,27 +300,27 @@ def test_lightning_options_as_lightning_users_know_them(door) -> None:
     assert outcome.code == 0, outcome.text
 
 
-def test_config_shows_and_published_recipe(door) -> None:
-    outcome = door("train", "--cfg", "job", "dataset=spotify", "backbone=transformer")
+def test_config_shows_and_published_recipe(cli) -> None:
+    outcome = cli("train", "--cfg", "job", "dataset=spotify", "backbone=transformer")
     config = yaml.safe_load(outcome.out.replace("${hydra:runtime.choices.backbone}", "x"))
     assert config["optimizer"]["lr"] == 1e-4 and config["trainer"]["max_steps"] == 5000
     assert config["backbone"]["dim_feedforward"] == 2048 and config["published"]["p@5"] == 0.803
-    outcome = door("train", "--cfg", "job", "dataset=vaccine", "backbone=mamba", "optimizer.lr=0.5")
+    outcome = cli("train", "--cfg", "job", "dataset=vaccine", "backbone=mamba", "optimizer.lr=0.5")
     assert yaml.safe_load(outcome.out)["optimizer"]["lr"] == 0.5
 
 
-def test_a_users_own_option(door, tmp_path: Path) -> None:
+def test_a_users_own_option(cli, tmp_path: Path) -> None:
     (tmp_path / "mine" / "backbone").mkdir(parents=True)
     (tmp_path / "mine" / "backbone" / "narrow.yaml").write_text(
         "defaults: [mamba, _self_]\nd_model: 8\nn_layers: 1\n"
     )
-    outcome = door("train", "--config-dir", "mine", "backbone=narrow", *TINY, "logger=none")
+    outcome = cli("train", "--config-dir", "mine", "backbone=narrow", *TINY, "logger=none")
     assert outcome.code == 0, outcome.text
     [run] = tmp_path.glob("runs/spotify-narrow-seed0/*")
     assert yaml.safe_load((run / "config.yaml").read_text())["backbone"]["d_model"] == 8
 
 
-def test_two_processes_test_every_user_once(door, tmp_path: Path) -> None:
+def test_two_processes_test_every_user_once(cli, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -342,7 +342,7 @@ def test_two_processes_test_every_user_once(door, tmp_path: Path) -> None:
     assert "sync_dist" not in done.stdout + done.stderr
 
     # One process, on the same users: the same to the last digits but those of the order of a sum.
-    assert door("evaluate", f"run={only_run(tmp_path)}", "output_dir=alone").code == 0
+    assert cli("evaluate", f"run={only_run(tmp_path)}", "output_dir=alone").code == 0
     alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     assert results["metrics"] == pytest.approx(alone["metrics"], rel=1e-12)
 
@@ -376,7 +376,7 @@ def test_from_the_shell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_resumed_is_as_if_never_stopped(
-    door, tmp_path: Path, how: signal.Signals
+    cli, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Ctrl-C, or killed outright: the run goes on in its folder and ends with the same figures."""
     base = [*QUICK, "trainer.max_steps=600", "validations=30"]
@@ -401,8 +401,8 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
         assert "ckpt_path=last goes on" in err and "Traceback" not in err
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
 
-    assert door("train", *base, "ckpt_path=last").code == 0
-    assert door("train", *base, "output_root=whole").code == 0
+    assert cli("train", *base, "ckpt_path=last").code == 0
+    assert cli("train", *base, "output_root=whole").code == 0
     [resumed], [whole] = (
         list(tmp_path.glob(f"{root}/*/*/metrics.json")) for root in ("runs", "whole")
     )

@@ -32,7 +32,8 @@ from install import FOLDER, python_of
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from timing import machine, table, write_json
 
-from recsys_ssm.cli import make, register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.instantiate import make
 from recsys_ssm.metrics import per_user
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.reports.statistics import estimate, paired_difference
@@ -129,7 +130,7 @@ def sets_of(overrides: list[str]) -> Any:
     """The data as this package splits it."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", [*overrides, "name=peer", "output_dir=."])
-    return make(cfg.dataset, "dataset").sets
+    return make(cfg.dataset, "dataset").splits
 
 
 def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, dict[str, Any]]:
@@ -140,9 +141,9 @@ def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, d
     register_resolvers()
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"dataset={dataset}"]
-    sets = sets_of(overrides)
+    splits = sets_of(overrides)
     if n_users:
-        events, offsets = sets.histories
+        events, offsets = splits.histories
         dataset = f"{dataset}-{n_users}"
         text = folder / f"{dataset}.txt"
         rows = (
@@ -155,12 +156,12 @@ def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, d
             f"dataset.interactions={text}",
             "dataset.format=sequences",
         ]
-        sets = sets_of(overrides)
-    events, offsets = (np.asarray(array) for array in sets.histories)
+        splits = sets_of(overrides)
+    events, offsets = (np.asarray(array) for array in splits.histories)
     if np.diff(offsets).min() < 3:
         raise SystemExit(f"{dataset} has users with fewer than 3 events: not all can be held out")
     path = folder / f"{dataset}.npz"
-    data = {"events": events, "offsets": offsets, "n_items": len(sets.item_ids)}
+    data = {"events": events, "offsets": offsets, "n_items": len(splits.item_ids)}
     np.savez(path, **data)
     return overrides, path, data
 

@@ -18,7 +18,8 @@ import torch
 from common import PLACES, Data, Run, arguments, clocks
 from hydra import compose, initialize_config_dir
 
-from recsys_ssm.cli import make, plain, register_resolvers, spec
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.instantiate import make, plain, spec
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.paths import CONF_DIR
 

@@ -35,21 +35,21 @@ import numpy as np
 import polars as pl
 import torch
 
-from recsys_ssm.data.base import (
+from recsys_ssm.batches import Ragged
+from recsys_ssm.data.files import collect, read_table, scan_table
+from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, cache_folder, generate
+from recsys_ssm.data.two_tower import (
     Baseline,
     Pairs,
-    Ragged,
     Ranking,
     TwoTowerData,
-    TwoTowerSets,
+    TwoTowerSplits,
     sample_negatives,
     split_users,
 )
-from recsys_ssm.data.files import collect, read_table, scan_table
-from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, cache_folder, generate
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema, numeric_column
-from recsys_ssm.specs import check_arguments
+from recsys_ssm.instantiate import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class HmData(TwoTowerData):
         self.n_val_users, self.n_test_users = n_val_users, n_test_users
         self.min_relevant, self.on_unknown_article = min_relevant, on_unknown_article
 
-    def build(self) -> TwoTowerSets:
+    def build(self) -> TwoTowerSplits:
         root, found = self._find()
         notes = [found]
         shop = Shop.of(root)
@@ -188,7 +188,7 @@ class HmData(TwoTowerData):
             baselines["oracle"] = lambda users: torch.from_numpy(
                 shop.log_probability(tables.customers[users.cpu().numpy()], item_ids)
             )
-        return TwoTowerSets(
+        return TwoTowerSplits(
             users=user_schema.encode(tables.customers, where=where),
             items=item_schema.encode(tables.articles, where=str(root / ARTICLES)),
             item_ids=item_ids,

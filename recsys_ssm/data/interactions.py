@@ -25,7 +25,8 @@ from recsys_ssm.data.cache import Prepared, cache_folder, load_or_make
 from recsys_ssm.data.download import fetch_member
 from recsys_ssm.data.files import collect
 from recsys_ssm.data.formats import Format, check_format, format_of, scan, scan_sequences
-from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSets, spread
+from recsys_ssm.data.packing import spread
+from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSplits
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, numeric_column, text_column
 
@@ -77,7 +78,7 @@ class Interactions(SequenceData):
 
     Raises:
         UserError: An option is not possible. Files are read, and their mistakes found, at the first
-            use of ``sets``.
+            use of ``splits``.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Interactions(SequenceData):
         self.cache = cache_folder(cache_dir)
         self.download, self.source = download, source
 
-    def build(self) -> SequenceSets:
+    def build(self) -> SequenceSplits:
         path = self._find()
         settings = {
             option: getattr(self, option)
@@ -172,13 +173,13 @@ class Interactions(SequenceData):
             self.cache / "interactions", self.name, [path], settings, lambda: self._prepare(path)
         )
         try:
-            sets = _sets(prepared)
+            splits = _splits(prepared)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        _describe(sets)
+        _describe(splits)
         if self.items is not None:
-            sets.item_schema, sets.items = self._item_features(sets)
-        return sets
+            splits.item_schema, splits.items = self._item_features(splits)
+        return splits
 
     def _find(self) -> Path:
         """The file to read, fetched if that is possible and needed."""
@@ -342,7 +343,7 @@ class Interactions(SequenceData):
             )
         return val_from, test_from
 
-    def _item_features(self, sets: SequenceSets) -> tuple[FeatureSchema, Features]:
+    def _item_features(self, splits: SequenceSplits) -> tuple[FeatureSchema, Features]:
         """Features of the catalogue's items, scaled by what training has events of."""
         assert self.items is not None
         where, key = str(self.items), self.item_key
@@ -360,22 +361,22 @@ class Interactions(SequenceData):
                 **{name: text_column(frame, name, where) for name in self.item_categorical},
             }
         ).with_columns(pl.col(self.item_numeric).fill_nan(None))
-        catalogue = pl.DataFrame({key: sets.item_ids})
+        catalogue = pl.DataFrame({key: splits.item_ids})
         n_known = catalogue.join(frame, on=key, how="semi").height
         if n_known == 0:
             raise UserError(
                 f"{where}: none of the {catalogue.height:,} items of the interactions is in it, for "
-                f"example {sets.item_ids[0]!r}; its first is {keys[0]!r}: are ids written alike?"
+                f"example {splits.item_ids[0]!r}; its first is {keys[0]!r}: are ids written alike?"
             )
         if absent := catalogue.height - n_known:
-            sets.notes.append(
+            splits.notes.append(
                 f"{where}: {absent:,} items are not in it: their features are missing"
             )
         if idle := frame.height - n_known:
-            sets.notes.append(f"{where}: {idle:,} items without an event: not in the catalogue")
+            splits.notes.append(f"{where}: {idle:,} items without an event: not in the catalogue")
         table = catalogue.join(frame, on=key, how="left", maintain_order="left")
         schema = FeatureSchema.fit(
-            table.filter(pl.Series(sets.item_counts.numpy() > 0)),
+            table.filter(pl.Series(splits.item_counts.numpy() > 0)),
             numeric=self.item_numeric,
             categorical=self.item_categorical,
             where=where,
@@ -410,9 +411,9 @@ def _ragged(rows: _Rows) -> tuple[pl.Series, pl.Series, Histories]:
     return user_ids, item_ids, Histories(events, offsets)
 
 
-def _sets(prepared: Prepared) -> SequenceSets:
+def _splits(prepared: Prepared) -> SequenceSplits:
     arrays, texts = prepared.arrays, prepared.texts
-    return SequenceSets(
+    return SequenceSplits(
         item_ids=texts["item_ids"].to_list(),
         user_ids=texts["user_ids"],
         histories=Histories(arrays["events"], arrays["offsets"]),
@@ -527,15 +528,15 @@ def _n_had_before(histories: Histories, held_out: HeldOut) -> int:
     return n
 
 
-def _describe(sets: SequenceSets) -> None:
-    events, offsets = sets.histories
-    sets.notes.append(
-        f"{events.size:,} events of {offsets.size - 1:,} users and {len(sets.item_ids):,} items; "
-        f"{int(sets.item_counts.sum()):,} trained on, {sets.val.user.size:,} users validated on, "
-        f"{sets.test.user.size:,} tested"
+def _describe(splits: SequenceSplits) -> None:
+    events, offsets = splits.histories
+    splits.notes.append(
+        f"{events.size:,} events of {offsets.size - 1:,} users and {len(splits.item_ids):,} items; "
+        f"{int(splits.item_counts.sum()):,} trained on, {splits.val.user.size:,} users validated on, "
+        f"{splits.test.user.size:,} tested"
     )
-    if untrained := int((sets.item_counts == 0).sum()):
-        sets.notes.append(
+    if untrained := int((splits.item_counts == 0).sum()):
+        splits.notes.append(
             f"{untrained:,} items are in no training event: in the catalogue, ranked like the others"
         )
 

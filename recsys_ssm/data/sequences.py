@@ -3,7 +3,7 @@
     histories (E,) + offsets (U+1,) ──► windows (S,) ──pack──► rows ──► batches (B, L)
 
 A dataset is one file: a subclass of :class:`SequenceData` whose ``build`` returns
-:class:`SequenceSets`. Nothing but the histories is held: a sample is a pair of places in them,
+:class:`SequenceSplits`. Nothing but the histories is held: a sample is a pair of places in them,
 worked out when its batch is made, and several samples share a row, so that a user with five items
 does not cost as much as one with fifty.
 
@@ -22,47 +22,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.data.base import Ragged, RecommenderData, ResumableLoader
+from recsys_ssm.batches import NO_ITEM, HistoryBatch, Ragged, SequenceBatch
+from recsys_ssm.data.base import RecommenderData
+from recsys_ssm.data.loaders import ResumableLoader
+from recsys_ssm.data.packing import Layout, Rows, Windows, spread
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.metrics import RankingMetrics
 
-NOTHING = -1
-"""Where there is no item: padding, and positions nothing is predicted at."""
-
 Objective = Literal["all", "last"]
-
-
-class SequenceBatch(NamedTuple):
-    """A batch of training, or of the validation loss: several windows packed into each row."""
-
-    item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding."""
-    seq_idx: Tensor
-    """(B, L) int64, which of its row's windows a position belongs to (0, 1, …); -1 at padding."""
-    position: Tensor
-    """(B, L) int64, place within its window from 0; 0 at padding."""
-    target: Tensor
-    """(B, L) int64, the next item; -1 where nothing is predicted."""
-
-
-class HistoryBatch(NamedTuple):
-    """Users for whom the whole catalogue is ranked, their histories packed into rows."""
-
-    item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding."""
-    seq_idx: Tensor
-    """(B, L) int64, which of its row's histories a position belongs to (0, 1, …); -1 at padding."""
-    position: Tensor
-    """(B, L) int64, place within its history from 0; 0 at padding."""
-    last: Tensor
-    """(U,) int64, where each user's latest item is in the flattened (B·L) batch."""
-    target: Tensor
-    """(U,) int64, the item held out."""
-    user: Tensor
-    """(U,) int64, row of the user table."""
-    seen: Ragged
-    """What each of the U users had before the target: the whole history, however long."""
 
 
 class Histories(NamedTuple):
@@ -84,7 +52,7 @@ class HeldOut(NamedTuple):
 
 
 @dataclass
-class SequenceSets:
+class SequenceSplits:
     """A dataset, prepared: what ``build`` returns."""
 
     item_ids: list[str]
@@ -135,158 +103,6 @@ class SequenceSets:
 _BLOCK = 1 << 20
 
 
-def spread(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The ranges ``start[i], start[i] + 1, …`` of ``length[i]`` numbers each, joined; int64."""
-    begin = np.cumsum(length) - length
-    return np.repeat(start - begin, length) + np.arange(length.sum())
-
-
-class Windows:
-    """The samples of a set: the latest ``max_length`` events of a span, the event after them the target.
-
-    A span is ``events[first:stop]`` of one user, with the target at ``stop``. With ``prefixes`` each
-    of a span's events is a target once: span i gives ``stop[i] - first[i]`` samples, found by
-    arithmetic from the sample's number.
-
-    Args:
-        first: (n,) int64, where each span begins.
-        stop: (n,) int64, its target; greater than ``first``.
-        max_length: Events of a window, at most.
-        prefixes: Every non-empty prefix of a span and its target, not the whole span alone.
-    """
-
-    def __init__(
-        self, first: np.ndarray, stop: np.ndarray, max_length: int, *, prefixes: bool = False
-    ) -> None:
-        self.first, self.stop, self.max_length = first, stop, max_length
-        self.ends = np.cumsum(stop - first) if prefixes else None
-        size = stop - first
-        if prefixes:
-            size = spread(np.ones_like(size), size)
-        kind = np.uint16 if max_length < 1 << 16 else np.int64  # 16 bits sort in linear time
-        self.lengths = np.minimum(size, max_length).astype(kind)
-        """(S,) events of each sample's window."""
-
-    def __len__(self) -> int:
-        return self.lengths.size
-
-    def at(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows of samples (M,) begin, and where their targets are: (M,), (M,) int64."""
-        if self.ends is None:
-            first, stop = self.first[sample], self.stop[sample]
-        else:
-            span = np.searchsorted(self.ends, sample, side="right")
-            first, size = self.first[span], self.stop[span] - self.first[span]
-            stop = first + 1 + sample - (self.ends[span] - size)
-        return np.maximum(first, stop - self.max_length), stop
-
-
-def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """Rows for sequences so that few positions are left empty: best-fit decreasing.
-
-    Worked out on the histogram of lengths: all sequences of one length are placed together, each
-    into the fullest rows that have room, so the cost grows with the number of different lengths and
-    not with that of the sequences.
-
-    Args:
-        lengths: (S,) integers in [1, row_length], longest first.
-        row_length: Positions of a row.
-
-    Returns:
-        (S,) int32, the row of each, from 0.
-    """
-    row_of = np.empty(lengths.size, dtype=np.int32)
-    free: list[list[np.ndarray]] = [[] for _ in range(row_length + 1)]  # rows by positions left
-    n_rows = begin = 0
-    different, counts = np.unique(lengths, return_counts=True)
-    for length, left in zip(different[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        for room in range(length, row_length + 1):
-            if left == 0:
-                break
-            each = room // length
-            if room == row_length:  # no row in use has room: new ones
-                n_new = -(-left // each)
-                free[room] = [np.arange(n_rows, n_rows + n_new, dtype=np.int32)]
-                n_rows += n_new
-            if not free[room]:
-                continue
-            rows = np.concatenate(free[room])
-            n_filled, rest = min(rows.size, left // each), 0
-            row_of[begin : begin + n_filled * each] = np.repeat(rows[:n_filled], each)
-            free[room - each * length].append(rows[:n_filled])
-            if n_filled < rows.size and n_filled * each < left:
-                rest = left - n_filled * each
-                row_of[begin + n_filled * each : begin + left] = rows[n_filled]
-                free[room - rest * length].append(rows[n_filled : n_filled + 1])
-            taken = n_filled + (rest > 0)
-            free[room] = [rows[taken:]] if taken < rows.size else []
-            begin += n_filled * each + rest
-            left -= n_filled * each + rest
-    return row_of
-
-
-class _Rows:
-    """Slots for sequences, by row: what :func:`pack` says, turned round.
-
-    Slots are numbered longest first; a row's stand from left to right in that order.
-    """
-
-    def __init__(self, lengths: np.ndarray, row_length: int) -> None:
-        row_of = pack(lengths, row_length)
-        # Sorted by row, slots in order within each.
-        self.slots = np.argsort(row_of, kind="stable").astype(np.int32)
-        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))]).astype(np.int64)
-
-    def __len__(self) -> int:
-        return self.offsets.size - 1
-
-    def at(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots of some rows, row by row, and how many each row has."""
-        counts = self.offsets[rows + 1] - self.offsets[rows]
-        return self.slots[spread(self.offsets[rows], counts)], counts
-
-
-class _Layout(NamedTuple):
-    """Where the windows of a batch go."""
-
-    source: np.ndarray
-    """(valid positions,) places in the events."""
-    cell: np.ndarray
-    """(valid positions,) places in the flattened batch."""
-    position: np.ndarray
-    """(valid positions,) place within the window."""
-    number: np.ndarray
-    """(valid positions,) which of its row's windows it is."""
-    last: np.ndarray
-    """(M,) cell of each window's last event."""
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, start: np.ndarray, length: np.ndarray, per_row: np.ndarray) -> _Layout:
-        """Windows (M,) of ``length`` events from ``start``, ``per_row`` (B,) of them in each row."""
-        begin = np.cumsum(length) - length
-        row = np.repeat(np.arange(per_row.size), per_row)
-        first_of_row = np.cumsum(per_row) - per_row
-        column = begin - begin[first_of_row][row]
-        width = int((column + length).max())
-        position = np.arange(length.sum()) - np.repeat(begin, length)
-        cell = row * width + column
-        return cls(
-            source=np.repeat(start, length) + position,
-            cell=np.repeat(cell, length) + position,
-            position=position,
-            number=np.repeat(np.arange(length.size) - first_of_row[row], length),
-            last=cell + length - 1,
-            shape=(per_row.size, width),
-        )
-
-    def fill(self, values: np.ndarray, empty: int) -> Tensor:
-        """A (B, L) int64 tensor of one value a valid position."""
-        full = np.full(self.shape[0] * self.shape[1], empty, dtype=np.int64)
-        full[self.cell] = values
-        return torch.from_numpy(full.reshape(self.shape))
-
-
 class SequenceLoader(ResumableLoader[SequenceBatch]):
     """Windows packed into rows, a set number of rows a batch.
 
@@ -300,7 +116,7 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         every_position: Targets at every position of a window; else at its last one alone.
         batch_positions: Events a batch, about.
         row_length: Positions of a row, at least the longest window.
-        shuffle, seed, rank, world_size: See :class:`~recsys_ssm.data.base.ResumableLoader`; what
+        shuffle, seed, rank, world_size: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; what
             several processes share out are rows.
     """
 
@@ -320,7 +136,7 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         self.events, self.windows, self.every_position = events, windows, every_position
         self.row_length = row_length
-        self.rows = _Rows(np.sort(windows.lengths)[::-1], row_length)
+        self.rows = Rows(np.sort(windows.lengths)[::-1], row_length)
         valid = int(windows.lengths.sum(dtype=np.int64))
         self.padding_share = 1 - valid / (max(len(self.rows), 1) * row_length)
         """Of the positions of an epoch, those that are empty."""
@@ -356,17 +172,17 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
 
     def _gather(self, sample: np.ndarray, per_row: np.ndarray) -> SequenceBatch:
         start, stop = self.windows.at(sample)
-        layout = _Layout.of(start, stop - start, per_row)
+        layout = Layout.of(start, stop - start, per_row)
         if self.every_position:
-            target = layout.fill(self.events[layout.source + 1], NOTHING)
+            target = layout.fill(self.events[layout.source + 1], NO_ITEM)
         else:
-            target = torch.full(layout.shape, NOTHING)
+            target = torch.full(layout.shape, NO_ITEM)
             target.view(-1)[torch.from_numpy(layout.last)] = torch.from_numpy(
                 self.events[stop].astype(np.int64)
             )
         return SequenceBatch(
-            item=layout.fill(self.events[layout.source], NOTHING),
-            seq_idx=layout.fill(layout.number, NOTHING),
+            item=layout.fill(self.events[layout.source], NO_ITEM),
+            seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             target=target,
         )
@@ -407,16 +223,16 @@ class HistoryLoader:
         first = offsets[user]
         start = np.maximum(first, target - self.max_length)
         order = np.argsort(start - target, kind="stable")  # longest first
-        rows = _Rows((target - start)[order], self.row_length)
+        rows = Rows((target - start)[order], self.row_length)
         slots, per_row = rows.at(np.arange(len(rows)))
         placed = order[slots]
-        layout = _Layout.of(start[placed], (target - start)[placed], per_row)
+        layout = Layout.of(start[placed], (target - start)[placed], per_row)
         last = np.empty(user.size, dtype=np.int64)
         last[placed] = layout.last
         seen = events[spread(first, target - first)].astype(np.int64)
         return HistoryBatch(
-            item=layout.fill(events[layout.source], NOTHING),
-            seq_idx=layout.fill(layout.number, NOTHING),
+            item=layout.fill(events[layout.source], NO_ITEM),
+            seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             last=torch.from_numpy(last),
             target=torch.from_numpy(events[target].astype(np.int64)),
@@ -428,7 +244,7 @@ class HistoryLoader:
         )
 
 
-class SequenceData(RecommenderData[SequenceSets]):
+class SequenceData(RecommenderData[SequenceSplits]):
     """DataModule of users' histories; a dataset implements :meth:`build`.
 
     Args:
@@ -489,7 +305,7 @@ class SequenceData(RecommenderData[SequenceSets]):
         self.n_val_loss, self.shuffle = n_val_loss, shuffle
 
     def train_dataloader(self) -> SequenceLoader:
-        first, stop = self.sets.histories.offsets[:-1], self.sets.train_stop - 1
+        first, stop = self.splits.histories.offsets[:-1], self.splits.train_stop - 1
         first, stop = first[stop > first], stop[stop > first]
         if self.windows == "all" and self.objective == "all":
             first, stop = _cut(first, stop, self.max_length)
@@ -498,29 +314,29 @@ class SequenceData(RecommenderData[SequenceSets]):
 
     def val_dataloader(self) -> list[Any]:
         """Two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
-        user, event = self.sets.val
+        user, event = self.splits.val
         if self.n_val_loss is not None and user.size > self.n_val_loss:
             generator = np.random.default_rng(self.seed)
             some = np.sort(generator.permutation(user.size)[: self.n_val_loss])
             user, event = user[some], event[some]
-        windows = Windows(self.sets.histories.offsets[user], event, self.max_length)
-        return [self._windows(windows, False, False), self._users(self.sets.val)]
+        windows = Windows(self.splits.histories.offsets[user], event, self.max_length)
+        return [self._windows(windows, False, False), self._users(self.splits.val)]
 
     def test_dataloader(self) -> HistoryLoader:
-        return self._users(self.sets.test)
+        return self._users(self.splits.test)
 
     def item_counts(self) -> Tensor:
         """(I,) int64, training events of each item."""
-        return self.sets.item_counts
+        return self.splits.item_counts
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Test metrics of the most popular items, and of a user's own, the latest first.
 
         ``_unfiltered``: what a user has had already may be recommended once more.
         """
-        sets = self.sets
-        n_items = len(sets.item_ids)
-        by_count = torch.argsort(sets.item_counts, descending=True, stable=True)
+        splits = self.splits
+        n_items = len(splits.item_ids)
+        by_count = torch.argsort(splits.item_counts, descending=True, stable=True)
         results = {}
         for name, recommend in (
             ("popularity", lambda batch, k: _first_unseen(by_count, batch, k)),
@@ -529,9 +345,9 @@ class SequenceData(RecommenderData[SequenceSets]):
         ):
             # Every process sees all users here: there is nothing to add up.
             ranking = RankingMetrics(
-                metrics, n_items=n_items, item_counts=sets.item_counts, sync_on_compute=False
+                metrics, n_items=n_items, item_counts=splits.item_counts, sync_on_compute=False
             )
-            for batch in self._users(sets.test, shard=False):
+            for batch in self._users(splits.test, shard=False):
                 top = recommend(batch, ranking.max_k)
                 filled = torch.nn.functional.pad(top, (0, ranking.max_k - top.shape[1]), value=-1)
                 ranking.update_from_top(filled, batch.target)
@@ -540,7 +356,7 @@ class SequenceData(RecommenderData[SequenceSets]):
 
     def _windows(self, windows: Windows, every_position: bool, shuffle: bool) -> SequenceLoader:
         return SequenceLoader(
-            self.sets.histories.events,
+            self.splits.histories.events,
             windows,
             every_position=every_position,
             batch_positions=self.batch_positions,
@@ -552,7 +368,7 @@ class SequenceData(RecommenderData[SequenceSets]):
 
     def _users(self, held_out: HeldOut, *, shard: bool = True) -> HistoryLoader:
         return HistoryLoader(
-            self.sets.histories,
+            self.splits.histories,
             held_out,
             max_length=self.max_length,
             row_length=self.row_length,
@@ -597,4 +413,4 @@ def _latest(seen: Ragged, k: int) -> Tensor:
 def _left_aligned(items: Tensor, without: Tensor) -> Tensor:
     """Each row's items in their order but for those ``without``, the places at the end -1."""
     order = torch.argsort(without.to(torch.uint8), dim=1, stable=True)
-    return items.masked_fill(without, NOTHING).gather(1, order)
+    return items.masked_fill(without, NO_ITEM).gather(1, order)

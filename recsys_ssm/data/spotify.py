@@ -33,8 +33,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.data.base import Pairs, Ragged, Ranking, TwoTowerData, TwoTowerSets
+from recsys_ssm.batches import Ragged
 from recsys_ssm.data.files import read_table
+from recsys_ssm.data.two_tower import Pairs, Ranking, TwoTowerData, TwoTowerSplits
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema, numeric_column
 
@@ -102,7 +103,7 @@ class SpotifyData(TwoTowerData):
         self.n_val_users, self.n_test_users = n_val_users, n_test_users
         self.min_share, self.max_share, self.threshold = min_share, max_share, threshold
 
-    def build(self) -> TwoTowerSets:
+    def build(self) -> TwoTowerSplits:
         genres = read_table(ASSETS / GENRES_FILE)
         songs = read_table(ASSETS / SONGS_FILE)
         affinity = _affinity(_attributes(genres, GENRES_FILE), _attributes(songs, SONGS_FILE))
@@ -135,7 +136,7 @@ class SpotifyData(TwoTowerData):
         listeners = pl.DataFrame(likes, schema=genres["genre"].to_list())
         user_schema = FeatureSchema.fit(listeners, numeric=listeners.columns, scale=False)
         item_schema = FeatureSchema.fit(songs, categorical=["rank"])
-        return TwoTowerSets(
+        return TwoTowerSplits(
             users=user_schema.encode(listeners),
             items=item_schema.encode(songs),
             item_ids=songs["id"].to_list(),

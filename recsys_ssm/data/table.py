@@ -19,16 +19,16 @@ import numpy as np
 import polars as pl
 import torch
 
-from recsys_ssm.data.base import (
+from recsys_ssm.batches import Ragged
+from recsys_ssm.data.files import read_table
+from recsys_ssm.data.two_tower import (
     Pairs,
-    Ragged,
     Ranking,
     TwoTowerData,
-    TwoTowerSets,
+    TwoTowerSplits,
     sample_negatives,
     split_users,
 )
-from recsys_ssm.data.files import read_table
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema, numeric_column, text_column
 
@@ -76,7 +76,7 @@ class TableData(TwoTowerData):
 
     Raises:
         UserError: An option is not possible. Files are read, and their mistakes found, at the first
-            use of ``sets``.
+            use of ``splits``.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class TableData(TwoTowerData):
         self._why = "users have features" if has_user_features else "users have no features"
         self._why = f" (split=auto: {self._why})" if split == "auto" else ""
 
-    def build(self) -> TwoTowerSets:
+    def build(self) -> TwoTowerSplits:
         notes: list[str] = []
         generator = np.random.default_rng(self.seed)
         rows, user_table, item_table = self._read(notes)
@@ -191,7 +191,7 @@ class TableData(TwoTowerData):
         item_schema = self.item_side.fit(item_table, train.item)
         counts = np.bincount(train_rows.item[train_rows.relevant], minlength=n_items)
         popularity = torch.from_numpy(counts).float()
-        return TwoTowerSets(
+        return TwoTowerSplits(
             users=user_schema.encode(user_table),
             items=item_schema.encode(item_table),
             item_ids=item_table[self.item_side.key].to_list(),

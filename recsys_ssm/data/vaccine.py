@@ -46,8 +46,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.data.base import Baseline, Pairs, Ragged, Ranking, TwoTowerData, TwoTowerSets
+from recsys_ssm.batches import Ragged
 from recsys_ssm.data.files import read_table
+from recsys_ssm.data.two_tower import Baseline, Pairs, Ranking, TwoTowerData, TwoTowerSplits
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema
 
@@ -160,7 +161,7 @@ class VaccineData(TwoTowerData):
         self.cluster_features, self.message_features = cluster_features, message_features
         self.age_bands = age_bands
 
-    def build(self) -> TwoTowerSets:
+    def build(self) -> TwoTowerSplits:
         # One stream a part: a seed's test users are the same whatever the other parts' sizes.
         streams = np.random.SeedSequence(self.seed).spawn(6)
         train, val, test, sample, user_clusters, message_clusters = (
@@ -203,7 +204,7 @@ class VaccineData(TwoTowerData):
             categorical=["message"] if by_index else [],
         )
         age = torch.from_numpy(people["age"].to_numpy())
-        return TwoTowerSets(
+        return TwoTowerSplits(
             users=user_schema.encode(people),
             items=item_schema.encode(messages),
             item_ids=messages["message"].to_list(),

@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.instantiate import Spec, build, check_arguments
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemLoss
@@ -29,11 +30,11 @@ from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import ItemTokenizer
 from recsys_ssm.ops import rank_products
-from recsys_ssm.rankings import Rankings
-from recsys_ssm.specs import Spec, build, check_arguments
+from recsys_ssm.recommendations import Rankings
 
 if TYPE_CHECKING:
-    from recsys_ssm.data.sequences import HistoryBatch, SequenceBatch, SequenceData
+    from recsys_ssm.batches import HistoryBatch, SequenceBatch
+    from recsys_ssm.data.sequences import SequenceData
 
 DEFAULT_METRICS: tuple[str, ...] = (
     *(f"{family}@{k}" for family in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)),
@@ -153,19 +154,19 @@ class NextItem(Recommender):
         Raises:
             UserError: The dataset is not of sequences.
         """
-        sets = data.sets
-        if not hasattr(sets, "histories"):
+        splits = data.splits
+        if not hasattr(splits, "histories"):
             raise UserError(
                 f"head=next_item needs a dataset of sequences, and dataset {data.name} has users and items with "
                 "features; leave head= to the dataset, or choose another dataset"
             )
         return cls(
-            item_ids=sets.item_ids,
+            item_ids=splits.item_ids,
             max_length=data.max_length,
             objective=data.objective,
-            item_schema=None if sets.item_schema is None else sets.item_schema.to_dict(),
-            items=sets.items,
-            item_counts=sets.item_counts,
+            item_schema=None if splits.item_schema is None else splits.item_schema.to_dict(),
+            items=splits.items,
+            item_counts=splits.item_counts,
             **options,
         )
 
@@ -189,7 +190,7 @@ class NextItem(Recommender):
     ) -> Tensor:
         """Outputs of histories: (B, L, D), or (P, D) at the places ``at`` of the flattened (B·L).
 
-        The rest is as in :class:`~recsys_ssm.data.sequences.SequenceBatch`.
+        The rest is as in :class:`~recsys_ssm.batches.SequenceBatch`.
         """
         return self.backbone(self.tokenizer(item, position, self.features), seq_idx, at)
 
@@ -280,8 +281,8 @@ class NextItem(Recommender):
 
     def fits(self, data: SequenceData) -> bool:
         """Whether a dataset has the items, and what is known of them, of the training."""
-        sets = data.sets
-        return sets.item_schema == self.item_schema and sets.item_ids == self.item_ids
+        splits = data.splits
+        return splits.item_schema == self.item_schema and splits.item_ids == self.item_ids
 
     def test_results(self) -> dict[str, dict[str, float]]:
         """``metrics``, of items new to the user; ``metrics_unfiltered``, where what he had may come again."""
@@ -387,7 +388,7 @@ def later_targets(target: Tensor, seq_idx: Tensor, skip: float) -> Tensor:
 
     Args:
         target: (B, L) int64, -1 where nothing is predicted.
-        seq_idx: (B, L), as in :class:`~recsys_ssm.data.sequences.SequenceBatch`.
+        seq_idx: (B, L), as in :class:`~recsys_ssm.batches.SequenceBatch`.
         skip: From 0 to below 1.
 
     Returns:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.specs import Spec, build
+from recsys_ssm.instantiate import Spec, build
 
 NO_DECAY = ("A_log", "D", "dt_bias", "bias")
 """Last part of the names of parameters that weight decay would harm: the recurrence's own and biases."""
@@ -53,7 +53,7 @@ def parameter_groups(
     Args:
         module: Whose parameters they are.
         weight_decay: If 0, there is one group.
-        stacked: Whether each parameter is several models' (:mod:`recsys_ssm.models.seeds`), one dimension more.
+        stacked: Whether each parameter is several models' (:mod:`recsys_ssm.batched_seeds.model`), one dimension more.
     """
     if not weight_decay:
         return [{"params": list(module.parameters())}]

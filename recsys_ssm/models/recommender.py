@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.ops import rank_products
-from recsys_ssm.rankings import Rankings
+from recsys_ssm.recommendations import Rankings
 
 
 class Recommender(L.LightningModule, abc.ABC):

@@ -18,17 +18,18 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.instantiate import Spec, build, check_arguments
 from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, over_all_users, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import FeatureTokenizer
-from recsys_ssm.rankings import Rankings
-from recsys_ssm.specs import Spec, build, check_arguments
+from recsys_ssm.recommendations import Rankings
 
 if TYPE_CHECKING:
-    from recsys_ssm.data.base import PairBatch, RankingBatch, TwoTowerData
+    from recsys_ssm.batches import PairBatch, RankingBatch
+    from recsys_ssm.data.two_tower import TwoTowerData
 
 ENCODE_ROWS = 4096
 """Rows encoded at once when a whole table is: bounds memory, costs no speed."""
@@ -127,17 +128,17 @@ class TwoTower(Recommender):
         Raises:
             UserError: The dataset is not of users, items and their features.
         """
-        sets = data.sets
-        if not hasattr(sets, "user_schema"):
+        splits = data.splits
+        if not hasattr(splits, "user_schema"):
             raise UserError(
                 f"head=two_tower needs users and items with features, and dataset {data.name} has sequences; "
                 "leave head= to the dataset, or choose another dataset"
             )
         return cls(
-            user_schema=sets.user_schema.to_dict(),
-            item_schema=sets.item_schema.to_dict(),
-            item_ids=sets.item_ids,
-            items=sets.items,
+            user_schema=splits.user_schema.to_dict(),
+            item_schema=splits.item_schema.to_dict(),
+            item_ids=splits.item_ids,
+            items=splits.items,
             **options,
         )
 
@@ -219,8 +220,8 @@ class TwoTower(Recommender):
 
     def fits(self, data: TwoTowerData) -> bool:
         """Whether a dataset has the columns, categories and items of the training."""
-        sets = data.sets
-        return sets.user_schema == self.user_schema and sets.item_ids == self.item_ids
+        splits = data.splits
+        return splits.user_schema == self.user_schema and splits.item_ids == self.item_ids
 
     def test_results(self) -> dict[str, dict[str, float]]:
         """``metrics``, and ``metrics_all_users`` with zeros for users without a relevant item."""

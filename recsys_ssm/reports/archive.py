@@ -11,9 +11,9 @@ from typing import Any
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.reports.collect import Cell, Run, Setting, Task, in_order, number, spell
-from recsys_ssm.reports.settings import settings
 from recsys_ssm.reports.statistics import estimate
-from recsys_ssm.results import write_json
+from recsys_ssm.run.files import write_json
+from recsys_ssm.run.settings import settings
 
 _OF_A_SEED = (
     "metrics",

@@ -20,7 +20,7 @@ from recsys_ssm.reports.document import (
 )
 from recsys_ssm.reports.published import ERRATA
 from recsys_ssm.reports.tables import Options
-from recsys_ssm.results import write_bytes, write_text
+from recsys_ssm.run.files import write_bytes, write_text
 
 _HOW = (
     "Figures of this project are in bold: the mean over seeds ± half of a {confidence:.0%} confidence interval "

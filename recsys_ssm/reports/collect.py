@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.reports.settings import Settings, differences, read_config, settings
-from recsys_ssm.sweeps import STATUS, job_state, read_status
+from recsys_ssm.run.settings import Settings, differences, read_config, settings
+from recsys_ssm.sweeps.status import STATUS, job_state, read_status
 
 RUN_FILES = ("metrics.json", "config.yaml", STATUS, "history.json", "train.log")
 """A folder with any of these is, or was to be, a run."""
@@ -338,7 +338,7 @@ def compose_shipped(
     dataset: str, backbone: str, cell: tuple[int, int] | None = None
 ) -> dict[str, Any] | None:
     """The whole config of ``dataset=… backbone=…``; None where there is no such dataset or backbone."""
-    from recsys_ssm.cli import register_resolvers
+    from recsys_ssm.cli.resolvers import register_resolvers
 
     if not all(
         (CONF_DIR / group / f"{name}.yaml").is_file()

@@ -11,9 +11,9 @@ import wandb
 from matplotlib.image import imread
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.loggers import STEP, Mode, results_of_summary, wandb_mode
 from recsys_ssm.reports.collect import Problem, Run, make_run, number
 from recsys_ssm.reports.document import Document, Image, Table
+from recsys_ssm.run.loggers import STEP, Mode, results_of_summary, wandb_mode
 
 PREFIX = "wandb:"
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from recsys_ssm.data import hm_generate
-from recsys_ssm.data.base import Pairs, Ranking, TwoTowerSets
 from recsys_ssm.data.hm import CATEGORICAL, HmData
 from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, generate
+from recsys_ssm.data.two_tower import Pairs, Ranking, TwoTowerSplits
 from recsys_ssm.errors import UserError
 
 SMALL = {"n_customers": 3_000, "n_articles": 500, "n_transactions": 30_000}
@@ -101,20 +101,20 @@ def rewrite(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text()))
 
 
-def letters(sets: TwoTowerSets) -> str:
+def letters(splits: TwoTowerSplits) -> str:
     """The catalogue by the letters of the hand-written files."""
     name = {article.zfill(10): letter for letter, article in ARTICLE.items()}
-    return "".join(name[item] for item in sets.item_ids)
+    return "".join(name[item] for item in splits.item_ids)
 
 
-def people(sets: TwoTowerSets) -> list[str]:
+def people(splits: TwoTowerSplits) -> list[str]:
     """Whom a row of the user table is: buyers by id."""
-    return sorted(user for user, names in PURCHASES.items() if set(names) & set(letters(sets)))
+    return sorted(user for user, names in PURCHASES.items() if set(names) & set(letters(splits)))
 
 
-def bought(sets: TwoTowerSets, pairs: Pairs, target: float) -> dict[str, str]:
+def bought(splits: TwoTowerSplits, pairs: Pairs, target: float) -> dict[str, str]:
     """Articles with ``target`` by customer, sorted."""
-    catalogue, users = letters(sets), people(sets)
+    catalogue, users = letters(splits), people(splits)
     found: dict[str, list[str]] = {}
     for user, item, value in zip(*(part.tolist() for part in pairs), strict=True):
         if value == target:
@@ -122,13 +122,13 @@ def bought(sets: TwoTowerSets, pairs: Pairs, target: float) -> dict[str, str]:
     return {user: "".join(sorted(names)) for user, names in found.items()}
 
 
-def note(sets: TwoTowerSets, start: str) -> str:
-    (line,) = [line for line in sets.notes if line.startswith(start)]
+def note(splits: TwoTowerSplits, start: str) -> str:
+    (line,) = [line for line in splits.notes if line.startswith(start)]
     return line
 
 
-def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
-    return ranking.relevant.mask(0, ranking.user.numel(), len(sets.item_ids))
+def relevant(splits: TwoTowerSplits, ranking: Ranking) -> torch.Tensor:
+    return ranking.relevant.mask(0, ranking.user.numel(), len(splits.item_ids))
 
 
 # --- the reader, on files written by hand ---------------------------------------------------------
@@ -136,42 +136,47 @@ def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
 
 def test_catalogue_is_what_is_bought_most_in_order_of_id(official: Path) -> None:
     # By popularity (b 7, c 6, a 5, …) the order would be another.
-    assert letters(data(official).sets) == "abcde"
-    assert letters(data(official, n_items=3, min_relevant=3).sets) == "abc"
+    assert letters(data(official).splits) == "abcde"
+    assert letters(data(official, n_items=3, min_relevant=3).splits) == "abc"
 
 
 def test_ties_at_the_border_of_the_catalogue_go_to_the_lower_id(official: Path) -> None:
     # Y and Z were sold as often; Z stands first in articles.csv, Y first in the order of ids.
-    assert letters(data(official, n_items=6).sets) == "Yabcde"
+    assert letters(data(official, n_items=6).splits) == "Yabcde"
 
 
 def test_a_pair_for_every_purchase_and_one_for_something_not_bought(official: Path) -> None:
     for seed in range(5):
-        sets = data(official, seed=seed).sets
-        positives, negatives = (bought(sets, sets.train, target) for target in (1.0, 0.0))
-        held_out = {people(sets)[u] for u in (*sets.test_ranking.user, *sets.val_ranking.user)}
+        splits = data(official, seed=seed).splits
+        positives, negatives = (bought(splits, splits.train, target) for target in (1.0, 0.0))
+        held_out = {
+            people(splits)[u] for u in (*splits.test_ranking.user, *splits.val_ranking.user)
+        }
         assert len(held_out) == 2
-        assert set(positives) == set(people(sets)) - held_out - {"u2"}
+        assert set(positives) == set(people(splits)) - held_out - {"u2"}
         for user, names in positives.items():
             assert names == "".join(sorted(n for n in PURCHASES[user] if n.islower()))
             assert len(negatives[user]) == len(names)
             assert not set(negatives[user]) & set(PURCHASES[user])
-        assert sets.train.target.tolist() == [1.0, 0.0] * (sets.train.target.numel() // 2)
+        assert splits.train.target.tolist() == [1.0, 0.0] * (splits.train.target.numel() // 2)
 
 
 def test_who_bought_everything_gives_no_pairs(official: Path) -> None:
-    sets = data(official, seed=1).sets
-    assert "u2" not in bought(sets, sets.train, 1.0)
-    assert note(sets, "1 customers bought the whole catalogue")
+    splits = data(official, seed=1).splits
+    assert "u2" not in bought(splits, splits.train, 1.0)
+    assert note(splits, "1 customers bought the whole catalogue")
 
 
 def test_test_users_have_enough_different_articles(official: Path) -> None:
     # u3 bought four pieces, of two articles; only u1 and u2 have four different ones.
-    sets = data(official, n_test_users=10).sets
-    assert [people(sets)[u] for u in sets.test_ranking.user] == ["u1", "u2"]
-    assert relevant(sets, sets.test_ranking).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert sets.test_ranking.seen is None
-    assert note(sets, "test users") == (
+    splits = data(official, n_test_users=10).splits
+    assert [people(splits)[u] for u in splits.test_ranking.user] == ["u1", "u2"]
+    assert relevant(splits, splits.test_ranking).int().tolist() == [
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+    assert splits.test_ranking.seen is None
+    assert note(splits, "test users") == (
         "test users: 2 of the 2 with at least 4 different articles of the catalogue "
         "(all there are; 10 were asked for)"
     )
@@ -179,35 +184,35 @@ def test_test_users_have_enough_different_articles(official: Path) -> None:
 
 def test_held_out_purchases_are_not_in_training(official: Path) -> None:
     for seed in range(8):
-        sets = data(official, n_test_users=2, n_val_users=3, seed=seed).sets
-        test, val = set(sets.test_ranking.user.tolist()), set(sets.val_ranking.user.tolist())
+        splits = data(official, n_test_users=2, n_val_users=3, seed=seed).splits
+        test, val = set(splits.test_ranking.user.tolist()), set(splits.val_ranking.user.tolist())
         assert not test & val
-        assert not (test | val) & set(sets.train.user.tolist())
-        assert set(sets.val.user.tolist()) <= val
+        assert not (test | val) & set(splits.train.user.tolist())
+        assert set(splits.val.user.tolist()) <= val
 
 
 def test_validation_takes_the_next_best_where_too_few_have_enough(official: Path) -> None:
     # Both with four articles are test users; u8 and u9 are the ones with three.
     taken: dict[str, str] = {}
     for seed in range(10):
-        sets = data(official, n_test_users=2, seed=seed).sets
-        assert note(sets, "validation users") == "validation users: 1 with at least 3"
-        taken |= bought(sets, sets.val, 1.0)
+        splits = data(official, n_test_users=2, seed=seed).splits
+        assert note(splits, "validation users") == "validation users: 1 with at least 3"
+        taken |= bought(splits, splits.val, 1.0)
     assert taken == {"u8": "bce", "u9": "cde"}
 
 
 def test_validation_takes_at_most_a_tenth_of_who_is_left(official: Path) -> None:
-    sets = data(official, n_val_users=100).sets
-    assert sets.val_ranking.user.numel() == 1
+    splits = data(official, n_val_users=100).splits
+    assert splits.val_ranking.user.numel() == 1
 
 
 def test_an_empty_cell_is_a_category_of_its_own_and_an_unknown_age_the_mean(official: Path) -> None:
-    sets = data(official, seed=0, min_relevant=5).sets  # u2 is tested
-    schema = sets.user_schema
+    splits = data(official, seed=0, min_relevant=5).splits  # u2 is tested
+    schema = splits.user_schema
     assert [field.name for field in schema.categorical] == list(CATEGORICAL)
     assert schema.categorical[0].values == ("1",)
     u1, u3, u9 = (
-        sets.users.rows(torch.tensor([people(sets).index(user)])) for user in ("u1", "u3", "u9")
+        splits.users.rows(torch.tensor([people(splits).index(user)])) for user in ("u1", "u3", "u9")
     )
     assert u3.categorical.tolist() == u9.categorical.tolist() == [[0, 0, 0, 0]]
     assert u3.numeric.tolist() == u9.numeric.tolist() == [[0.0]]
@@ -219,36 +224,36 @@ def test_an_empty_cell_is_a_category_of_its_own_and_an_unknown_age_the_mean(offi
 
 
 def test_ages_are_scaled_by_those_of_training_alone(official: Path) -> None:
-    sets = data(official, min_relevant=5).sets
+    splits = data(official, min_relevant=5).splits
     ages = {"u1": 20, "u2": 40, "u4": 30, "u5": 50, "u6": 60, "u7": 25, "u8": 35}
-    train = {people(sets)[u] for u in sets.train.user.unique()}
+    train = {people(splits)[u] for u in splits.train.user.unique()}
     known = [age for user, age in ages.items() if user in train]
-    (field,) = sets.user_schema.numeric
+    (field,) = splits.user_schema.numeric
     assert field.mean == pytest.approx(np.mean(known))
     assert field.std == pytest.approx(np.std(known))
-    row = people(sets).index("u6")
-    assert sets.users.numeric[row].item() == pytest.approx((60 - field.mean) / field.std)
+    row = people(splits).index("u6")
+    assert splits.users.numeric[row].item() == pytest.approx((60 - field.mean) / field.std)
 
 
 def test_what_was_read_and_left_out_is_told(official: Path) -> None:
     rewrite(official / "transactions_train.csv", lambda text: text + "2020-01-01,,0101,0.01,2\n")
-    sets = data(official).sets
-    assert sets.notes[0] == f"files of {official}"
-    assert sets.notes[1] == "articles.csv: 7 articles read"
-    assert sets.notes[2] == (
+    splits = data(official).splits
+    assert splits.notes[0] == f"files of {official}"
+    assert splits.notes[1] == "articles.csv: 7 articles read"
+    assert splits.notes[2] == (
         "transactions_train.csv: 34 purchases read, 27 kept; left out: 1 without a customer_id, "
         "6 not of the 5 articles bought most"
     )
-    assert sets.notes[3] == (
+    assert splits.notes[3] == (
         "customers.csv: 10 customers read, 2 left out: bought nothing of the catalogue"
     )
-    assert sets.notes[4] == "1 of 9 buyers are not in customers.csv: kept, features unknown"
-    assert not sets.generated
-    assert set(sets.baselines) == {"random", "popularity"}
+    assert splits.notes[4] == "1 of 9 buyers are not in customers.csv: kept, features unknown"
+    assert not splits.generated
+    assert set(splits.baselines) == {"random", "popularity"}
 
 
 def test_ids_without_leading_zeros_and_an_index_column(official: Path) -> None:
-    plain = data(official).sets
+    plain = data(official).splits
 
     def strip(text: str) -> str:
         header, *rows = text.splitlines()
@@ -258,14 +263,14 @@ def test_ids_without_leading_zeros_and_an_index_column(official: Path) -> None:
     # Some with, some without: as after joining exports.
     rewrite(official / "transactions_train.csv", lambda text: text.replace("0102,", "102,", 3))
     assert plain.item_ids == [ARTICLE[name].zfill(10) for name in "abcde"]
-    again = data(official).sets
+    again = data(official).splits
     assert again.item_ids == plain.item_ids
     for a, b in zip(again.train, plain.train, strict=True):
         assert torch.equal(a, b)
 
 
 def test_order_of_the_rows_does_not_matter(official: Path) -> None:
-    plain = data(official).sets
+    plain = data(official).splits
 
     def reverse(text: str) -> str:
         header, *rows = text.splitlines()
@@ -273,26 +278,27 @@ def test_order_of_the_rows_does_not_matter(official: Path) -> None:
 
     for name in ("articles.csv", "customers.csv", "transactions_train.csv"):
         rewrite(official / name, reverse)
-    again = data(official).sets
+    again = data(official).splits
     assert torch.equal(again.test_ranking.user, plain.test_ranking.user)
     assert torch.equal(again.train.item, plain.train.item)
     assert torch.equal(again.users.numeric, plain.users.numeric)
 
 
 def test_training_pairs_are_drawn_or_repeated(official: Path) -> None:
-    fewer = data(official, n_train=8).sets
+    fewer = data(official, n_train=8).splits
     assert fewer.train.user.numel() == 8
     assert "drawn of" in note(fewer, "train pairs")
     drawn = (
-        bought(s, s.train, 1.0) for s in (data(official, n_train=4, seed=i).sets for i in range(20))
+        bought(s, s.train, 1.0)
+        for s in (data(official, n_train=4, seed=i).splits for i in range(20))
     )
     assert {"u3", "u5", "u6", "u7", "u9"} <= set().union(*drawn)
-    more = data(official, n_train=1_000).sets
+    more = data(official, n_train=1_000).splits
     positive = more.train.target == 1
     assert more.train.user.numel() == 1_000
     assert int(positive.sum()) == 500
     purchase, times = torch.stack([*more.train[:2]])[:, positive].unique(dim=1, return_counts=True)
-    once = data(official).sets
+    once = data(official).splits
     available = int((once.train.target == 1).sum())
     assert f"{available} purchases repeated {500 / available:.1f} times" in note(
         more, "train pairs"
@@ -308,19 +314,19 @@ def test_training_pairs_are_drawn_or_repeated(official: Path) -> None:
 
 
 def test_seed(official: Path) -> None:
-    a, b, c = (data(official, seed=seed, n_train=100).sets for seed in (0, 0, 1))
+    a, b, c = (data(official, seed=seed, n_train=100).splits for seed in (0, 0, 1))
     assert torch.equal(a.train.item, b.train.item)
     assert torch.equal(a.test_ranking.user, b.test_ranking.user)
     assert not torch.equal(a.train.item, c.train.item)
 
 
 def test_article_columns_as_features(official: Path) -> None:
-    sets = data(official, item_features=["colour_group_name"]).sets
-    (field,) = sets.item_schema.categorical
+    splits = data(official, item_features=["colour_group_name"]).splits
+    (field,) = splits.item_schema.categorical
     assert field.values == ("Colour 0", "Colour 1")
-    assert sets.items.categorical[:, 0].tolist() == [ord(name) % 2 + 1 for name in "abcde"]
+    assert splits.items.categorical[:, 0].tolist() == [ord(name) % 2 + 1 for name in "abcde"]
     with pytest.raises(UserError, match=r"articles\.csv: no column 'color'"):
-        _ = data(official, item_features="color").sets
+        _ = data(official, item_features="color").splits
 
 
 # --- mistakes in the files ------------------------------------------------------------------------
@@ -354,7 +360,7 @@ def test_mistake_is_named_with_file_row_and_column(
     assert old in (official / name).read_text()
     rewrite(official / name, lambda text: text.replace(old, new, 1))
     with pytest.raises(UserError, match=message) as caught:
-        _ = data(official).sets
+        _ = data(official).splits
     assert str(caught.value).startswith(str(official / name))
     assert "\n" not in str(caught.value)
 
@@ -371,27 +377,29 @@ def test_file_that_is_no_table(official: Path, name: str) -> None:
     }.items():
         path.write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:
-            _ = data(official).sets
+            _ = data(official).splits
         assert str(path) in str(caught.value)
     path.unlink()
     with pytest.raises(UserError, match="no such file"):
-        _ = data(official).sets
+        _ = data(official).splits
 
 
 def test_unknown_articles_can_be_left_out(official: Path) -> None:
     rewrite(official / "transactions_train.csv", lambda text: text.replace("u2,0101", "u2,0777"))
-    sets = data(official, on_unknown_article="drop").sets
-    assert "1 of articles articles.csv lacks" in note(sets, "transactions_train.csv: 33 purchases")
+    splits = data(official, on_unknown_article="drop").splits
+    assert "1 of articles articles.csv lacks" in note(
+        splits, "transactions_train.csv: 33 purchases"
+    )
 
 
 def test_nobody_left_to_test(official: Path) -> None:
     with pytest.raises(UserError, match=r"no test user is left: .* are 5; lower dataset\.min_rel"):
-        _ = data(official, min_relevant=6).sets
+        _ = data(official, min_relevant=6).splits
 
 
 def test_nobody_left_to_train_on(official: Path) -> None:
     with pytest.raises(UserError, match="no training pair is left"):
-        _ = data(official, n_test_users=100, min_relevant=1).sets
+        _ = data(official, n_test_users=100, min_relevant=1).splits
 
 
 @pytest.mark.parametrize(
@@ -424,29 +432,29 @@ def sample(shared_data: Path) -> Path:
 
 
 def test_real_slice(sample: Path) -> None:
-    sets = HmData(name="hm", root=str(sample)).sets
+    splits = HmData(name="hm", root=str(sample)).splits
     # Counted apart, with nothing of the reader.
     rows = pl.read_csv(sample / "transactions_train.csv").select("customer_id", "article_id")
     sales = rows.group_by("article_id").len().sort(["len", "article_id"], descending=[True, False])
     top = sales["article_id"].head(100).sort()
-    assert [int(item) for item in sets.item_ids] == top.to_list()
-    assert all(len(item) == 10 for item in sets.item_ids)
+    assert [int(item) for item in splits.item_ids] == top.to_list()
+    assert all(len(item) == 10 for item in splits.item_ids)
     kept = rows.filter(pl.col("article_id").is_in(top.to_list()))
     distinct = kept.unique().group_by("customer_id").len()["len"]
-    assert sets.users.n_rows == distinct.len()
+    assert splits.users.n_rows == distinct.len()
     eligible = int((distinct >= 5).sum())
     assert 5 < eligible < 50
-    assert sets.test_ranking.user.numel() == eligible
-    assert f"test users: {eligible} of the {eligible}" in note(sets, "test users")
+    assert splits.test_ranking.user.numel() == eligible
+    assert f"test users: {eligible} of the {eligible}" in note(splits, "test users")
     lengths = distinct.filter(distinct >= 5).sort().to_list()
-    assert sorted(sets.test_ranking.relevant.lengths.tolist()) == lengths
+    assert sorted(splits.test_ranking.relevant.lengths.tolist()) == lengths
     known = pl.read_csv(sample / "customers.csv").join(kept, on="customer_id", how="semi").height
-    assert note(sets, f"{distinct.len() - known} of {distinct.len()} buyers are not in")
-    assert int((sets.users.categorical != 0).any(dim=1).sum()) == known
-    assert f"10,000 purchases read, {kept.height:,} kept" in note(sets, "transactions_train.csv")
-    assert sets.train.user.numel() == 160_000
-    assert sets.train.target.mean() == 0.5
-    assert not set(sets.train.user.tolist()) & set(sets.test_ranking.user.tolist())
+    assert note(splits, f"{distinct.len() - known} of {distinct.len()} buyers are not in")
+    assert int((splits.users.categorical != 0).any(dim=1).sum()) == known
+    assert f"10,000 purchases read, {kept.height:,} kept" in note(splits, "transactions_train.csv")
+    assert splits.train.user.numel() == 160_000
+    assert splits.train.target.mean() == 0.5
+    assert not set(splits.train.user.tolist()) & set(splits.test_ranking.user.tolist())
 
 
 def script() -> Any:
@@ -543,36 +551,36 @@ def test_stand_in_gives_enough_to_train_and_test_on(
     stand_in: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        sets = HmData(name="hm", root=str(stand_in)).sets
-    assert sets.generated
-    assert sets.notes[0].startswith("GENERATED DATA")
+        splits = HmData(name="hm", root=str(stand_in)).splits
+    assert splits.generated
+    assert splits.notes[0].startswith("GENERATED DATA")
     assert "GENERATED DATA" in caplog.text
-    assert sets.train.user.numel() == 160_000
-    assert "drawn of" in note(sets, "train pairs")
-    assert sets.test_ranking.user.numel() == sets.val_ranking.user.numel() == 100
-    assert "validation users: 100 with at least 5" in sets.notes
+    assert splits.train.user.numel() == 160_000
+    assert "drawn of" in note(splits, "train pairs")
+    assert splits.test_ranking.user.numel() == splits.val_ranking.user.numel() == 100
+    assert "validation users: 100 with at least 5" in splits.notes
 
 
 def test_purchases_depend_on_features_and_the_oracle_knows_how(stand_in: Path) -> None:
     """Popularity < a table of age and news learnt from the training pairs < oracle."""
-    sets = HmData(name="hm", root=str(stand_in), n_test_users=3_000, n_train=None).sets
-    hits = relevant(sets, sets.test_ranking).float()
+    splits = HmData(name="hm", root=str(stand_in), n_test_users=3_000, n_train=None).splits
+    hits = relevant(splits, splits.test_ranking).float()
 
     def precision(scores: torch.Tensor) -> float:
         return hits.gather(1, scores.topk(5, dim=1).indices).mean().item()
 
-    test = sets.test_ranking.user
-    group = (sets.users.numeric[:, 0] * 2).round().long().clamp(-3, 4) + 3
-    group = group * 2 + (sets.users.categorical[:, 0] > 0)
-    bought = sets.train.target == 1
+    test = splits.test_ranking.user
+    group = (splits.users.numeric[:, 0] * 2).round().long().clamp(-3, 4) + 3
+    group = group * 2 + (splits.users.categorical[:, 0] > 0)
+    bought = splits.train.target == 1
     table = torch.zeros(16, 100)
     table.index_put_(
-        (group[sets.train.user[bought]], sets.train.item[bought]),
+        (group[splits.train.user[bought]], splits.train.item[bought]),
         torch.ones(int(bought.sum())),
         accumulate=True,
     )
-    popularity = precision(sets.baselines["popularity"](test))
-    oracle = precision(sets.baselines["oracle"](test))
+    popularity = precision(splits.baselines["popularity"](test))
+    oracle = precision(splits.baselines["oracle"](test))
     learnt = precision(table[group[test]])
     assert popularity + 0.02 < learnt < oracle
     assert oracle > 1.3 * popularity
@@ -640,45 +648,45 @@ def test_without_files_a_stand_in_is_made(
     monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "nothing"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
-        sets = HmData(name="hm", generator=SMALL).sets
-    assert sets.generated
-    assert f"no folder {tmp_path / 'nothing' / 'hm'}" in sets.notes[0]
+        splits = HmData(name="hm", generator=SMALL).splits
+    assert splits.generated
+    assert f"no folder {tmp_path / 'nothing' / 'hm'}" in splits.notes[0]
     assert "GENERATED DATA" in caplog.text
-    assert set(sets.baselines) == {"random", "popularity", "oracle"}
+    assert set(splits.baselines) == {"random", "popularity", "oracle"}
     assert list((tmp_path / "cache" / "recsys_ssm").glob("hm-*/generator.json"))
     with pytest.raises(UserError, match=r"dataset\.source=files, but there is no folder"):
-        _ = HmData(name="hm", source="files").sets
+        _ = HmData(name="hm", source="files").splits
 
 
 def test_files_in_the_usual_place_are_read(
     official: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RECSYS_SSM_DATA", str(official.parent))
-    assert not data(None).sets.generated
+    assert not data(None).splits.generated
     made = data(
         None, source="generated", generated_root=str(tmp_path / "made"), generator=SMALL
-    ).sets
+    ).splits
     assert made.generated
     assert "as asked for" in made.notes[0]
 
 
 def test_a_folder_that_was_named_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"articles\.csv: no such file"):
-        _ = HmData(name="hm", root=str(tmp_path / "mistyped")).sets
+        _ = HmData(name="hm", root=str(tmp_path / "mistyped")).splits
 
 
 def test_generated_files_do_not_pass_for_real(tmp_path: Path) -> None:
     folder = generate(GeneratorSettings(**SMALL), tmp_path)
-    assert HmData(name="hm", root=str(folder)).sets.generated
+    assert HmData(name="hm", root=str(folder)).splits.generated
     with pytest.raises(UserError, match="are generated"):
-        _ = HmData(name="hm", root=str(folder), source="files").sets
+        _ = HmData(name="hm", root=str(folder), source="files").splits
     settings = folder / "generator.json"
     rewrite(settings, lambda text: text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match=r"made by another version; delete the folder"):
-        _ = HmData(name="hm", root=str(folder)).sets
+        _ = HmData(name="hm", root=str(folder)).splits
     settings.write_text("{")
     with pytest.raises(UserError, match=r"generator\.json: damaged"):
-        _ = HmData(name="hm", root=str(folder)).sets
+        _ = HmData(name="hm", root=str(folder)).splits
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind")

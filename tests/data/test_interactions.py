@@ -18,11 +18,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys_ssm.cli import make, register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data import cache, download
 from recsys_ssm.data.formats import format_of
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
 
 ROWS = [
@@ -65,34 +66,34 @@ def table(tmp_path) -> Path:
 
 
 def sets_of(path, **options):
-    return Interactions(interactions=path, **options).sets
+    return Interactions(interactions=path, **options).splits
 
 
-def histories(sets) -> dict[str, list[str]]:
-    events, offsets = sets.histories
+def histories(splits) -> dict[str, list[str]]:
+    events, offsets = splits.histories
     return {
-        user: [sets.item_ids[i] for i in events[offsets[u] : offsets[u + 1]]]
-        for u, user in enumerate(sets.user_ids)
+        user: [splits.item_ids[i] for i in events[offsets[u] : offsets[u + 1]]]
+        for u, user in enumerate(splits.user_ids)
     }
 
 
-def held_out(sets, part) -> dict[str, tuple[str, list[str]]]:
+def held_out(splits, part) -> dict[str, tuple[str, list[str]]]:
     """Target and history of each user."""
-    events, offsets = sets.histories
+    events, offsets = splits.histories
     return {
-        sets.user_ids[int(u)]: (
-            sets.item_ids[events[at]],
-            [sets.item_ids[i] for i in events[offsets[u] : at]],
+        splits.user_ids[int(u)]: (
+            splits.item_ids[events[at]],
+            [splits.item_ids[i] for i in events[offsets[u] : at]],
         )
-        for u, at in zip(*getattr(sets, part), strict=True)
+        for u, at in zip(*getattr(splits, part), strict=True)
     }
 
 
-def trained(sets) -> dict[str, list[str]]:
-    events, offsets = sets.histories
+def trained(splits) -> dict[str, list[str]]:
+    events, offsets = splits.histories
     return {
-        user: [sets.item_ids[i] for i in events[offsets[u] : sets.train_stop[u]]]
-        for u, user in enumerate(sets.user_ids)
+        user: [splits.item_ids[i] for i in events[offsets[u] : splits.train_stop[u]]]
+        for u, user in enumerate(splits.user_ids)
     }
 
 
@@ -178,21 +179,21 @@ def another_separator(folder):
 )
 def test_every_format_gives_the_same_histories(tmp_path, make):
     path, options = make(tmp_path)
-    sets = sets_of(path, **options)
-    assert histories(sets) == IN_ORDER
-    assert sets.item_ids == list("abcde") and sets.user_ids.to_list() == ["u1", "u2", "u3"]
-    assert any("not in the order of time: sorted" in note for note in sets.notes)
+    splits = sets_of(path, **options)
+    assert histories(splits) == IN_ORDER
+    assert splits.item_ids == list("abcde") and splits.user_ids.to_list() == ["u1", "u2", "u3"]
+    assert any("not in the order of time: sorted" in note for note in splits.notes)
 
 
 def test_a_sequence_text_is_in_order_already(tmp_path):
     path = write(tmp_path / "x.txt", "u1 a b c d\n\nu2\tb  a d \nu3 e a\n")
-    sets = sets_of(path)
-    assert histories(sets) == IN_ORDER
-    assert not any("sorted" in note for note in sets.notes)
+    splits = sets_of(path)
+    assert histories(splits) == IN_ORDER
+    assert not any("sorted" in note for note in splits.notes)
     again = write(tmp_path / "y.txt", "u1 a b\nu2 b a d\nu1 c d\nu3 e a\n")
-    sets = sets_of(again)
-    assert histories(sets) == IN_ORDER
-    assert any("1 lines go on with the user of an earlier one" in note for note in sets.notes)
+    splits = sets_of(again)
+    assert histories(splits) == IN_ORDER
+    assert any("1 lines go on with the user of an earlier one" in note for note in splits.notes)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_ids_stay_what_they_are(tmp_path):
     big = 2**53 + 1
     rows = [(big, f"00{i}", 1, i) for i in range(4)] + [(big + 1, "é x", 1, i) for i in range(3, 6)]
     header = "user_id,item_id,rating,timestamp\n"
-    sets = sets_of(write(tmp_path / "x.csv", lines(rows, header=header)), duplicates="keep")
-    assert sets.user_ids.to_list() == [str(big), str(big + 1)]
-    assert sets.item_ids == ["000", "001", "002", "003", "é x"]
+    splits = sets_of(write(tmp_path / "x.csv", lines(rows, header=header)), duplicates="keep")
+    assert splits.user_ids.to_list() == [str(big), str(big + 1)]
+    assert splits.item_ids == ["000", "001", "002", "003", "é x"]
     numbers = pl.DataFrame(
         {
             "user_id": [big] * 4 + [2**63 - 1],
@@ -231,8 +232,8 @@ def test_ids_stay_what_they_are(tmp_path):
         }
     )
     numbers.write_parquet(tmp_path / "x.parquet")
-    sets = sets_of(tmp_path / "x.parquet")
-    assert histories(sets) == {str(big): ["7", "8", "9", "6"], str(2**63 - 1): ["7"]}
+    splits = sets_of(tmp_path / "x.parquet")
+    assert histories(splits) == {str(big): ["7", "8", "9", "6"], str(2**63 - 1): ["7"]}
 
 
 def test_times_that_differ_by_one_nanosecond_are_told_apart(tmp_path):
@@ -246,17 +247,17 @@ def test_times_that_differ_by_one_nanosecond_are_told_apart(tmp_path):
 
 
 def test_leave_one_out(table):
-    sets = sets_of(table)
-    assert trained(sets) == {"u1": ["a", "b"], "u2": ["b"], "u3": ["e", "a"]}
-    assert held_out(sets, "val") == {"u1": ("c", ["a", "b"]), "u2": ("a", ["b"])}
-    assert held_out(sets, "test") == {"u1": ("d", ["a", "b", "c"]), "u2": ("d", ["b", "a"])}
-    counts = dict(zip(sets.item_ids, sets.item_counts.tolist(), strict=True))
+    splits = sets_of(table)
+    assert trained(splits) == {"u1": ["a", "b"], "u2": ["b"], "u3": ["e", "a"]}
+    assert held_out(splits, "val") == {"u1": ("c", ["a", "b"]), "u2": ("a", ["b"])}
+    assert held_out(splits, "test") == {"u1": ("d", ["a", "b", "c"]), "u2": ("d", ["b", "a"])}
+    counts = dict(zip(splits.item_ids, splits.item_counts.tolist(), strict=True))
     assert counts == {"a": 2, "b": 2, "c": 0, "d": 0, "e": 1}
     assert any(
-        "1 users with fewer than 3 events: trained on, not evaluated" in n for n in sets.notes
+        "1 users with fewer than 3 events: trained on, not evaluated" in n for n in splits.notes
     )
-    assert any(n.startswith("2 items are in no training event") for n in sets.notes)
-    assert not any("had before" in note for note in sets.notes)
+    assert any(n.startswith("2 items are in no training event") for n in splits.notes)
+    assert not any("had before" in note for note in splits.notes)
 
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path):
@@ -268,12 +269,12 @@ def test_equal_times_keep_the_order_of_the_file(tmp_path):
     pl.DataFrame({"user_id": user, "item_id": item, "timestamp": time}).write_csv(
         tmp_path / "x.csv"
     )
-    sets = sets_of(tmp_path / "x.csv", duplicates="keep")
+    splits = sets_of(tmp_path / "x.csv", duplicates="keep")
     expected = {
         str(u): [str(i) for t in range(3) for i in item[(user == u) & (time == t)]]
         for u in range(500)
     }
-    assert histories(sets) == expected
+    assert histories(splits) == expected
 
 
 def test_the_official_file_of_movielens_1m_with_its_ties(tmp_path):
@@ -286,12 +287,12 @@ def test_the_official_file_of_movielens_1m_with_its_ties(tmp_path):
         "2::1537::4::978299620\n2::647::3::978299351\n2::2194::4::978299297\n"
         "2::648::4::978299913\n2::2268::5::978299297\n2::2628::3::978300051\n"
     )
-    sets = sets_of(write(tmp_path / "ratings.dat", text))
-    assert histories(sets) == {
+    splits = sets_of(write(tmp_path / "ratings.dat", text))
+    assert histories(splits) == {
         "1": ["3408", "2804", "1193", "919", "914", "1287", "661", "1197", "594", "2355"],
         "2": ["1357", "3068", "2194", "2268", "647", "1537", "648", "2628"],
     }
-    assert held_out(sets, "test")["1"][0] == "2355" and held_out(sets, "val")["1"][0] == "594"
+    assert held_out(splits, "test")["1"][0] == "2355" and held_out(splits, "val")["1"][0] == "594"
 
 
 # By time
@@ -313,8 +314,8 @@ TIMED = [
 
 def test_split_by_time(tmp_path):
     path = timed(tmp_path, TIMED)
-    sets = sets_of(path, split="time", val_from=10, test_from=20)
-    assert trained(sets) == {
+    splits = sets_of(path, split="time", val_from=10, test_from=20)
+    assert trained(splits) == {
         "u1": ["a", "b"],
         "u2": ["a", "b"],
         "u3": [],
@@ -323,15 +324,17 @@ def test_split_by_time(tmp_path):
         "u6": ["a", "b"],
     }
     # The first event of the period, from all before the period; the rest of the period is not a target.
-    assert held_out(sets, "val") == {"u1": ("c", ["a", "b"]), "u4": ("d", ["a"])}
-    assert held_out(sets, "test") == {
+    assert held_out(splits, "val") == {"u1": ("c", ["a", "b"]), "u4": ("d", ["a"])}
+    assert held_out(splits, "test") == {
         "u1": ("e", ["a", "b", "c", "d"]),
         "u2": ("e", ["a", "b"]),
         "u4": ("a", ["a", "d", "g"]),
     }
-    assert any("validation: 2 users" in n and "1 without an earlier event" in n for n in sets.notes)
-    assert any("test: 3 users" in n and "1 without an earlier event" in n for n in sets.notes)
-    counts = dict(zip(sets.item_ids, sets.item_counts.tolist(), strict=True))
+    assert any(
+        "validation: 2 users" in n and "1 without an earlier event" in n for n in splits.notes
+    )
+    assert any("test: 3 users" in n and "1 without an earlier event" in n for n in splits.notes)
+    counts = dict(zip(splits.item_ids, splits.item_counts.tolist(), strict=True))
     assert counts == {"a": 4, "b": 3, "c": 0, "d": 0, "e": 0, "f": 0, "g": 0}
 
 
@@ -347,15 +350,15 @@ def test_no_event_of_training_is_as_late_as_one_that_is_predicted(tmp_path):
     )
     made.write_csv(tmp_path / "x.csv")
     time = dict(made.select(pl.col("item_id").cast(pl.String), "timestamp").rows())
-    sets = sets_of(tmp_path / "x.csv", split="time", val_share=0.2, test_share=0.1)
-    latest = max(time[i] for items in trained(sets).values() for i in items)
+    splits = sets_of(tmp_path / "x.csv", split="time", val_share=0.2, test_share=0.1)
+    latest = max(time[i] for items in trained(splits).values() for i in items)
     validated, tested = (
-        [time[t] for t, _ in held_out(sets, part).values()] for part in ("val", "test")
+        [time[t] for t, _ in held_out(splits, part).values()] for part in ("val", "test")
     )
     assert latest < min(validated) and max(validated) < min(tested)
-    assert int(sets.item_counts.sum()) == pytest.approx(0.7 * n, rel=0.02)
+    assert int(splits.item_counts.sum()) == pytest.approx(0.7 * n, rel=0.02)
     assert len(tested) > 100
-    for target, history in held_out(sets, "test").values():
+    for target, history in held_out(splits, "test").values():
         assert max(time[i] for i in history) < min(tested) <= time[target]
 
 
@@ -372,9 +375,9 @@ def test_instants_may_be_dates(tmp_path):
 
 
 def test_ratings_below_the_least_are_no_events(table):
-    sets = sets_of(table, rating="rating", min_rating=4)
-    assert histories(sets) == {"u1": ["a", "c", "d"], "u2": ["a", "d"]}
-    assert any("4 rows with rating below 4 left out" in note for note in sets.notes)
+    splits = sets_of(table, rating="rating", min_rating=4)
+    assert histories(splits) == {"u1": ["a", "c", "d"], "u2": ["a", "d"]}
+    assert any("4 rows with rating below 4 left out" in note for note in splits.notes)
 
 
 def test_what_counts_once(tmp_path):
@@ -385,16 +388,18 @@ def test_what_counts_once(tmp_path):
     path = timed(tmp_path, rows)
     expected = {"identical": "abacb", "keep": "abaacb", "first": "abc", "last": "acb"}
     for duplicates, kept in expected.items():
-        sets = sets_of(path, duplicates=duplicates)
-        before = any("1 users are tested on an item they had before" in note for note in sets.notes)
+        splits = sets_of(path, duplicates=duplicates)
+        before = any(
+            "1 users are tested on an item they had before" in note for note in splits.notes
+        )
         assert before == (duplicates in ("identical", "keep"))
-        assert histories(sets) == {"u": list(kept), "v": list("abcd")}, duplicates
+        assert histories(splits) == {"u": list(kept), "v": list("abcd")}, duplicates
         dropped = 6 - len(kept)
-        told = [note for note in sets.notes if f"(duplicates={duplicates})" in note]
+        told = [note for note in splits.notes if f"(duplicates={duplicates})" in note]
         assert bool(told) == bool(dropped) and all(f"{dropped} rows" in note for note in told)
     # Without times a repetition is an event.
-    sets = sets_of(path, timestamp=None)
-    assert histories(sets)["u"] == list("abaacb")
+    splits = sets_of(path, timestamp=None)
+    assert histories(splits)["u"] == list("abaacb")
     assert histories(sets_of(path, timestamp=None, duplicates="last"))["u"] == list("acb")
 
 
@@ -405,7 +410,7 @@ def test_core_is_what_is_left_when_nothing_more_falls_out(tmp_path):
         for u, i in zip(generator.zipf(1.4, 900) % 70, generator.zipf(1.3, 900) % 60, strict=True)
     }
     rows = [(f"u{u}", f"i{i}", n) for n, (u, i) in enumerate(sorted(pairs))]
-    sets = sets_of(timed(tmp_path, rows), k_core=4)
+    splits = sets_of(timed(tmp_path, rows), k_core=4)
     left = list(rows)
     while True:  # one user or item at a time
         count: dict[str, int] = {}
@@ -416,8 +421,10 @@ def test_core_is_what_is_left_when_nothing_more_falls_out(tmp_path):
             break
         left = [row for row in left if few[0] not in row[:2]]
     assert 0 < len(left) < len(rows)
-    assert {(u, i) for u, items in histories(sets).items() for i in items} == {r[:2] for r in left}
-    note = next(note for note in sets.notes if note.startswith("k_core=4"))
+    assert {(u, i) for u, items in histories(splits).items() for i in items} == {
+        r[:2] for r in left
+    }
+    note = next(note for note in splits.notes if note.startswith("k_core=4"))
     assert f"{len(rows) - len(left)} events" in note
     with pytest.raises(UserError, match=r"dataset\.k_core=50 leaves none of"):
         sets_of(timed(tmp_path, rows), k_core=50)
@@ -438,12 +445,12 @@ def test_item_features_are_learnt_from_training_items(tmp_path, table):
         item_numeric=["price"],
         item_categorical=["kind"],
     )
-    schema, items = data.sets.item_schema, data.sets.items
+    schema, items = data.splits.item_schema, data.splits.items
     assert schema.numeric[0].mean == 2 and schema.categorical[0].values == ("x", "y")
     # Kind z is of no training item, and d is not in the file.
     assert items.categorical[:, 0].tolist() == [1, 2, 0, 0, 1]
     assert items.numeric[:, 0].tolist() == pytest.approx([-1.2247, 1.2247, 120.02, 0, 0], rel=1e-3)
-    notes = "\n".join(data.sets.notes)
+    notes = "\n".join(data.splits.notes)
     assert "1 items are not in it: their features are missing" in notes
     assert "1 items without an event: not in the catalogue" in notes
 
@@ -453,18 +460,18 @@ def test_item_tables_of_recbole_and_movielens(tmp_path, table):
         tmp_path / "x.item",
         'item_id:token\tname:token_seq\tyear:float\na\tA "b\t1990\nb\tB\t1992\n',
     )
-    sets = sets_of(table, items=tmp_path / "x.item", item_numeric="year")
-    assert sets.items.numeric[:2, 0].tolist() == [-1, 1]
+    splits = sets_of(table, items=tmp_path / "x.item", item_numeric="year")
+    assert splits.items.numeric[:2, 0].tolist() == [-1, 1]
     (tmp_path / "movies.dat").write_bytes(
         "a::Café (1990)::Drama\nb::B::Comedy|Drama\n".encode("latin-1")
     )
-    sets = sets_of(
+    splits = sets_of(
         table,
         items=tmp_path / "movies.dat",
         item_categorical=["genres"],
         item_names=["item_id", "title", "genres"],
     )
-    assert sets.item_schema.categorical[0].values == ("Comedy|Drama", "Drama")
+    assert splits.item_schema.categorical[0].values == ("Comedy|Drama", "Drama")
 
 
 @pytest.mark.parametrize(
@@ -502,15 +509,15 @@ def test_prepared_data_is_kept_and_memory_mapped(tmp_path, table, monkeypatch):
     made = count_preparations(monkeypatch)
     first, second = sets_of(table), sets_of(table)
     assert len(made) == 1
-    for sets in (first, second):
-        base = sets.histories.events
+    for splits in (first, second):
+        base = splits.histories.events
         while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
             base = base.base
         assert isinstance(base, np.memmap) and base.mode == "r"
-        assert not sets.histories.events.flags.writeable
-        assert histories(sets) == IN_ORDER
+        assert not splits.histories.events.flags.writeable
+        assert histories(splits) == IN_ORDER
     assert first.notes == second.notes
-    assert Interactions(interactions=table, cache_dir=tmp_path / "other").sets.notes
+    assert Interactions(interactions=table, cache_dir=tmp_path / "other").splits.notes
     assert (tmp_path / "other").is_dir() and len(made) == 2
 
 
@@ -809,12 +816,12 @@ def test_impossible_instants(tmp_path, instants, message):
 
 def test_the_first_file_that_is_there_is_read(tmp_path, table):
     data = Interactions(interactions=["none.inter", "rows.csv"], root=tmp_path)
-    assert histories(data.sets) == IN_ORDER
+    assert histories(data.splits) == IN_ORDER
     absent = Interactions(interactions=["a.inter", "b.csv"], root=tmp_path, source="example.org")
     with pytest.raises(UserError, match="is a folder; name the file in it"):
         sets_of(tmp_path)
     with pytest.raises(UserError) as caught:
-        _ = absent.sets
+        _ = absent.splits
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'a.inter'}: no such file")
     assert (
@@ -848,7 +855,7 @@ def test_a_file_is_fetched_once_and_checked(tmp_path, archive):
     option, asked = archive
     for _ in range(2):
         data = Interactions(interactions="ratings.dat", root=tmp_path / "no", download=option)
-        assert histories(data.sets) == IN_ORDER
+        assert histories(data.splits) == IN_ORDER
     assert asked == ["https://example.org/ml.zip"]
     kept = [path for path in (tmp_path / "cache" / "downloads").rglob("*") if path.is_file()]
     assert [path.name for path in kept] == ["ratings.dat"], "neither archive nor scratch is left"
@@ -866,7 +873,7 @@ def test_what_is_fetched_wrongly_is_not_kept(tmp_path, archive, change, message)
     option, _ = archive
     data = Interactions(interactions="ratings.dat", root=tmp_path, download={**option, **change})
     with pytest.raises(UserError, match=message):
-        _ = data.sets
+        _ = data.splits
     kept = tmp_path / "cache" / "downloads"
     assert not kept.exists() or not [path for path in kept.rglob("*") if path.is_file()]
 
@@ -879,7 +886,7 @@ def test_without_network_one_line_says_what_to_put_where(tmp_path, monkeypatch):
     option = {"url": "https://example.org/x.zip", "md5": "0" * 32, "member": "m/ratings.dat"}
     data = Interactions(interactions="m/ratings.dat", root=tmp_path, download=option)
     with pytest.raises(UserError) as caught:
-        _ = data.sets
+        _ = data.splits
     text = str(caught.value)
     assert "put ratings.dat there" in text and "could not be fetched (no route)" in text
     assert "\n" not in text
@@ -919,12 +926,12 @@ def test_named_datasets_read_their_official_layouts(tmp_path, monkeypatch, name)
         cfg = hydra.compose("train", [f"dataset={name}", "dataset.download=null", "name=x"])
     monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "data"))
     with pytest.raises(UserError, match=r"no such file .* put .* there, from "):
-        _ = make(cfg.dataset, "dataset").sets
+        _ = make(cfg.dataset, "dataset").splits
     cfg.dataset.k_core = 0
     for file in cfg.dataset.interactions:
         write_official(tmp_path / "data" / file)
         data = make(cfg.dataset, "dataset")
-        assert histories(data.sets) == IN_ORDER, file
+        assert histories(data.splits) == IN_ORDER, file
         assert data.name == name
         (tmp_path / "data" / file).unlink()
 
@@ -948,15 +955,15 @@ def test_there_are_as_many_named_datasets_as_promised():
 )
 def test_counts_of_real_files(shared_data, file, users, items, events):
     data = Interactions(interactions=shared_data / file, k_core=5 if "amazon" in file else 0)
-    sets = data.sets
-    assert (sets.user_ids.len(), len(sets.item_ids)) == (users, items)
-    assert sets.histories.events.size == events
-    assert sets.test.user.size == sets.val.user.size == users
-    assert int(sets.item_counts.sum()) == events - 2 * users
-    assert len(data.train_dataloader().windows) == (np.diff(sets.histories.offsets) > 3).sum()
+    splits = data.splits
+    assert (splits.user_ids.len(), len(splits.item_ids)) == (users, items)
+    assert splits.histories.events.size == events
+    assert splits.test.user.size == splits.val.user.size == users
+    assert int(splits.item_counts.sum()) == events - 2 * users
+    assert len(data.train_dataloader().windows) == (np.diff(splits.histories.offsets) > 3).sum()
     if file.endswith(".txt"):
         first = (shared_data / file).read_text().splitlines()[0].split()
-        assert histories(sets)[first[0]] == first[1:]
+        assert histories(splits)[first[0]] == first[1:]
 
 
 @pytest.mark.parametrize(

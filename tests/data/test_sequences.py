@@ -12,18 +12,15 @@ import polars as pl
 import pytest
 import torch
 
-from recsys_ssm.data.base import Ragged
+from recsys_ssm.batches import Ragged, SequenceBatch
+from recsys_ssm.data.packing import Windows, pack, spread
 from recsys_ssm.data.sequences import (
     HeldOut,
     Histories,
     HistoryLoader,
-    SequenceBatch,
     SequenceData,
     SequenceLoader,
-    SequenceSets,
-    Windows,
-    pack,
-    spread,
+    SequenceSplits,
 )
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features
@@ -33,7 +30,7 @@ PLACES = 1000
 """Event t of user u is item ``u * PLACES + t``: an item tells whose it is and where it stands."""
 
 
-def sets(lengths=(3, 9, 4, 1, 30, 2, 7, 5), **changes) -> SequenceSets:
+def splits(lengths=(3, 9, 4, 1, 30, 2, 7, 5), **changes) -> SequenceSplits:
     """Users with so many events each, leave-one-out."""
     lengths = np.asarray(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -49,13 +46,13 @@ def sets(lengths=(3, 9, 4, 1, 30, 2, 7, 5), **changes) -> SequenceSets:
         "val": HeldOut(user, offsets[user + 1] - 2),
         "test": HeldOut(user, offsets[user + 1] - 1),
     }
-    return SequenceSets(**{**parts, **changes})
+    return SequenceSplits(**{**parts, **changes})
 
 
 class Data(SequenceData):
     def __init__(self, prepared=None, **options):
         super().__init__(name="made up", **{"max_length": 8, "batch_positions": 24, **options})
-        self.prepared = prepared or sets()
+        self.prepared = prepared or splits()
 
     def build(self):
         return self.prepared
@@ -65,7 +62,7 @@ RANDOM_LENGTHS = np.random.default_rng(0).geometric(0.12, 300) + 2
 
 
 def random_data(**options) -> Data:
-    return Data(sets(RANDOM_LENGTHS), **{"max_length": 20, "batch_positions": 200, **options})
+    return Data(splits(RANDOM_LENGTHS), **{"max_length": 20, "batch_positions": 200, **options})
 
 
 class Window(NamedTuple):
@@ -149,8 +146,8 @@ def test_every_prefix_is_a_sample_once_with_its_target_at_the_last_position():
 @pytest.mark.parametrize("objective", ["all", "last"])
 def test_no_held_out_item_is_in_training(objective):
     data = Data(objective=objective)
-    events = data.sets.histories.events
-    held = set(events[data.sets.val.event]) | set(events[data.sets.test.event])
+    events = data.splits.histories.events
+    held = set(events[data.splits.val.event]) | set(events[data.splits.test.event])
     shown = set()
     for batch in data.train_dataloader():
         shown |= set(batch.item.flatten().tolist()) | set(batch.target.flatten().tolist())
@@ -339,7 +336,7 @@ def test_lightning_sees_every_batch_and_resumes_within_an_epoch(tmp_path):
     loader = random_data().train_dataloader()
     assert whole.batches == [*items_of(loader), *items_of(loader)]
     users, lengths = (list(itertools.chain(*part)) for part in zip(*whole.users, strict=True))
-    test = random_data().sets.val
+    test = random_data().splits.val
     n_users = test.user.size
     assert users[-n_users:] == test.user.tolist()
     assert lengths[-n_users:] == (RANDOM_LENGTHS - 2).tolist()
@@ -431,13 +428,13 @@ def test_histories_are_packed():
     cells = sum(batch.item.numel() for batch in loader)
     valid = sum(int((batch.item >= 0).sum()) for batch in loader)
     assert 1 - valid / cells < 0.04
-    (alone,) = Data(sets((5,))).test_dataloader()
+    (alone,) = Data(splits((5,))).test_dataloader()
     assert alone.item.shape == (1, 4), "a row is no longer than what stands in it"
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 7, 400])
 def test_processes_share_the_users_in_order_none_twice(world_size):
-    prepared = random_data().sets
+    prepared = random_data().splits
     users = []
     for rank in range(world_size):
         loader = HistoryLoader(
@@ -464,31 +461,31 @@ def test_batches_move_to_a_device_as_lightning_moves_them():
     assert moved.seen.offsets.shape == batch.seen.offsets.shape
 
 
-# Sets and baselines
+# Splits and baselines
 
 
 def test_training_counts_leave_out_what_is_held_out():
-    counts = sets((4, 2, 1)).item_counts
+    counts = splits((4, 2, 1)).item_counts
     assert counts.nonzero().flatten().tolist() == [0, 1, PLACES, PLACES + 1, 2 * PLACES]
     assert counts.sum() == 5
 
 
 def test_nothing_to_train_or_test_on_is_an_error():
     with pytest.raises(UserError, match="no training pair is left"):
-        sets((3, 3))
+        splits((3, 3))
     with pytest.raises(UserError, match="no validation user is left"):
-        sets((2, 2))
+        splits((2, 2))
     nobody = HeldOut(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     with pytest.raises(UserError, match="no test user is left"):
-        sets((5, 5), test=nobody)
+        splits((5, 5), test=nobody)
 
 
 def test_baselines_equal_their_scores_ranked():
     generator = np.random.default_rng(0)
     lengths = generator.integers(3, 12, 50)
     events = generator.integers(0, 30, lengths.sum()).astype(np.int32)  # items come again
-    made = sets(lengths)
-    prepared = sets(
+    made = splits(lengths)
+    prepared = splits(
         lengths,
         histories=Histories(events, made.histories.offsets),
         item_ids=[str(i) for i in range(30)],
@@ -517,9 +514,9 @@ def test_baselines_equal_their_scores_ranked():
 
 
 def test_baselines_where_the_catalogue_is_short():
-    prepared = sets((3, 3, 5))
+    prepared = splits((3, 3, 5))
     events = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 1], dtype=np.int32)
-    prepared = sets(
+    prepared = splits(
         (3, 3, 5), histories=Histories(events, prepared.histories.offsets), item_ids=["a", "b", "c"]
     )
     found = Data(prepared).baseline_metrics(["hr@20", "hr@1"])
@@ -563,7 +560,7 @@ def test_prefixes_are_never_copied():
     offsets = np.linspace(0, n_events, n_users + 1).astype(np.int64)
     events = np.random.default_rng(0).integers(0, 1000, n_events).astype(np.int32)
     user = np.arange(n_users)
-    prepared = SequenceSets(
+    prepared = SequenceSplits(
         item_ids=[str(i) for i in range(1000)],
         user_ids=pl.Series(user).cast(pl.String),
         histories=Histories(events, offsets),
@@ -585,7 +582,7 @@ def test_prefixes_are_never_copied():
 
 def test_features_of_items_are_kept_beside_the_ids():
     features = Features(torch.zeros(2, 1), torch.zeros(2, 0, dtype=torch.long))
-    assert sets(items=features).items is features
+    assert splits(items=features).items is features
 
 
 def test_ragged_moves():

@@ -9,8 +9,8 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from recsys_ssm.data.base import Ranking, TwoTowerSets
 from recsys_ssm.data.spotify import ASSETS, ATTRIBUTES, GENRES_FILE, SONGS_FILE, SpotifyData
+from recsys_ssm.data.two_tower import Ranking, TwoTowerSplits
 from recsys_ssm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ def preference(likes: torch.Tensor) -> torch.Tensor:
     return likes.double() @ (genres - genres.mean(0)) @ (songs - songs.mean(0)).T
 
 
-def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
-    return ranking.relevant.mask(0, ranking.user.numel(), len(sets.item_ids))
+def relevant(splits: TwoTowerSplits, ranking: Ranking) -> torch.Tensor:
+    return ranking.relevant.mask(0, ranking.user.numel(), len(splits.item_ids))
 
 
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"the playlists are not at {SOURCE}")
@@ -57,19 +57,19 @@ def test_shipped_tables() -> None:
 
 
 def test_features() -> None:
-    sets = make().sets
-    assert sets.users.numeric.shape == (2_100, 20)
-    assert sets.users.categorical.shape == (2_100, 0)
-    assert sets.users.numeric.unique().tolist() == [0, 1], "likes are used as they are"
-    assert sets.user_schema.names == pl.read_csv(ASSETS / GENRES_FILE)["genre"].to_list()
-    assert sets.items.numeric.shape == (50, 0)
-    assert sets.item_schema.names == ["rank"]
-    assert sorted(sets.items.categorical[:, 0].tolist()) == list(range(1, 51))
-    assert sets.item_ids == pl.read_csv(ASSETS / SONGS_FILE)["id"].to_list()
+    splits = make().splits
+    assert splits.users.numeric.shape == (2_100, 20)
+    assert splits.users.categorical.shape == (2_100, 0)
+    assert splits.users.numeric.unique().tolist() == [0, 1], "likes are used as they are"
+    assert splits.user_schema.names == pl.read_csv(ASSETS / GENRES_FILE)["genre"].to_list()
+    assert splits.items.numeric.shape == (50, 0)
+    assert splits.item_schema.names == ["rank"]
+    assert sorted(splits.items.categorical[:, 0].tolist()) == list(range(1, 51))
+    assert splits.item_ids == pl.read_csv(ASSETS / SONGS_FILE)["id"].to_list()
 
 
 def test_listeners_like_one_to_four_genres_equally_often() -> None:
-    likes = make(n_train=40_000).sets.users.numeric
+    likes = make(n_train=40_000).splits.users.numeric
     share = torch.bincount(likes.sum(1).long(), minlength=6) / len(likes)
     assert share[0] == share[5] == 0
     torch.testing.assert_close(share[1:5], torch.full((4,), 0.25), atol=0.01, rtol=0)
@@ -78,8 +78,8 @@ def test_listeners_like_one_to_four_genres_equally_often() -> None:
 
 def test_targets_are_thresholded_centred_preferences() -> None:
     data = make()
-    train = data.sets.train
-    p = preference(data.sets.users.numeric)[train.user, train.item]
+    train = data.splits.train
+    p = preference(data.splits.users.numeric)[train.user, train.item]
     assert ((train.target == 1) == (p > 0.1)).all()
     assert ((train.target == -1) == (p < -0.1)).all()
     assert ((train.target == 0) == (p.abs() <= 0.1)).all()
@@ -88,7 +88,7 @@ def test_targets_are_thresholded_centred_preferences() -> None:
 
 
 def test_threshold_is_an_option() -> None:
-    strict = make(threshold=0.3).sets
+    strict = make(threshold=0.3).splits
     p = preference(strict.users.numeric)[strict.train.user, strict.train.item]
     assert ((strict.train.target == 1) == (p > 0.3)).all()
     assert (strict.train.target == 1).any()
@@ -97,25 +97,27 @@ def test_threshold_is_an_option() -> None:
 
 
 def test_relevant_songs_are_the_liked_ones() -> None:
-    sets = make().sets
-    p = preference(sets.users.numeric)
-    assert (relevant(sets, sets.test_ranking) == (p[sets.test_ranking.user] > 0.1)).all()
-    assert (relevant(sets, sets.val_ranking) == (p[sets.val_ranking.user] > 0.1)).all()
+    splits = make().splits
+    p = preference(splits.users.numeric)
+    assert (relevant(splits, splits.test_ranking) == (p[splits.test_ranking.user] > 0.1)).all()
+    assert (relevant(splits, splits.val_ranking) == (p[splits.val_ranking.user] > 0.1)).all()
 
 
 def test_parts_have_listeners_of_their_own() -> None:
-    sets = make().sets
-    parts = [sets.train.user, sets.val.user, sets.val_ranking.user, sets.test_ranking.user]
+    splits = make().splits
+    parts = [splits.train.user, splits.val.user, splits.val_ranking.user, splits.test_ranking.user]
     assert [part.unique().numel() for part in parts] == [2_000, 50, 20, 30]
     assert torch.cat(parts).unique().numel() == 2_100
-    assert torch.bincount(sets.train.item, minlength=50).min() > 10, "every song is met"
-    assert not torch.equal(sets.users.numeric[:30], sets.users.numeric[sets.test_ranking.user])
+    assert torch.bincount(splits.train.item, minlength=50).min() > 10, "every song is met"
+    assert not torch.equal(
+        splits.users.numeric[:30], splits.users.numeric[splits.test_ranking.user]
+    )
 
 
 def test_oracle_reaches_the_measured_ceilings() -> None:
-    sets = make(n_test_users=20_000).sets
-    liked = relevant(sets, sets.test_ranking)
-    top = sets.baselines["oracle"](sets.test_ranking.user).topk(10).indices
+    splits = make(n_test_users=20_000).splits
+    liked = relevant(splits, splits.test_ranking)
+    top = splits.baselines["oracle"](splits.test_ranking.user).topk(10).indices
     hits = liked.gather(1, top).double()
     n_liked = liked.sum(1)
     some = n_liked > 0
@@ -131,14 +133,20 @@ def test_oracle_reaches_the_measured_ceilings() -> None:
 
 def test_seed_decides_everything_and_parts_are_independent() -> None:
     def numbers(data: SpotifyData) -> list[torch.Tensor]:
-        sets = data.sets
-        test = sets.users.numeric[sets.test_ranking.user]
-        return [test, sets.train.item, sets.train.target, sets.val.item, sets.users.numeric[:50]]
+        splits = data.splits
+        test = splits.users.numeric[splits.test_ranking.user]
+        return [
+            test,
+            splits.train.item,
+            splits.train.target,
+            splits.val.item,
+            splits.users.numeric[:50],
+        ]
 
     first, again, other = (numbers(make(seed=seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    fewer = make(seed=3, n_train=100, n_val=10).sets
+    fewer = make(seed=3, n_train=100, n_val=10).splits
     test = fewer.users.numeric[fewer.test_ranking.user]
     assert torch.equal(test, first[0]), "the other parts' sizes do not matter"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from recsys_ssm.data.base import Ranking, TwoTowerSets
+from recsys_ssm.data.two_tower import Ranking, TwoTowerSplits
 from recsys_ssm.data.vaccine import (
     ASSETS,
     CATEGORIES,
@@ -30,14 +30,14 @@ def make(**options: object) -> VaccineData:
     return VaccineData(**{"name": "vaccine", "seed": 0, **small, **options})
 
 
-def relevant(sets: TwoTowerSets, ranking: Ranking) -> torch.Tensor:
-    return ranking.relevant.mask(0, ranking.user.numel(), len(sets.item_ids))
+def relevant(splits: TwoTowerSplits, ranking: Ranking) -> torch.Tensor:
+    return ranking.relevant.mask(0, ranking.user.numel(), len(splits.item_ids))
 
 
-def hit_rate(sets: TwoTowerSets, baseline: str, k: int) -> float:
-    users = sets.test_ranking.user
-    top = sets.baselines[baseline](users).topk(k).indices
-    return relevant(sets, sets.test_ranking).gather(1, top).any(1).double().mean().item()
+def hit_rate(splits: TwoTowerSplits, baseline: str, k: int) -> float:
+    users = splits.test_ranking.user
+    top = splits.baselines[baseline](users).topk(k).indices
+    return relevant(splits, splits.test_ranking).gather(1, top).any(1).double().mean().item()
 
 
 # The shipped messages
@@ -121,23 +121,23 @@ def test_nearest_is_by_euclidean_distance() -> None:
 
 
 def test_one_relevant_message_a_user_where_k_equals_the_messages() -> None:
-    sets = make().sets
-    for ranking in (sets.val_ranking, sets.test_ranking):
-        assert (relevant(sets, ranking).sum(1) == 1).all()
-    assert relevant(sets, sets.test_ranking).any(0).sum() > 15, "users spread over the clusters"
+    splits = make().splits
+    for ranking in (splits.val_ranking, splits.test_ranking):
+        assert (relevant(splits, ranking).sum(1) == 1).all()
+    assert relevant(splits, splits.test_ranking).any(0).sum() > 15, "users spread over the clusters"
 
 
 @pytest.mark.parametrize(("n_messages", "least", "most"), [(50, 1.4, 3), (100, 2.5, 7)])
 def test_several_relevant_messages_where_there_are_more(n_messages, least, most) -> None:
-    sets = make(n_messages=n_messages).sets
-    count = relevant(sets, sets.test_ranking).sum(1)
+    splits = make(n_messages=n_messages).splits
+    count = relevant(splits, splits.test_ranking).sum(1)
     assert (count >= 1).all()
     assert least < count.double().mean() < most
 
 
 def test_relevant_messages_are_those_of_one_message_cluster() -> None:
-    sets = make(n_messages=100).sets
-    groups = relevant(sets, sets.test_ranking).unique(dim=0)
+    splits = make(n_messages=100).splits
+    groups = relevant(splits, splits.test_ranking).unique(dim=0)
     assert (groups.sum(0) <= 1).all(), "groups of messages do not overlap"
     embeddings = torch.from_numpy(np.load(ASSETS / EMBEDDINGS_FILE))
     similarity = embeddings @ embeddings.T
@@ -148,22 +148,22 @@ def test_relevant_messages_are_those_of_one_message_cluster() -> None:
 
 
 def test_noise_free_targets_are_the_matches() -> None:
-    sets = make(p_same=1.0, p_different=0.0).sets
-    match = sets.baselines["oracle"](torch.arange(sets.users.n_rows)) > 0
-    for pairs in (sets.train, sets.val):
+    splits = make(p_same=1.0, p_different=0.0).splits
+    match = splits.baselines["oracle"](torch.arange(splits.users.n_rows)) > 0
+    for pairs in (splits.train, splits.val):
         assert torch.equal(pairs.target, match[pairs.user, pairs.item].float())
-    assert 0.03 < sets.train.target.mean() < 0.05
-    assert torch.equal(match[sets.test_ranking.user], relevant(sets, sets.test_ranking))
+    assert 0.03 < splits.train.target.mean() < 0.05
+    assert torch.equal(match[splits.test_ranking.user], relevant(splits, splits.test_ranking))
 
 
 def test_noisy_targets_have_the_given_rates() -> None:
-    sets = make(p_same=0.7, p_different=0.2).sets
-    match = sets.baselines["oracle"](torch.arange(sets.users.n_rows)) > 0
-    same = match[sets.train.user, sets.train.item]
-    assert sets.train.target.unique().tolist() == [0, 1]
-    assert sets.train.target[same].mean().item() == pytest.approx(0.7, abs=0.05)
-    assert sets.train.target[~same].mean().item() == pytest.approx(0.2, abs=0.01)
-    assert (relevant(sets, sets.test_ranking).sum(1) == 1).all(), "relevance is without noise"
+    splits = make(p_same=0.7, p_different=0.2).splits
+    match = splits.baselines["oracle"](torch.arange(splits.users.n_rows)) > 0
+    same = match[splits.train.user, splits.train.item]
+    assert splits.train.target.unique().tolist() == [0, 1]
+    assert splits.train.target[same].mean().item() == pytest.approx(0.7, abs=0.05)
+    assert splits.train.target[~same].mean().item() == pytest.approx(0.2, abs=0.01)
+    assert (relevant(splits, splits.test_ranking).sum(1) == 1).all(), "relevance is without noise"
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_how_far_clusters_follow_from_age_depends_on_the_encoding(
     data = make(
         cluster_features=cluster_features, n_users=10_000, n_train=60_000, n_test_users=1_000
     )
-    assert least < hit_rate(data.sets, "age_band", 1) < most
+    assert least < hit_rate(data.splits, "age_band", 1) < most
 
 
 def test_categories_count_in_the_clusters() -> None:
-    sets = make(cluster_features="standardized").sets
-    cluster = sets.baselines["oracle"](torch.arange(3_000)).argmax(1)
+    splits = make(cluster_features="standardized").splits
+    cluster = splits.baselines["oracle"](torch.arange(3_000)).argmax(1)
     for j in range(len(CATEGORIES)):
         table = torch.zeros(26, 10)
         table.index_put_(
-            (cluster, sets.users.categorical[:3_000, j]), torch.ones(()), accumulate=True
+            (cluster, splits.users.categorical[:3_000, j]), torch.ones(()), accumulate=True
         )
         share = table.amax(1).sum() / 3_000
         assert share > table.sum(0).amax() / 3_000 + 0.1, list(CATEGORIES)[j]
@@ -195,62 +195,62 @@ def test_categories_count_in_the_clusters() -> None:
 
 
 def test_features() -> None:
-    sets = make(n_messages=50).sets
-    assert sets.user_schema.names == ["age", *CATEGORIES]
-    assert [len(field.values) for field in sets.user_schema.categorical] == [
+    splits = make(n_messages=50).splits
+    assert splits.user_schema.names == ["age", *CATEGORIES]
+    assert [len(field.values) for field in splits.user_schema.categorical] == [
         len(values) for values in CATEGORIES.values()
     ]
-    assert sets.users.numeric[:3_000].mean().item() == pytest.approx(0, abs=1e-4)
-    age = sets.user_schema.numeric[0]
+    assert splits.users.numeric[:3_000].mean().item() == pytest.approx(0, abs=1e-4)
+    age = splits.user_schema.numeric[0]
     assert (age.mean, age.std) == pytest.approx((54, 73 / 12**0.5), rel=0.03)
-    assert (sets.users.categorical > 0).all()
-    assert sets.items.numeric.shape == (50, 0)
-    assert sorted(sets.items.categorical[:, 0].tolist()) == list(range(1, 51))
-    assert set(sets.item_ids) < set(pl.read_csv(ASSETS / MESSAGES_FILE)["message"])
+    assert (splits.users.categorical > 0).all()
+    assert splits.items.numeric.shape == (50, 0)
+    assert sorted(splits.items.categorical[:, 0].tolist()) == list(range(1, 51))
+    assert set(splits.item_ids) < set(pl.read_csv(ASSETS / MESSAGES_FILE)["message"])
 
 
 def test_embeddings_as_features() -> None:
-    sets = make(message_features="embedding").sets
-    assert sets.items.categorical.shape == (25, 0)
-    assert sets.items.numeric.shape == (25, 384)
+    splits = make(message_features="embedding").splits
+    assert splits.items.categorical.shape == (25, 0)
+    assert splits.items.numeric.shape == (25, 384)
     shipped = torch.from_numpy(np.load(ASSETS / EMBEDDINGS_FILE))
-    rows = [int(name.removeprefix("m")) - 1 for name in sets.item_ids]
+    rows = [int(name.removeprefix("m")) - 1 for name in splits.item_ids]
     chosen = shipped[rows].double()
     scaled = (chosen - chosen.mean(0)) / chosen.std(0, correction=0)
-    torch.testing.assert_close(sets.items.numeric, scaled.float(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(splits.items.numeric, scaled.float(), atol=1e-3, rtol=1e-3)
 
 
 def test_test_users_are_held_out() -> None:
-    sets = make(n_test_users=40).sets
-    train, val = sets.train.user.unique(), sets.val.user.unique()
+    splits = make(n_test_users=40).splits
+    train, val = splits.train.user.unique(), splits.val.user.unique()
     assert train.max() < 3_000 <= val.min() <= val.max() < 3_060
-    assert sets.val_ranking.user.tolist() == list(range(3_000, 3_060))
-    assert sets.test_ranking.user.tolist() == list(range(3_060, 3_100))
+    assert splits.val_ranking.user.tolist() == list(range(3_000, 3_060))
+    assert splits.test_ranking.user.tolist() == list(range(3_060, 3_100))
     assert train.numel() > 2_990
-    assert torch.bincount(sets.train.item).min() > 1_000, "messages are drawn evenly"
+    assert torch.bincount(splits.train.item).min() > 1_000, "messages are drawn evenly"
 
 
 def test_seed_decides_everything_and_parts_are_independent() -> None:
     def numbers(data: VaccineData) -> list[torch.Tensor]:
-        sets = data.sets
+        splits = data.splits
         return [
-            sets.users.numeric,
-            sets.users.categorical,
-            sets.train.user,
-            sets.train.item,
-            sets.train.target,
-            sets.val.item,
-            relevant(sets, sets.test_ranking),
+            splits.users.numeric,
+            splits.users.categorical,
+            splits.train.user,
+            splits.train.item,
+            splits.train.target,
+            splits.val.item,
+            relevant(splits, splits.test_ranking),
         ]
 
     first, again, other = (numbers(make(seed=seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert make(seed=3).sets.item_ids != make(seed=4).sets.item_ids, "messages are sampled"
-    fewer = make(seed=3, n_train=10, n_val_users=5).sets
+    assert make(seed=3).splits.item_ids != make(seed=4).splits.item_ids, "messages are sampled"
+    fewer = make(seed=3, n_train=10, n_val_users=5).splits
     test = fewer.users.categorical[fewer.test_ranking.user]
     assert torch.equal(test, first[1][-100:]), "the other parts' sizes do not matter"
-    fewer = make(seed=3, n_test_users=7).sets
+    fewer = make(seed=3, n_test_users=7).splits
     assert torch.equal(fewer.train.target, first[4]), "test users have no say in the clusters"
 
 
@@ -258,18 +258,18 @@ def test_seed_decides_everything_and_parts_are_independent() -> None:
 
 
 def test_oracle_is_perfect_and_age_band_in_between() -> None:
-    sets = make(n_test_users=1_000, cluster_features="raw").sets
-    assert hit_rate(sets, "oracle", 1) == 1
-    assert hit_rate(sets, "popularity", 1) + 0.2 < hit_rate(sets, "age_band", 1) < 0.9
+    splits = make(n_test_users=1_000, cluster_features="raw").splits
+    assert hit_rate(splits, "oracle", 1) == 1
+    assert hit_rate(splits, "popularity", 1) + 0.2 < hit_rate(splits, "age_band", 1) < 0.9
 
 
 def test_age_band_is_estimated_on_training_pairs_alone() -> None:
-    sets = make(age_bands=1, p_same=0.5, p_different=0.5).sets
-    rates = sets.baselines["age_band"](sets.test_ranking.user)
-    ones = torch.bincount(sets.train.item, sets.train.target, minlength=25)
-    expected = ones / torch.bincount(sets.train.item, minlength=25)
+    splits = make(age_bands=1, p_same=0.5, p_different=0.5).splits
+    rates = splits.baselines["age_band"](splits.test_ranking.user)
+    ones = torch.bincount(splits.train.item, splits.train.target, minlength=25)
+    expected = ones / torch.bincount(splits.train.item, minlength=25)
     torch.testing.assert_close(rates, expected.expand(100, -1).to(rates.dtype), atol=1e-6, rtol=0)
-    assert torch.isfinite(make(n_train=20).sets.baselines["age_band"](torch.arange(3))).all()
+    assert torch.isfinite(make(n_train=20).splits.baselines["age_band"](torch.arange(3))).all()
 
 
 @pytest.mark.parametrize(

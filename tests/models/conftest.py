@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 import torch
 
-from recsys_ssm.data.base import Pairs, Ragged, Ranking, TwoTowerData, TwoTowerSets
+from recsys_ssm.batches import Ragged
+from recsys_ssm.data.two_tower import Pairs, Ranking, TwoTowerData, TwoTowerSplits
 from recsys_ssm.features import FeatureSchema
 
 N_USERS, N_ITEMS = 12, 6
@@ -15,7 +16,7 @@ N_USERS, N_ITEMS = 12, 6
 class TinyData(TwoTowerData):
     """A user likes the items of his own colour."""
 
-    def build(self) -> TwoTowerSets:
+    def build(self) -> TwoTowerSplits:
         users = pl.DataFrame(
             {
                 "age": [float(i) for i in range(N_USERS)],
@@ -33,7 +34,7 @@ class TinyData(TwoTowerData):
         pairs = Pairs(user, item, liked.float())
         relevant = Ragged.from_mask(liked.view(N_USERS, N_ITEMS))
         ranking = Ranking(torch.arange(N_USERS), relevant)
-        return TwoTowerSets(
+        return TwoTowerSplits(
             users=user_schema.encode(users),
             items=item_schema.encode(items),
             item_ids=[f"i{i}" for i in range(N_ITEMS)],

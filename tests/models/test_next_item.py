@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recsys_ssm.callbacks import StepSeed
+from recsys_ssm.batches import SequenceBatch
 from recsys_ssm.data.interactions import Interactions
-from recsys_ssm.data.sequences import SequenceBatch
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import per_user, rank_top_k
 from recsys_ssm.models.next_item import NextItem, later_targets
+from recsys_ssm.run.callbacks import StepSeed
 
 BACKBONES = "recsys_ssm.models.backbones"
 CAUSAL = {
@@ -208,7 +208,7 @@ def test_the_test_ranks_all_items_with_and_without_the_seen_ones(
         histories[user] = [int(item[1:]) for item in items]
     model.eval()
     found = {True: [], False: []}
-    for row, user in enumerate(data.sets.user_ids):
+    for row, user in enumerate(data.splits.user_ids):
         *history, target = histories[user]
         latest = torch.tensor(history[-8:])[None]
         with torch.no_grad():

@@ -46,14 +46,14 @@ def trainer_in(folder: Path, **options) -> L.Trainer:
 
 def test_a_score_is_the_inner_product_of_the_towers(tiny_data) -> None:
     model = model_of(tiny_data)
-    sets = tiny_data.sets
-    user, item = sets.users.rows(torch.arange(4)), sets.items.rows(torch.arange(4))
+    splits = tiny_data.splits
+    user, item = splits.users.rows(torch.arange(4)), splits.items.rows(torch.arange(4))
     expected = [model.user_tower(user)[i] @ model.item_tower(item)[i] for i in range(4)]
     torch.testing.assert_close(model(user, item), torch.stack(expected))
 
 
 def test_the_last_token_stands_for_the_row_and_the_mean_without_mixing(tiny_data) -> None:
-    features = tiny_data.sets.users
+    features = tiny_data.splits.users
     tower = model_of(tiny_data).user_tower
     torch.testing.assert_close(
         tower(features), tower.head(tower.backbone(tower.tokenizer(features))[:, -1])
@@ -163,16 +163,16 @@ def test_predict_leaves_the_mode_alone_and_ignores_dropout(tiny_data) -> None:
 
 def test_encoding_in_blocks_changes_nothing(tiny_data, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(tiny_data)
-    whole = model.user_tower.encode(tiny_data.sets.users)
+    whole = model.user_tower.encode(tiny_data.splits.users)
     monkeypatch.setattr("recsys_ssm.models.two_tower.ENCODE_ROWS", 5)
-    torch.testing.assert_close(model.user_tower.encode(tiny_data.sets.users), whole)
+    torch.testing.assert_close(model.user_tower.encode(tiny_data.splits.users), whole)
 
 
 def test_seen_items_are_not_ranked(tiny_data, tmp_path: Path) -> None:
-    sets = tiny_data.sets
-    seen_all_relevant = copy.copy(sets.test_ranking)
-    object.__setattr__(seen_all_relevant, "seen", sets.test_ranking.relevant)
-    sets.test_ranking = seen_all_relevant
+    splits = tiny_data.splits
+    seen_all_relevant = copy.copy(splits.test_ranking)
+    object.__setattr__(seen_all_relevant, "seen", splits.test_ranking.relevant)
+    splits.test_ranking = seen_all_relevant
     [metrics] = trainer_in(tmp_path).test(model_of(tiny_data), datamodule=tiny_data, verbose=False)
     assert metrics["test/hr@5"] == 0.0
 

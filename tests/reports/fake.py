@@ -10,7 +10,7 @@ import polars as pl
 import yaml
 
 from recsys_ssm.reports.collect import compose_shipped
-from recsys_ssm.results import write_json, write_table, write_text
+from recsys_ssm.run.files import write_json, write_table, write_text
 
 LEVELS = {"mamba": 0.9, "transformer": 0.8, "mamba2": 0.85, "hydra": 0.7}
 METRICS = ("p@5", "p@10", "r@5", "r@10", "mrr@5", "mrr@10", "hr@1", "hr@5", "hr@10", "ndcg@10")

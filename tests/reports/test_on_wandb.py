@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.loggers import STEP, define_metrics, results_of_summary, run_summary
 from recsys_ssm.reports import on_wandb
 from recsys_ssm.reports.build import build
 from recsys_ssm.reports.collect import collect
 from recsys_ssm.reports.tables import Options
+from recsys_ssm.run.loggers import STEP, define_metrics, results_of_summary, run_summary
 from reports.fake import fake_run
 
 
@@ -148,7 +148,7 @@ def test_the_dashboard_is_what_wandb_can_show(dashboard: ModuleType, tmp_path: P
 def test_the_wandb_sweep_composes(repository: Path) -> None:
     import hydra
 
-    from recsys_ssm.cli import register_resolvers
+    from recsys_ssm.cli.resolvers import register_resolvers
     from recsys_ssm.paths import CONF_DIR
 
     sweep = yaml.safe_load((repository / "scripts" / "wandb_sweep.yaml").read_text())

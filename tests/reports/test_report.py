@@ -26,7 +26,7 @@ from recsys_ssm.reports.document import (
     to_markdown,
 )
 from recsys_ssm.reports.tables import METRICS, Options
-from recsys_ssm.results import write_table
+from recsys_ssm.run.files import write_table
 from reports.fake import fake_run
 
 
@@ -287,11 +287,11 @@ def test_markdown_tables_are_rectangular(document: Document) -> None:
             assert above.count("|") == below.count("|")
 
 
-# ----------------------------------------------------------------------------------------- the door
+# ----------------------------------------------------------------------------------------- the command
 
 
-def test_the_door(door, night: Path, tmp_path: Path) -> None:
-    outcome = door("report", str(night), f"output={tmp_path / 'out'}", f"results={tmp_path / 'r'}")
+def test_the_door(cli, night: Path, tmp_path: Path) -> None:
+    outcome = cli("report", str(night), f"output={tmp_path / 'out'}", f"results={tmp_path / 'r'}")
     assert outcome.code == 0, outcome.text
     assert (tmp_path / "out" / "report.md").read_text().startswith("# Recommenders")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".md", ".tex", ".html", ""}
@@ -314,14 +314,14 @@ def test_the_door(door, night: Path, tmp_path: Path) -> None:
         ([".", "min_seed=3"], "min_seed: no such option; did you mean 'min_seeds'"),
     ],
 )
-def test_a_mistake_is_one_line(door, arguments: list[str], message: str) -> None:
-    outcome = door("report", *arguments)
+def test_a_mistake_is_one_line(cli, arguments: list[str], message: str) -> None:
+    outcome = cli("report", *arguments)
     assert outcome.code == 1 and message in outcome.err and "Traceback" not in outcome.text
 
 
-def test_a_report_is_not_reported(door, tmp_path: Path) -> None:
+def test_a_report_is_not_reported(cli, tmp_path: Path) -> None:
     fake_run(tmp_path / "runs")
-    assert door("report", "runs").code == 0
-    again = door("report", "runs")
+    assert cli("report", "runs").code == 0
+    again = cli("report", "runs")
     assert again.code == 0 and "left out" not in again.text
     assert (tmp_path / "runs" / "report" / "report.html").exists()

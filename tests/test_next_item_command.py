@@ -34,8 +34,8 @@ def csv(tmp_path: Path) -> Path:
     return path
 
 
-def train(door, csv: Path, *options: str):
-    return door("train", "dataset=interactions", f"dataset.interactions={csv}", *SMALL, *options)
+def train(cli, csv: Path, *options: str):
+    return cli("train", "dataset=interactions", f"dataset.interactions={csv}", *SMALL, *options)
 
 
 def only_run(folder: Path) -> Path:
@@ -44,9 +44,9 @@ def only_run(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "mamba2", "hydra", "transformer", "ligr"])
-def test_every_backbone_ends_with_the_table(door, csv: Path, tmp_path: Path, backbone: str) -> None:
+def test_every_backbone_ends_with_the_table(cli, csv: Path, tmp_path: Path, backbone: str) -> None:
     extra = ("backbone.headdim=8",) if backbone in ("mamba2", "hydra") else ()
-    outcome = train(door, csv, f"backbone={backbone}", *extra)
+    outcome = train(cli, csv, f"backbone={backbone}", *extra)
     assert outcome.code == 0, outcome.text
     for word in ("this", "allowed", "popularity", "repeat", "ndcg@20", "coverage@10"):
         assert word in outcome.out
@@ -63,26 +63,26 @@ def test_every_backbone_ends_with_the_table(door, csv: Path, tmp_path: Path, bac
     assert pl.read_parquet(run / "items.parquet")["train_count"].sum() > 0
 
 
-def test_evaluate_gives_the_same_figures_and_other_metrics(door, csv, tmp_path: Path) -> None:
-    assert train(door, csv).code == 0
+def test_evaluate_gives_the_same_figures_and_other_metrics(cli, csv, tmp_path: Path) -> None:
+    assert train(cli, csv).code == 0
     run = only_run(tmp_path)
-    outcome = door("evaluate", f"run={run}", "output_dir=again")
+    outcome = cli("evaluate", f"run={run}", "output_dir=again")
     assert outcome.code == 0, outcome.text
     before = json.loads((run / "metrics.json").read_text())
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     for key in ("metrics", "metrics_unfiltered", "baselines"):
         assert again[key] == before[key]
-    outcome = door("evaluate", f"run={run}", "output_dir=other", "metrics=[hr@3]")
+    outcome = cli("evaluate", f"run={run}", "output_dir=other", "metrics=[hr@3]")
     assert outcome.code == 0, outcome.text
     other = json.loads((tmp_path / "other" / "metrics.json").read_text())
     assert set(other["metrics"]) == {"hr@3", "n_users", "n_users_without_relevant"}
     # Other items: another catalogue.
     csv.write_text(csv.read_text() + "u0,new,99\n")
-    outcome = door("evaluate", f"run={run}", "output_dir=third")
+    outcome = cli("evaluate", f"run={run}", "output_dir=third")
     assert outcome.code == 1 and "not those of the training" in outcome.err
 
 
-def test_mistakes_are_one_line(door, csv: Path) -> None:
+def test_mistakes_are_one_line(cli, csv: Path) -> None:
     for options, message in [
         (
             ["backbone=hydra", "backbone.headdim=8", "dataset.objective=all"],
@@ -96,18 +96,18 @@ def test_mistakes_are_one_line(door, csv: Path) -> None:
         (["tokenizer.positions=2"], "tokenizer.positions=2"),
         (["dataset.item=article"], "no column 'article'"),
     ]:
-        outcome = train(door, csv, *options)
+        outcome = train(cli, csv, *options)
         assert outcome.code == 1, options
         assert message in outcome.err and "Traceback" not in outcome.text
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
-    outcome = train(door, csv, "monitor=val/nothing", "trainer.max_epochs=1")
+    outcome = train(cli, csv, "monitor=val/nothing", "trainer.max_epochs=1")
     assert outcome.code == 1 and "Traceback" not in outcome.text
     assert "monitor=val/nothing: validation found no such value; it found val/cov" in outcome.err
-    outcome = door("train", "dataset=spotify", "head=next_item", "logger=none")
+    outcome = cli("train", "dataset=spotify", "head=next_item", "logger=none")
     assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
 
 
-def test_two_processes_give_the_figures_of_one(door, csv: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_figures_of_one(cli, csv: Path, tmp_path: Path) -> None:
     data = ("dataset=interactions", f"dataset.interactions={csv}")
     two = ("trainer.strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     done = subprocess.run(
@@ -120,7 +120,7 @@ def test_two_processes_give_the_figures_of_one(door, csv: Path, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = only_run(tmp_path)
-    assert door("evaluate", f"run={run}", "output_dir=alone").code == 0
+    assert cli("evaluate", f"run={run}", "output_dir=alone").code == 0
     together, alone = (
         json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "alone")
     )
@@ -130,35 +130,35 @@ def test_two_processes_give_the_figures_of_one(door, csv: Path, tmp_path: Path) 
     assert pl.read_parquet(run / "test_users.parquet").height == 40
 
 
-def test_metrics_without_the_monitored_one(door, csv: Path, tmp_path: Path) -> None:
+def test_metrics_without_the_monitored_one(cli, csv: Path, tmp_path: Path) -> None:
     """Early stopping and the best checkpoint go by ndcg@10 all the same."""
-    assert train(door, csv, "metrics=[hr@20,map@12]", "trainer.max_epochs=1").code == 0
+    assert train(cli, csv, "metrics=[hr@20,map@12]", "trainer.max_epochs=1").code == 0
     results = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     assert {"hr@20", "map@12", "ndcg@10"} <= set(results["metrics"])
     assert "hr@5" not in results["metrics"]
 
 
-def test_a_run_may_end_before_its_first_validation(door, csv: Path, tmp_path: Path) -> None:
-    outcome = train(door, csv, "trainer.max_steps=1", "output_dir=short")
+def test_a_run_may_end_before_its_first_validation(cli, csv: Path, tmp_path: Path) -> None:
+    outcome = train(cli, csv, "trainer.max_steps=1", "output_dir=short")
     assert outcome.code == 0, outcome.text
     assert json.loads((tmp_path / "short" / "metrics.json").read_text())["steps"] == 1
 
 
-def test_the_same_seed_gives_the_same_digits(door, csv: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_digits(cli, csv: Path, tmp_path: Path) -> None:
     found = []
     for seed in (0, 0, 1):
-        outcome = train(door, csv, f"seed={seed}", f"output_dir=run{len(found)}")
+        outcome = train(cli, csv, f"seed={seed}", f"output_dir=run{len(found)}")
         assert outcome.code == 0, outcome.text
         results = json.loads((tmp_path / f"run{len(found)}" / "metrics.json").read_text())
         found.append(results["metrics"])
     assert found[0] == found[1] and found[0] != found[2]
 
 
-def test_resumed_after_a_stop_it_is_the_undisturbed_run(door, csv: Path, tmp_path: Path) -> None:
+def test_resumed_after_a_stop_it_is_the_undisturbed_run(cli, csv: Path, tmp_path: Path) -> None:
     options = ("trainer.max_epochs=4", "head.loss=sampled_softmax", "head.negatives=5")
-    assert train(door, csv, *options, "output_dir=whole").code == 0
-    assert train(door, csv, *options, "output_dir=half", "trainer.max_epochs=2").code == 0
-    outcome = train(door, csv, *options, "output_dir=rest", "ckpt_path=half/checkpoints/last.ckpt")
+    assert train(cli, csv, *options, "output_dir=whole").code == 0
+    assert train(cli, csv, *options, "output_dir=half", "trainer.max_epochs=2").code == 0
+    outcome = train(cli, csv, *options, "output_dir=rest", "ckpt_path=half/checkpoints/last.ckpt")
     assert outcome.code == 0, outcome.text
     whole, rest = (
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "rest")

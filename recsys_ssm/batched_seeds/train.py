@@ -19,18 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from recsys_ssm import ops
-from recsys_ssm.callbacks import Cost, StepSeed
-from recsys_ssm.checkpoints import check_fits, read_checkpoint
-from recsys_ssm.cli import make, name_of_seeds, plain, spec
-from recsys_ssm.data.base import TwoTowerData
-from recsys_ssm.data.seeds import SeedsData
+from recsys_ssm.batched_seeds.data import SeedsData
+from recsys_ssm.batched_seeds.model import Seeds
+from recsys_ssm.cli.resolvers import name_of_seeds
+from recsys_ssm.data.two_tower import TwoTowerData
 from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import import_target, make, plain, spec
 from recsys_ssm.metrics import COUNTS
-from recsys_ssm.models.seeds import Seeds
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.reports.statistics import estimate
-from recsys_ssm.results import versions, write_bytes, write_json
-from recsys_ssm.runs import (
+from recsys_ssm.run.assemble import (
     describe,
     draw_curves,
     find_checkpoint,
@@ -43,7 +41,9 @@ from recsys_ssm.runs import (
     timed,
     write_config,
 )
-from recsys_ssm.specs import import_target
+from recsys_ssm.run.callbacks import Cost, StepSeed
+from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
+from recsys_ssm.run.files import versions, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        return str(self.cfg.name) + ("-generated" if self.data.sets.generated else "")
+        return str(self.cfg.name) + ("-generated" if self.data.splits.generated else "")
 
     @property
     def folder(self) -> Path:
@@ -66,7 +66,7 @@ class Part(NamedTuple):
 
 
 class SeedHistories(L.Callback):
-    """What :class:`recsys_ssm.callbacks.History` keeps, of each seed by itself.
+    """What :class:`recsys_ssm.run.callbacks.History` keeps, of each seed by itself.
 
     Args:
         n_seeds: How many.
@@ -123,7 +123,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     parts, model = prepare(cfg, output)
     first, n_seeds = parts[0], len(parts)
     name = name_of_seeds(first.name, cfg.seed, n_seeds)
-    for note in first.data.sets.notes:
+    for note in first.data.splits.notes:
         log.info("%s: %s", first.data.name, note)
     counts = model.single.parameter_counts()
     log.info("%s: parameters of each %s", name, describe(counts))
@@ -166,7 +166,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from stop
         common = {
-            "generated": first.data.sets.generated,
+            "generated": first.data.splits.generated,
             "dataset": first.data.name,
             "steps": trainer.global_step,
             "train_seconds": time.perf_counter() - start,
@@ -184,7 +184,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             **common,
             "name": name,
             "seeds": model.seeds,
-            "notes": first.data.sets.notes,
+            "notes": first.data.splits.notes,
             "published": plain(cfg.published) or {},
             **summarise(each),
         }
@@ -300,7 +300,7 @@ def finish_seed(
         **common,
         "name": part.name,
         "seed": part.seed,
-        "notes": part.data.sets.notes,
+        "notes": part.data.splits.notes,
     }
     if part.cfg.test is not None:
         results |= {

@@ -31,7 +31,7 @@ from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.two_tower import TwoTower
 
 if TYPE_CHECKING:
-    from recsys_ssm.data.base import PairBatch, RankingBatch
+    from recsys_ssm.batches import PairBatch, RankingBatch
 
 ELEMENTWISE = frozenset(
     {

@@ -12,13 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from recsys_ssm.callbacks import Cost
-from recsys_ssm.cli import make_all, plain, spec
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import import_target, make_all, plain, spec
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.results import plot_curves, versions, write_table, write_text
-from recsys_ssm.specs import import_target
+from recsys_ssm.run.callbacks import Cost
+from recsys_ssm.run.curves import plot_curves
+from recsys_ssm.run.files import versions, write_table, write_text
 
 
 def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
@@ -69,7 +69,7 @@ def logger_tags(cfg: DictConfig, data: RecommenderData[Any]) -> dict[str, Any]:
     if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
         return {}
     sweep = [cfg.sweep] if cfg.sweep else []
-    return {"tags": [*cfg.tags, *sweep, *(["generated"] if data.sets.generated else [])]}
+    return {"tags": [*cfg.tags, *sweep, *(["generated"] if data.splits.generated else [])]}
 
 
 def finish(logger: Any, failed: bool) -> None:
@@ -141,7 +141,7 @@ def test_model(
         folder = Path(trainer.default_root_dir)
         write_table(folder / "test_users.parquet", users)
         items = pl.DataFrame(
-            {"item": data.sets.item_ids, "train_count": data.item_counts().numpy()}
+            {"item": data.splits.item_ids, "train_count": data.item_counts().numpy()}
         )
         write_table(folder / "items.parquet", items)
     return {

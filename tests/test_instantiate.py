@@ -4,7 +4,7 @@ import lightning
 import pytest
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.specs import build, check_arguments, find, fits, import_target
+from recsys_ssm.instantiate import build, check_arguments, find, fits, import_target
 
 
 class Base:

@@ -13,15 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.results import (
-    plot_curves,
-    print_results,
-    read_history,
-    results_table,
-    versions,
-    write_json,
-    write_text,
-)
+from recsys_ssm.run.curves import plot_curves, read_history
+from recsys_ssm.run.files import versions, write_json, write_text
+from recsys_ssm.run.table import print_results, results_table
 
 
 class TestWriteJson:

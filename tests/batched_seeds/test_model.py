@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys_ssm.data.seeds import SeedsData
+from recsys_ssm.batched_seeds.data import SeedsData
+from recsys_ssm.batched_seeds.model import Seeds, batchable_softmax
 from recsys_ssm.data.spotify import SpotifyData
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.heads import in_batch_softmax
-from recsys_ssm.models.seeds import Seeds, batchable_softmax
 from recsys_ssm.models.two_tower import TwoTower
 
 _BACKBONES = "recsys_ssm.models.backbones"

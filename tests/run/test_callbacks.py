@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recsys_ssm.callbacks import History, Progress
+from recsys_ssm.run.callbacks import History, Progress
 
 
 def trainer_at(step: int, **more: object) -> SimpleNamespace:

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from omegaconf import DictConfig, OmegaConf
+
 from recsys_ssm.errors import UserError
 
 T = TypeVar("T")
@@ -203,3 +205,52 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_spell(arg) for arg in get_args(hint))
     return "none" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain containers, interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def spec(node: Any, option: str) -> dict[str, Any] | None:
+    """Return a config node as a checked spec, with its class imported; None if it names none."""
+    values = plain(node)
+    if not values or values.get("_target_") is None:
+        return None
+    import_target(values["_target_"], option)
+    return dict(values)
+
+
+def check(cfg: DictConfig, *options: str) -> None:
+    """Hold config nodes against what they describe, before any time is spent.
+
+    Raises:
+        UserError: An argument is unknown or of the wrong type.
+    """
+    for option in options:
+        if values := spec(OmegaConf.select(cfg, option), option):
+            check_arguments(
+                import_target(values.pop("_target_"), option), values, option, given=None
+            )
+
+
+def make(node: Any, option: str, **given: Any) -> Any:
+    """The object a config node describes, its arguments checked first; None if it names none.
+
+    Raises:
+        UserError: An argument is unknown, absent or of the wrong type.
+    """
+    values = spec(node, option)
+    if values is None:
+        return None
+    target = import_target(values.pop("_target_"), option)
+    check_arguments(target, values, option, given)
+    return target(**{**given, **values})
+
+
+def make_all(nodes: Mapping[str, Any] | None, option: str) -> list[Any]:
+    """The objects of a folder of nodes, those set to null left out."""
+    made = [
+        make(node, f"{option}.{name}") for name, node in (nodes or {}).items() if node is not None
+    ]
+    return [each for each in made if each is not None]

@@ -18,7 +18,7 @@ from small import SMALL_MAMBA, TINY
 from wandb.proto import wandb_internal_pb2 as pb
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.loggers import wandb_logger, wandb_mode
+from recsys_ssm.run.loggers import wandb_logger, wandb_mode
 
 QUICK = (*TINY, *SMALL_MAMBA, "logger=wandb")
 
@@ -67,8 +67,8 @@ def offline_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("**/offline-run-*/run-*.wandb"))
 
 
-def test_what_lands_in_an_offline_run(door, tmp_path: Path) -> None:
-    outcome = door(
+def test_what_lands_in_an_offline_run(cli, tmp_path: Path) -> None:
+    outcome = cli(
         "train", *QUICK, "tags=[mine]", "logger.entity=team", "trainer.log_every_n_steps=1"
     )
     assert outcome.code == 0, outcome.text
@@ -120,7 +120,7 @@ def test_what_lands_in_an_offline_run(door, tmp_path: Path) -> None:
     assert wandb.run is None
 
 
-def test_the_git_commit_is_recorded(door, tmp_path: Path) -> None:
+def test_the_git_commit_is_recorded(cli, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
         return subprocess.run(
@@ -129,7 +129,7 @@ def test_the_git_commit_is_recorded(door, tmp_path: Path) -> None:
 
     git("init", "-q")
     git("commit", "--allow-empty", "-qm", "one")
-    assert door("train", *QUICK, "trainer.max_steps=1").code == 0
+    assert cli("train", *QUICK, "trainer.max_steps=1").code == 0
     [path] = offline_runs(tmp_path)
     config: dict[str, Any] = {}
     for record in finished(path):
@@ -138,9 +138,9 @@ def test_the_git_commit_is_recorded(door, tmp_path: Path) -> None:
     assert config["versions"]["git_commit"] == git("rev-parse", "HEAD")
 
 
-def test_a_resumed_run_is_the_same_run(door, tmp_path: Path) -> None:
-    assert door("train", *QUICK).code == 0
-    assert door("train", *QUICK, "trainer.max_steps=12", "ckpt_path=last").code == 0
+def test_a_resumed_run_is_the_same_run(cli, tmp_path: Path) -> None:
+    assert cli("train", *QUICK).code == 0
+    assert cli("train", *QUICK, "trainer.max_steps=12", "ckpt_path=last").code == 0
     paths = offline_runs(tmp_path)
     ids = {
         record.run.run_id
@@ -151,8 +151,8 @@ def test_a_resumed_run_is_the_same_run(door, tmp_path: Path) -> None:
     assert len(paths) == 2 and len(ids) == 1
 
 
-def test_a_failed_job_ends_its_run_and_the_next_has_its_own(door, tmp_path: Path) -> None:
-    outcome = door(
+def test_a_failed_job_ends_its_run_and_the_next_has_its_own(cli, tmp_path: Path) -> None:
+    outcome = cli(
         "train", "--multirun", *QUICK, "monitor=val/nothing,val/ndcg@10", "trainer.max_steps=2"
     )
     assert outcome.code == 1
@@ -199,7 +199,7 @@ def test_a_run_begins_without_a_warning(no_mode: pytest.MonkeyPatch, tmp_path: P
     """In a process of its own: W&B gives each warning once."""
     no_mode.setenv("WANDB_SILENT", "false")
     code = (
-        "import wandb; from recsys_ssm.loggers import wandb_logger\n"
+        "import wandb; from recsys_ssm.run.loggers import wandb_logger\n"
         "logger = wandb_logger(save_dir='.', name='run')\n"
         "assert logger.experiment.offline; wandb.finish()"
     )
@@ -238,10 +238,10 @@ def test_wrong_modes(no_mode: pytest.MonkeyPatch, tmp_path: Path) -> None:
         wandb_mode("auto")
 
 
-def test_csv_keeps_what_was_written_before_a_resume(door, tmp_path: Path) -> None:
+def test_csv_keeps_what_was_written_before_a_resume(cli, tmp_path: Path) -> None:
     quick = (*TINY, *SMALL_MAMBA, "logger=csv", "trainer.log_every_n_steps=1")
-    assert door("train", *quick).code == 0
-    assert door("train", *quick, "trainer.max_steps=12", "ckpt_path=last").code == 0
+    assert cli("train", *quick).code == 0
+    assert cli("train", *quick, "trainer.max_steps=12", "ckpt_path=last").code == 0
     first, second = (
         pl.read_csv(path) for path in sorted(tmp_path.glob("runs/*/*/csv/*/metrics.csv"))
     )

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from recsys_ssm.data.base import (
+from recsys_ssm.batches import Ragged
+from recsys_ssm.data.two_tower import (
     PairLoader,
     Pairs,
-    Ragged,
     Ranking,
     RankingLoader,
     TwoTowerData,
-    TwoTowerSets,
+    TwoTowerSplits,
     random_scores,
     sample_negatives,
     split_users,
@@ -154,10 +154,10 @@ class _Data(TwoTowerData):
         self.n = n
 
     def build(self):
-        return sets(self.n)
+        return splits(self.n)
 
 
-def sets(n=10, **changes):
+def splits(n=10, **changes):
     user = torch.arange(3)
     ranking = Ranking(user, Ragged.from_pairs(user, user, 3))
     parts = {
@@ -171,7 +171,7 @@ def sets(n=10, **changes):
         "val_ranking": ranking,
         "test_ranking": ranking,
     }
-    return TwoTowerSets(**{**parts, **changes})
+    return TwoTowerSplits(**{**parts, **changes})
 
 
 def _fit(folder, ckpt_path=None, **trainer):
@@ -378,10 +378,10 @@ def test_popularity_counts_positive_training_targets():
     train = Pairs(
         torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, 1, 0, -1])
     )
-    baselines = sets(4, train=train).baselines
+    baselines = splits(4, train=train).baselines
     assert list(baselines) == ["random", "popularity"]
     assert baselines["popularity"](torch.tensor([5, 6])).tolist() == [[0, 2, 0, 0]] * 2
-    own = sets(4, baselines={"oracle": random_scores, "popularity": random_scores}).baselines
+    own = splits(4, baselines={"oracle": random_scores, "popularity": random_scores}).baselines
     assert list(own) == ["random", "popularity", "oracle"]
     assert own["popularity"] is random_scores
 
@@ -389,9 +389,9 @@ def test_popularity_counts_positive_training_targets():
 def test_nothing_to_train_or_test_on_is_an_error():
     nobody = Ranking(torch.arange(0), Ragged.from_pairs(torch.arange(0), torch.arange(0), 0))
     with pytest.raises(UserError, match="no test user is left"):
-        sets(test_ranking=nobody)
+        splits(test_ranking=nobody)
     with pytest.raises(UserError, match="no training pair is left"):
-        sets(train=pairs(0))
+        splits(train=pairs(0))
 
 
 @pytest.mark.parametrize("option", ["batch_size", "eval_batch_size"])
@@ -403,7 +403,7 @@ def test_batch_sizes_start_at_1(option):
 def test_the_data_module_hands_out_its_loaders_and_builds_once():
     data = _Data(batch_size=3, eval_batch_size=2, seed=4)
     data.setup("fit")
-    assert data.sets is data.sets
+    assert data.splits is data.splits
     assert users_of(data.train_dataloader()) == users_of(loader(10, batch_size=3, seed=4))
     of_pairs, of_users = data.val_dataloader()
     assert users_of(of_pairs) == [[0, 1, 2], [3]]

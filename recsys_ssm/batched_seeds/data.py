@@ -1,4 +1,4 @@
-"""The data of several seeds side by side, for models that are trained at once (:mod:`recsys_ssm.models.seeds`).
+"""The data of several seeds side by side, for models that are trained at once (:mod:`recsys_ssm.batched_seeds.model`).
 
 Legend: K seeds, B pairs in a batch.
 """
@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_map
 
-from recsys_ssm.data.base import PairBatch, PairLoader, TwoTowerData
+from recsys_ssm.batches import PairBatch
+from recsys_ssm.data.two_tower import PairLoader, TwoTowerData
 from recsys_ssm.errors import UserError
 
 
@@ -65,7 +66,7 @@ class SeedsData(L.LightningDataModule):
     def __init__(self, parts: Sequence[TwoTowerData]) -> None:
         super().__init__()
         self.parts = list(parts)
-        sizes = {part.seed: part.sets.train.user.numel() for part in self.parts}
+        sizes = {part.seed: part.splits.train.user.numel() for part in self.parts}
         first = self.parts[0]
         for seed, size in sizes.items():
             if size != sizes[first.seed]:

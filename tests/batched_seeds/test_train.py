@@ -1,4 +1,4 @@
-"""Several seeds at once through the training door: each seed's folder is a single run's."""
+"""Several seeds at once through the training command: each seed's folder is a single run's."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_each_seed_ends_as_its_single_run(door, tmp_path: Path) -> None:
-    outcome = door("train", *QUICK, DOUBLE, "seed=3", "train.seeds=2")
+def test_each_seed_ends_as_its_single_run(cli, tmp_path: Path) -> None:
+    outcome = cli("train", *QUICK, DOUBLE, "seed=3", "train.seeds=2")
     assert outcome.code == 0, outcome.text
     run = only(tmp_path)
     for seed in (3, 4):
-        assert door("train", *QUICK, DOUBLE, f"seed={seed}", f"output_root=s{seed}").code == 0
+        assert cli("train", *QUICK, DOUBLE, f"seed={seed}", f"output_root=s{seed}").code == 0
         single, own = only(tmp_path, f"s{seed}"), run / f"seed{seed}"
         assert all((own / name).stat().st_size > 0 for name in FILES)
         wanted, found = read(single / "metrics.json"), read(own / "metrics.json")
@@ -75,8 +75,8 @@ def test_each_seed_ends_as_its_single_run(door, tmp_path: Path) -> None:
         assert next(users).equals(next(users))
 
 
-def test_the_whole_run_reports_means(door, tmp_path: Path) -> None:
-    outcome = door("train", *QUICK, "train.seeds=3")
+def test_the_whole_run_reports_means(cli, tmp_path: Path) -> None:
+    outcome = cli("train", *QUICK, "train.seeds=3")
     assert outcome.code == 0, outcome.text
     for word in ("mean of 3", "± 95 %", "published", "oracle", "hr@10", "spotify-mamba-seeds0-2"):
         assert word in outcome.out
@@ -97,29 +97,29 @@ def test_the_whole_run_reports_means(door, tmp_path: Path) -> None:
     assert not (run / "checkpoints/best.ckpt").exists()
 
 
-def test_a_seeds_folder_is_evaluated_like_a_run(door, tmp_path: Path) -> None:
-    assert door("train", *QUICK, "train.seeds=2").code == 0
+def test_a_seeds_folder_is_evaluated_like_a_run(cli, tmp_path: Path) -> None:
+    assert cli("train", *QUICK, "train.seeds=2").code == 0
     own = only(tmp_path) / "seed1"
-    outcome = door("evaluate", f"run={own}", "output_dir=again")
+    outcome = cli("evaluate", f"run={own}", "output_dir=again")
     assert outcome.code == 0, outcome.text
     assert read(tmp_path / "again/metrics.json")["metrics"] == read(own / "metrics.json")["metrics"]
 
 
 @pytest.mark.parametrize("test", ["last", "null"])
-def test_the_last_state_or_none_is_tested(door, tmp_path: Path, test: str) -> None:
-    assert door("train", *QUICK, "train.seeds=2", f"test={test}", "monitor_mode=min").code == 0
+def test_the_last_state_or_none_is_tested(cli, tmp_path: Path, test: str) -> None:
+    assert cli("train", *QUICK, "train.seeds=2", f"test={test}", "monitor_mode=min").code == 0
     run = only(tmp_path)
     if test == "null":
         assert "metrics" not in read(run / "seed0/metrics.json")
         return
     assert read(run / "seed0/metrics.json")["checkpoint"].endswith("seed0/checkpoints/last.ckpt")
-    outcome = door("evaluate", f"run={run / 'seed0'}", "checkpoint=last", "output_dir=again")
+    outcome = cli("evaluate", f"run={run / 'seed0'}", "checkpoint=last", "output_dir=again")
     assert outcome.code == 0, outcome.text
     found = read(tmp_path / "again/metrics.json")["metrics"]
     assert found == read(run / "seed0/metrics.json")["metrics"]
 
 
-def test_killed_and_resumed_is_as_if_never_stopped(door, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_as_if_never_stopped(cli, tmp_path: Path) -> None:
     base = [*QUICK, "train.seeds=2", "trainer.max_steps=60", "validations=30"]
     process = subprocess.Popen(
         [sys.executable, "-m", "recsys_ssm.train", *base],
@@ -136,9 +136,9 @@ def test_killed_and_resumed_is_as_if_never_stopped(door, tmp_path: Path) -> None
     process.communicate(timeout=100)
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
 
-    outcome = door("train", *base, "ckpt_path=last")
+    outcome = cli("train", *base, "ckpt_path=last")
     assert outcome.code == 0, outcome.text
-    assert door("train", *base, "output_root=whole").code == 0
+    assert cli("train", *base, "output_root=whole").code == 0
     resumed, whole = only(tmp_path), only(tmp_path, "whole")
     for seed in (0, 1):
         a, b = (read(run / f"seed{seed}" / "metrics.json") for run in (resumed, whole))
@@ -155,10 +155,10 @@ def test_killed_and_resumed_is_as_if_never_stopped(door, tmp_path: Path) -> None
         assert all(torch.equal(a["state_dict"][n], b["state_dict"][n]) for n in a["state_dict"])
 
 
-def test_a_checkpoint_of_another_number_of_seeds(door, tmp_path: Path) -> None:
-    assert door("train", *QUICK, "train.seeds=2").code == 0
+def test_a_checkpoint_of_another_number_of_seeds(cli, tmp_path: Path) -> None:
+    assert cli("train", *QUICK, "train.seeds=2").code == 0
     last = only(tmp_path) / "checkpoints/last.ckpt"
-    outcome = door("train", *QUICK, "train.seeds=3", f"ckpt_path={last}")
+    outcome = cli("train", *QUICK, "train.seeds=3", f"ckpt_path={last}")
     assert outcome.code == 1 and "a checkpoint of another architecture" in outcome.err
     assert "Traceback" not in outcome.text
 
@@ -175,31 +175,31 @@ def test_a_checkpoint_of_another_number_of_seeds(door, tmp_path: Path) -> None:
         (["trainer.devices=2", "trainer.accelerator=cpu"], "2 devices"),
     ],
 )
-def test_what_seeds_at_once_cannot_do_is_one_line(door, arguments: list, message: str) -> None:
+def test_what_seeds_at_once_cannot_do_is_one_line(cli, arguments: list, message: str) -> None:
     if "optimizer=sgd" in arguments:
         arguments = [*arguments, "~optimizer.momentum", "~optimizer.weight_decay"]
     quick = [a for a in QUICK if not a.startswith("optimizer.lr")]
-    outcome = door("train", *quick, "train.seeds=2", *arguments)
+    outcome = cli("train", *quick, "train.seeds=2", *arguments)
     assert outcome.code == 1
     assert message in outcome.err, outcome.err
     assert "Traceback" not in outcome.text
 
 
-def test_next_item_models_are_refused(door) -> None:
-    outcome = door("train", "dataset=ml_100k", "backbone=mamba", "train.seeds=2", "logger=none")
+def test_next_item_models_are_refused(cli) -> None:
+    outcome = cli("train", "dataset=ml_100k", "backbone=mamba", "train.seeds=2", "logger=none")
     assert outcome.code == 1
     assert "NextItem is none; give train.seeds=1, or a sweep: --multirun" in outcome.err
 
 
 def test_wandb_has_means_and_each_seed(
-    door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
 
     logged: dict = {}
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda self, data, **_: logged.update(data))
     arguments = [a for a in QUICK if a != "logger=none"]
-    outcome = door("train", *arguments, "train.seeds=2", "logger=wandb", "logger.mode=offline")
+    outcome = cli("train", *arguments, "train.seeds=2", "logger=wandb", "logger.mode=offline")
     assert outcome.code == 0, outcome.text
     for name in ("val/ndcg@10/mean", "val/ndcg@10/seed0", "val/ndcg@10/seed1", "train/loss"):
         assert name in logged

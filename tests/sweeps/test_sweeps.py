@@ -18,10 +18,10 @@ import pytest
 from omegaconf import DictConfig, open_dict
 from small import SMALL_MAMBA, TINY
 
-from recsys_ssm import sweeps
-from recsys_ssm.cli import register_resolvers
+from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.results import write_json
+from recsys_ssm.run.files import write_json
+from recsys_ssm.sweeps import identity, jobs, progress, status
 
 QUICK = (*TINY, *SMALL_MAMBA, "dataset=spotify", "logger=none")
 
@@ -42,46 +42,46 @@ def metrics_of(root: Path) -> dict[str, dict]:
 
 
 def is_running(job: Path) -> bool:
-    return sweeps.job_state(job) == "running"
+    return status.job_state(job) == "running"
 
 
 # -------------------------------------------------------------------------------------------- names
 
 
 def test_a_job_is_what_it_does_not_how_it_is_said() -> None:
-    plain = sweeps.job_hash(["optimizer.lr=0.0001", "seed=1", "metrics=[p@5,r@5]"])
-    assert plain == sweeps.job_hash(["seed=1", "metrics=[p@5, r@5]", "optimizer.lr=1e-4"])
+    plain = identity.job_hash(["optimizer.lr=0.0001", "seed=1", "metrics=[p@5,r@5]"])
+    assert plain == identity.job_hash(["seed=1", "metrics=[p@5, r@5]", "optimizer.lr=1e-4"])
     elsewhere = ["launcher=joblib", "launcher.threads=2", "sweep=x", "logger=csv", "output_root=/x"]
-    assert plain == sweeps.job_hash(
+    assert plain == identity.job_hash(
         ["seed=1", "optimizer.lr=1e-4", "metrics=[p@5,r@5]", *elsewhere, "logger.mode=offline"]
     )
     for other in (["seed=2"], ["optimizer.lr=1e-3"], ["+optimizer.eps=1"], ["backbone=mamba2"]):
-        assert sweeps.job_hash(["seed=1", *other]) != sweeps.job_hash(["seed=1"])
+        assert identity.job_hash(["seed=1", *other]) != identity.job_hash(["seed=1"])
     # A folder's name is safe whatever the run's name is.
-    assert sweeps.job_folder("my run/ü:1", ["seed=1"]).startswith("my-run-ü-1-")
+    assert identity.job_folder("my run/ü:1", ["seed=1"]).startswith("my-run-ü-1-")
 
 
 def test_a_sweep_is_called_after_its_options_so_that_more_seeds_join_it() -> None:
-    name = sweeps.sweep_name(["--multirun", "seed=range(3)", "dataset=spotify", "backbone=a,b"])
+    name = identity.sweep_name(["--multirun", "seed=range(3)", "dataset=spotify", "backbone=a,b"])
     assert name == "backbone-a-b_dataset-spotify"
-    assert name == sweeps.sweep_name(
+    assert name == identity.sweep_name(
         ["backbone=a,b", "seed=range(100)", "-m", "dataset=spotify", "launcher=ray", "logger=csv"]
     )
-    assert sweeps.sweep_name(["seed=1,2", "hydra.verbose=true"]) == "default"
-    long = sweeps.sweep_name([f"option_{i}=1" for i in range(30)])
-    assert len(long) <= 60 and long != sweeps.sweep_name([f"option_{i}=1" for i in range(31)])
+    assert identity.sweep_name(["seed=1,2", "hydra.verbose=true"]) == "default"
+    long = identity.sweep_name([f"option_{i}=1" for i in range(30)])
+    assert len(long) <= 60 and long != identity.sweep_name([f"option_{i}=1" for i in range(31)])
 
 
 def test_cores_are_not_oversubscribed() -> None:
     for count in range(1, 9):
-        assert sweeps.processes_for(count) * count <= max(count, sweeps.cores())
-        assert sweeps.threads_for(count) * count <= max(count, sweeps.cores())
-    assert sweeps.processes_for(1) == sweeps.threads_for(1) == sweeps.cores()
+        assert identity.processes_for(count) * count <= max(count, identity.cores())
+        assert identity.threads_for(count) * count <= max(count, identity.cores())
+    assert identity.processes_for(1) == identity.threads_for(1) == identity.cores()
 
 
 def test_workers_are_sent_a_task_without_what_runs_it() -> None:
-    task = cloudpickle.loads(cloudpickle.dumps(sweeps.Task("train", lambda cfg: sys.stdin)))
-    assert task.door == "train" and not hasattr(task, "single")
+    task = cloudpickle.loads(cloudpickle.dumps(jobs.Task("train", lambda cfg: sys.stdin)))
+    assert task.command == "train" and not hasattr(task, "single")
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -102,7 +102,7 @@ def test_launchers_compose_and_fit_the_cores(path: Path) -> None:
         pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     cfg = composed(f"launcher={path.stem}")
     if path.stem != "submitit_slurm":  # other machines' cores
-        assert cfg.launcher.processes * cfg.launcher.threads <= sweeps.cores()
+        assert cfg.launcher.processes * cfg.launcher.threads <= identity.cores()
     if path.stem == "joblib":
         assert composed("launcher=joblib", "launcher.processes=3").hydra.launcher.n_jobs == 3
 
@@ -131,34 +131,34 @@ def test_what_became_of_a_job(tmp_path: Path) -> None:
     host, gone = os.uname().nodename, subprocess.Popen(["true"])
     gone.wait()
     running = {"state": "running", "host": host, "pid": os.getpid()}
-    assert sweeps.job_state(make_job(tmp_path / "a", **running)) == "running"
+    assert status.job_state(make_job(tmp_path / "a", **running)) == "running"
     assert (
-        sweeps.job_state(make_job(tmp_path / "b", **running | {"pid": gone.pid})) == "interrupted"
+        status.job_state(make_job(tmp_path / "b", **running | {"pid": gone.pid})) == "interrupted"
     )
-    assert sweeps.job_state(make_job(tmp_path / "c", state="failed")) == "failed"
-    assert sweeps.job_state(tmp_path / "none") == "missing"
+    assert status.job_state(make_job(tmp_path / "c", state="failed")) == "failed"
+    assert status.job_state(tmp_path / "none") == "missing"
     (tmp_path / "b" / "metrics.json").write_text('{"metrics": {"p@5": 0.')
-    assert sweeps.job_state(tmp_path / "b") == "interrupted"  # half a file is no result
+    assert status.job_state(tmp_path / "b") == "interrupted"  # half a file is no result
     write_json(tmp_path / "b" / "metrics.json", {"metrics": {}})
-    assert sweeps.job_state(tmp_path / "b") == "finished"
+    assert status.job_state(tmp_path / "b") == "finished"
     (tmp_path / "c" / "job_status.json").write_text("{")
-    assert sweeps.job_state(tmp_path / "c") == "missing"
+    assert status.job_state(tmp_path / "c") == "missing"
 
 
 def test_the_line_of_a_sweep(tmp_path: Path) -> None:
     began = time.time() - 100
-    times = {"started": sweeps._iso(began + 1), "ended": sweeps._iso(began + 31), "seconds": 30}
+    times = {"started": jobs._iso(began + 1), "ended": jobs._iso(began + 31), "seconds": 30}
     for i, value in enumerate([0.5, 0.75, None]):
         job = make_job(tmp_path / f"job{i}-0000000{i}", state="finished", objective=value, **times)
         write_json(job / "metrics.json", {})
     make_job(tmp_path / "job-00000003", state="failed", **times)
-    make_job(tmp_path / "old-00000004", state="failed", started=sweeps._iso(1), ended="")
+    make_job(tmp_path / "old-00000004", state="failed", started=jobs._iso(1), ended="")
     alive = {"host": os.uname().nodename, "pid": os.getpid()}
     make_job(
-        tmp_path / "on-00000005", state="running", started=sweeps._iso(time.time() - 10), **alive
+        tmp_path / "on-00000005", state="running", started=jobs._iso(time.time() - 10), **alive
     )
     hashes = {f"0000000{i}" for i in range(8)}
-    summary = sweeps.summarize(tmp_path, hashes, 8, "max", began)
+    summary = progress.summarize(tmp_path, hashes, 8, "max", began)
     assert summary.done == 3 and summary.running == 1
     assert [job.name for job in summary.failed] == ["job-00000003"]
     assert summary.best == ("job1", 0.75)
@@ -167,17 +167,17 @@ def test_the_line_of_a_sweep(tmp_path: Path) -> None:
     assert line.startswith(
         "sweep mine: 3 of 8 done, 1 failed, 1 running, 2 min left, best val/ndcg"
     )
-    assert sweeps.summarize(tmp_path, hashes, 8, "min", began).best == ("job0", 0.5)
+    assert progress.summarize(tmp_path, hashes, 8, "min", began).best == ("job0", 0.5)
     # What other sweeps left in the folder does not count.
-    assert sweeps.summarize(tmp_path, {"00000001"}, 1, "max", began).done == 1
-    assert sweeps.summarize(tmp_path, None, None, "max", began + 50).done == 0
+    assert progress.summarize(tmp_path, {"00000001"}, 1, "max", began).done == 1
+    assert progress.summarize(tmp_path, None, None, "max", began + 50).done == 0
 
 
 def test_a_search_has_the_trials_left_that_it_lacks(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
-    assert sweeps.trials_left(20, storage, "study") == 20
+    assert progress.trials_left(20, storage, "study") == 20
     (tmp_path / "optuna.db").touch()
-    assert sweeps.trials_left(20, storage, "study") == 20
+    assert progress.trials_left(20, storage, "study") == 20
 
 
 def test_a_search_goes_on_with_what_was_cut_short_and_draws_other_trials(
@@ -188,7 +188,7 @@ def test_a_search_goes_on_with_what_was_cut_short_and_draws_other_trials(
     cfg = composed("search=optuna", f"output_root={tmp_path}")
     with open_dict(cfg):
         cfg.hydra.sweep.dir = str(tmp_path)
-    sweeps.resume_search(cfg)  # there is no study yet
+    progress.resume_search(cfg)  # there is no study yet
     assert cfg.hydra.sweeper.sampler.seed == 0 and not (tmp_path / "optuna.db").exists()
 
     states = optuna.trial.TrialState
@@ -199,20 +199,20 @@ def test_a_search_goes_on_with_what_was_cut_short_and_draws_other_trials(
         if state != states.RUNNING:
             study.tell(trial, 0.5 if state == states.COMPLETE else None, state)
     study.ask()  # killed before anything was drawn
-    sweeps.resume_search(cfg)
+    progress.resume_search(cfg)
     study = optuna.load_study("x", cfg.hydra.sweeper.storage)  # as another process sees it
     found = study.get_trials()
     fail = states.FAIL
     assert [t.state for t in found] == [states.COMPLETE, fail, fail, fail, states.WAITING]
     assert study.ask(spaces).params == found[2].params
     assert cfg.hydra.sweeper.sampler.seed == 4
-    assert sweeps.trials_left(6, cfg.hydra.sweeper.storage, "x") == 5
+    assert progress.trials_left(6, cfg.hydra.sweeper.storage, "x") == 5
 
     # A job that runs is another sweep's: its trial is left to it.
     alive = {"host": os.uname().nodename, "pid": os.getpid()}
     make_job(tmp_path / "on-00000005", state="running", **alive)
-    monkeypatch.setattr(sweeps, "_LOCK_WAIT_S", 0.1)
-    sweeps.resume_search(cfg)
+    monkeypatch.setattr(progress, "_LOCK_WAIT_S", 0.1)
+    progress.resume_search(cfg)
     study = optuna.load_study("x", cfg.hydra.sweeper.storage)
     assert study.get_trials()[4].state == states.RUNNING
 
@@ -220,32 +220,32 @@ def test_a_search_goes_on_with_what_was_cut_short_and_draws_other_trials(
 # ----------------------------------------------------------------------------------------- for real
 
 
-def test_what_is_finished_is_left_and_what_failed_done_again(door, tmp_path: Path) -> None:
+def test_what_is_finished_is_left_and_what_failed_done_again(cli, tmp_path: Path) -> None:
     own = tmp_path / "mine" / "dataset" / "own.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [spotify, _self_]\nthreshold: 0.1\n")
     overrides = (*QUICK, "seed=0,1", "dataset=own")
     # Seed 1 fails: a file of its folder cannot be written.
-    job = sweeps.job_folder("spotify-mamba-seed1", [*QUICK, "seed=1", "dataset=own"])
-    folder = tmp_path / "runs" / "multirun" / sweeps.sweep_name(overrides) / job
+    job = identity.job_folder("spotify-mamba-seed1", [*QUICK, "seed=1", "dataset=own"])
+    folder = tmp_path / "runs" / "multirun" / identity.sweep_name(overrides) / job
     (folder / "config.yaml").mkdir(parents=True)
-    first = door("train", "--multirun", "--config-dir", "mine", *overrides)
+    first = cli("train", "--multirun", "--config-dir", "mine", *overrides)
     assert first.code == 1 and "1 of 2 done, 1 failed" in first.err
     assert "error (seed=1): cannot write" in first.err and "Traceback" not in first.err
-    status = sweeps.read_status(folder)
-    assert status["state"] == "failed" and status["exit_code"] == 1
-    assert "seed=1" in status["overrides"] and "config.yaml" in status["error"]
+    found = status.read_status(folder)
+    assert found["state"] == "failed" and found["exit_code"] == 1
+    assert "seed=1" in found["overrides"] and "config.yaml" in found["error"]
 
     [done] = [path for path in jobs_of(tmp_path / "runs").values() if path != folder]
     before = (done / "metrics.json").stat().st_mtime_ns
     (folder / "config.yaml").rmdir()
     own.write_text("defaults: [spotify, _self_]\nthreshold: 0.2\n")
-    second = door("train", "--multirun", "--config-dir", "mine", *overrides)
+    second = cli("train", "--multirun", "--config-dir", "mine", *overrides)
     assert second.code == 0, second.text
     assert "2 of 2 done, 0 failed" in second.err and "best val/ndcg@10" in second.err
     assert (done / "metrics.json").stat().st_mtime_ns == before
-    assert sweeps.read_status(done)["attempt"] == 1
-    assert sweeps.read_status(folder)["attempt"] == 2
+    assert status.read_status(done)["attempt"] == 1
+    assert status.read_status(folder)["attempt"] == 2
     # The finished one was made with another option: kept, and said so.
     assert "dataset.threshold 0.1 then, 0.2 now" in second.text
 
@@ -256,7 +256,7 @@ def test_launchers(tmp_path: Path, launcher: str) -> None:
     run_sweep(tmp_path, f"launcher={launcher}", "launcher.processes=2", "seed=0,1")
     jobs = jobs_of(tmp_path / "runs")
     assert len(metrics_of(tmp_path / "runs")) == len(jobs) == 2
-    assert {sweeps.read_status(job)["state"] for job in jobs.values()} == {"finished"}
+    assert {status.read_status(job)["state"] for job in jobs.values()} == {"finished"}
 
 
 def run_sweep(cwd: Path, *arguments: str) -> str:
@@ -286,12 +286,12 @@ def test_a_killed_job_takes_nothing_down_and_goes_on(tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     victim = found[0].parent.parent
-    os.kill(sweeps.read_status(victim)["pid"], signal.SIGKILL)
+    os.kill(status.read_status(victim)["pid"], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "1 of 2 done, 1 failed" in err and "killed by SIGKILL (out of memory?)" in err
     run_sweep(tmp_path, *arguments)
-    assert "ckpt_path=last" in sweeps.read_status(victim)["command"]
+    assert "ckpt_path=last" in status.read_status(victim)["command"]
     run_sweep(tmp_path, *arguments, "output_root=whole")
     assert metrics_of(tmp_path / "runs") == metrics_of(tmp_path / "whole")
 
@@ -314,13 +314,13 @@ def test_a_job_ends_when_its_sweep_is_killed(tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     job = found[0].parent
-    assert sweeps.job_state(job) == "running"
-    with sweeps._lock(job) as lock:
+    assert status.job_state(job) == "running"
+    with jobs.lock_folder(job) as lock:
         assert lock is None  # and no other sweep begins it meanwhile
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while sweeps.job_state(job) != "interrupted":
+    while status.job_state(job) != "interrupted":
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -340,9 +340,9 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
 
     def look() -> dict[str, tuple[int, int]]:
         return {
-            name: ((job / "metrics.json").stat().st_mtime_ns, sweeps.read_status(job)["attempt"])
+            name: ((job / "metrics.json").stat().st_mtime_ns, status.read_status(job)["attempt"])
             for name, job in jobs_of(tmp_path / "runs").items()
-            if sweeps.is_finished(job)
+            if status.is_finished(job)
         }
 
     for _ in range(10):
@@ -374,10 +374,10 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert finished, "killed too early each time to tell anything"
 
 
-def test_a_search_whose_trials_all_fail_says_so_in_lines(door) -> None:
+def test_a_search_whose_trials_all_fail_says_so_in_lines(cli) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     failing = ("head.loss=none_such", "search=optuna", "search.n_trials=1")
-    outcome = door("train", "--multirun", *QUICK, *failing)
+    outcome = cli("train", "--multirun", *QUICK, *failing)
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert "none_such" in outcome.err and "no trial of the search is complete" in outcome.err
 
@@ -385,19 +385,19 @@ def test_a_search_whose_trials_all_fail_says_so_in_lines(door) -> None:
 @pytest.mark.parametrize(
     ("option", "extra"), [("launcher=ray", "ray"), ("search=optuna", "optuna")]
 )
-def test_a_launcher_that_is_not_installed(door, option: str, extra: str) -> None:
+def test_a_launcher_that_is_not_installed(cli, option: str, extra: str) -> None:
     plugin = {"ray": "hydra_ray_launcher", "optuna": "hydra_optuna_sweeper"}[extra]
     if importlib.util.find_spec(f"hydra_plugins.{plugin}"):
         pytest.skip(f"{plugin} is installed")
-    outcome = door("train", "--multirun", option, "seed=0,1")
+    outcome = cli("train", "--multirun", option, "seed=0,1")
     assert outcome.code == 1
     assert outcome.err == f'error: {extra}: not installed; pip install "recsys-ssm[{extra}]"\n'
 
 
-def test_a_cluster_that_is_not_there_is_one_line(door, monkeypatch) -> None:
+def test_a_cluster_that_is_not_there_is_one_line(cli, monkeypatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # where no srun is
-    outcome = door("train", "--multirun", "launcher=submitit_slurm", "seed=0,1", "logger=none")
+    outcome = cli("train", "--multirun", "launcher=submitit_slurm", "seed=0,1", "logger=none")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith(
         "error: the launcher submitit cannot start jobs: Could not detect"

@@ -1,0 +1,1 @@
+"""Train several seeds of a two-tower model as one computation."""

@@ -1,0 +1,110 @@
+"""Define the batches: the joint between data and models.
+
+Legend: N pairs, B of them in a batch (B rows of a packed batch), L positions of a row; U users to rank for, I items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recsys_ssm.features import Features
+
+NO_ITEM = -1
+"""Index used for padding and for positions without a target."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``."""
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_pairs(cls, user: Tensor, item: Tensor, n_users: int) -> Ragged:
+        """Group ``item`` (N,) by ``user`` (N,) in ``range(n_users)``; a user's keep their order."""
+        order = torch.argsort(user, stable=True)
+        offsets = torch.zeros(n_users + 1, dtype=torch.long)
+        offsets[1:] = torch.bincount(user, minlength=n_users).cumsum(0)
+        return cls(item[order], offsets)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Ragged:
+        """From a (U, I) bool matrix."""
+        user, item = mask.nonzero(as_tuple=True)
+        return cls.from_pairs(user, item, mask.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return Ragged(self.values.to(device), self.offsets.to(device))
+
+    def mask(self, start: int, stop: int, n_items: int) -> Tensor:
+        """Users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
+        mask = torch.zeros(stop - start, n_items, dtype=torch.bool)
+        rows = torch.repeat_interleave(torch.arange(stop - start), self.lengths[start:stop])
+        mask[rows, self.values[self.offsets[start] : self.offsets[stop]]] = True
+        return mask
+
+
+class PairBatch(NamedTuple):
+    """One training or validation batch of (user, item, target)."""
+
+    user: Features
+    item: Features
+    target: Tensor
+    """(B,) float32."""
+    user_index: Tensor
+    """(B,) int64, row of the user table."""
+    item_index: Tensor
+    """(B,) int64, row of the catalogue."""
+
+
+class RankingBatch(NamedTuple):
+    """Users for whom the whole catalogue is ranked."""
+
+    user: Features
+    relevant: Tensor
+    """(U, I) bool."""
+    seen: Tensor | None
+    """(U, I) bool, items not to recommend (seen in training); None: every item may be."""
+    user_index: Tensor
+    """(U,) int64, row of the user table."""
+
+
+class SequenceBatch(NamedTuple):
+    """A batch of training, or of the validation loss: several windows packed into each row."""
+
+    item: Tensor
+    """(B, L) int64, catalogue index; -1 at padding."""
+    seq_idx: Tensor
+    """(B, L) int64, which of its row's windows a position belongs to (0, 1, …); -1 at padding."""
+    position: Tensor
+    """(B, L) int64, place within its window from 0; 0 at padding."""
+    target: Tensor
+    """(B, L) int64, the next item; -1 where nothing is predicted."""
+
+
+class HistoryBatch(NamedTuple):
+    """Users for whom the whole catalogue is ranked, their histories packed into rows."""
+
+    item: Tensor
+    """(B, L) int64, catalogue index; -1 at padding."""
+    seq_idx: Tensor
+    """(B, L) int64, which of its row's histories a position belongs to (0, 1, …); -1 at padding."""
+    position: Tensor
+    """(B, L) int64, place within its history from 0; 0 at padding."""
+    last: Tensor
+    """(U,) int64, where each user's latest item is in the flattened (B·L) batch."""
+    target: Tensor
+    """(U,) int64, the item held out."""
+    user: Tensor
+    """(U,) int64, row of the user table."""
+    seen: Ragged
+    """What each of the U users had before the target: the whole history, however long."""

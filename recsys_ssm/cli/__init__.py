@@ -1,0 +1,1 @@
+"""The command layer: Hydra composition, errors as one line, interpolations."""

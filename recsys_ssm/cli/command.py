@@ -1,0 +1,146 @@
+"""Make a function of a config a command: ``main = command("train")(train)``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from recsys_ssm.cli.errors import explain, is_users
+from recsys_ssm.cli.resolvers import register_resolvers, run_folder
+from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.sweeps.identity import sweep_name
+from recsys_ssm.sweeps.jobs import Task, end_with_parent
+from recsys_ssm.sweeps.progress import SweepProgress, end_progress
+
+log = logging.getLogger(__name__)
+
+
+def quiet_dependencies() -> None:
+    """Lightning's messages once and in the run's log too, without those that nobody here can act upon."""
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: (
+            not record.getMessage().startswith(("💡 Tip", "TPU available", "`Trainer.fit` stopped"))
+        )
+    )
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A resumed run goes on in its own folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # What is logged once an epoch is reduced over the processes already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
+    # Batches are slices of arrays in memory: there are no worker processes to add.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make ``task(cfg)`` a command: Hydra composes ``conf/<config_name>.yaml``, mistakes become one clear line.
+
+    A user's mistake (an option, a file) exits with 1 and no traceback; a defect of ours keeps its traceback. The jobs
+    of a multirun are processes of their own (:mod:`recsys_ssm.sweeps.jobs`): one that fails keeps its message
+    or traceback in its folder, the others go on, and the exit code is 1 as well.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        failures: list[Exception] = []
+
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return task(cfg)
+            except Exception as error:
+                failures.append(error)
+                if is_users(error):
+                    return None  # told below; raised here, Hydra would add lines of its own
+                raise
+
+        def main() -> None:
+            end_with_parent()
+            failures.clear()
+            run_folder.cache_clear()
+            register_resolvers()
+            quiet_dependencies()
+            sys.argv[1:] = overrides_last(sys.argv[1:])
+            name_sweep(config_name)
+            try:
+                with _raw_hydra_errors():
+                    hydra.main(
+                        version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
+                    )(Task(config_name, guarded))()
+            except KeyboardInterrupt:
+                if SweepProgress.current is not None:
+                    sys.exit("stopped; the same command again goes on with what is not finished")
+                sys.exit(
+                    "stopped; the same command with ckpt_path=last goes on from the last validation"
+                )
+            except Exception as error:
+                if not (is_users(error) or error in failures):
+                    raise
+                if not failures:  # before any job began
+                    failures.append(error)
+            finally:
+                failed_jobs = end_progress()
+            for overrides, message, folder in failed_jobs:
+                print(f"error ({overrides}): {message} [{folder}]", file=sys.stderr)
+            if failures:
+                if not is_users(failures[0]):
+                    raise failures[0]
+                print(f"error: {explain(failures[0], config_name)}", file=sys.stderr)
+            if failures or failed_jobs:
+                sys.exit(1)
+
+        return main
+
+    return decorate
+
+
+_TAKES_A_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+                  "--package", "-p", "--experimental-rerun")  # fmt: skip
+
+
+def overrides_last(arguments: list[str]) -> list[str]:
+    """The command line with ``option=value`` behind all flags: argparse refuses such words on both sides of a flag."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        is_value = bool(flags) and flags[-1] in _TAKES_A_VALUE
+        is_override = not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+        (overrides if is_override and not is_value else flags).append(argument)
+    return [*flags, *overrides]
+
+
+def name_sweep(config_name: str) -> None:
+    """Give a multirun of a door that has the option ``sweep`` a name of its own, the same for the same command."""
+    arguments = sys.argv[1:]
+    is_sweep = not {"--multirun", "-m"}.isdisjoint(arguments)
+    named = any(argument.startswith("sweep=") for argument in arguments)
+    config = OmegaConf.load(CONF_DIR / f"{config_name}.yaml")
+    if is_sweep and not named and "sweep" in config:
+        sys.argv.append(f"sweep={sweep_name(arguments)}")
+
+
+@contextlib.contextmanager
+def _raw_hydra_errors() -> Iterator[None]:
+    """Hydra prints its own short form of any error and exits; with this set it raises the error itself."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before

@@ -1,0 +1,98 @@
+"""Turn a user's mistake into one line: what is wrong, then what to do."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recsys_ssm.errors import UserError
+from recsys_ssm.instantiate import suggest
+from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.sweeps.progress import all_failed
+
+USERS = (
+    UserError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+    PermissionError,
+    NotADirectoryError,
+    FileExistsError,
+)
+"""What a user's mistake raises, in our code and in what it calls."""
+
+
+def is_users(error: BaseException) -> bool:
+    return (
+        isinstance(error, USERS)
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
+        or all_failed(error)
+        or launcher_of(error) is not None
+    )
+
+
+def explain(error: BaseException, config_name: str | None = None) -> str:
+    """An error as a line for people; for an option that does not exist, with what does."""
+    if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
+        return f"{error.filename}: {error.strerror}; choose another folder with output_root="
+    if all_failed(error):
+        return "no trial of the search is complete; the same command again goes on with others"
+    text = str(error).strip()
+    if launcher := launcher_of(error):
+        return f"the launcher {launcher} cannot start jobs: {text.partition(chr(10))[0]}"
+    if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
+        return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
+    if missing := re.match(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"
+    if unread := re.match(r"LexerNoViableAltException: ([^=\s]+)=(.*)", text):
+        option, value = unread.groups()
+        return f"{option}={value}: cannot be read; put it in quotes twice: {option}=\"'{value}'\""
+    if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
+        path = unknown[1].partition("@")[0]
+        parent, _, name = path.rpartition(".")
+        known = _known(config_name, parent) if config_name else []
+        return f"{path}: no such option; {suggest(name, known)}"
+    text = re.sub(r"^In '[^']*': ", "", text.partition("Config search path:")[0])
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip()).replace(":;", ":")
+
+
+def _known(config_name: str, parent: str) -> list[str]:
+    """Options below ``parent`` in the config as the command line's group choices make it."""
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    choices = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in groups and "," not in arg]
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = hydra.compose(config_name, choices)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+    except Exception:  # this only helps a message along
+        return []
+    return (
+        sorted({*map(str, node), *(() if parent else groups)})
+        if isinstance(node, DictConfig)
+        else []
+    )
+
+
+def launcher_of(error: BaseException) -> str | None:
+    """The launcher that could not start its jobs, where an error says that; None: it says something else.
+
+    Such an error comes from Hydra's plugin or from what the plugin calls, with none of our code in between.
+    """
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    plugins = [re.search(r"hydra_plugins.hydra_(\w+)_launcher\b", file) for file in files]
+    last = max((at for at, found in enumerate(plugins) if found), default=None)
+    if last is None or error.__cause__ is not None:  # a cause: a job's own error, handed on
+        return None
+    if any(Path(__file__).parents[1] in Path(file).parents for file in files[last + 1 :]):
+        return None
+    found = plugins[last]
+    return found[1] if found else None

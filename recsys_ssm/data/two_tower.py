@@ -1,0 +1,301 @@
+"""Prepare datasets of user-item pairs with features: arrays, batches that are slices of them, the DataModule.
+
+A two-tower dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns
+:class:`TwoTowerSplits`. The rest (batches, order, shards, resuming) is here, once.
+
+Legend: N pairs, B of them in a batch; U users to rank for; I items in the catalogue.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_ssm.batches import PairBatch, Ragged, RankingBatch
+from recsys_ssm.data.base import RecommenderData
+from recsys_ssm.data.loaders import ResumableLoader
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.metrics import RankingMetrics
+
+
+class Pairs(NamedTuple):
+    """(user, item, target) triplets as three arrays of one length N."""
+
+    user: Tensor
+    item: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Users to rank the catalogue for, and what is relevant to each."""
+
+    user: Tensor
+    """(U,) int64, rows of the user table."""
+    relevant: Ragged
+    seen: Ragged | None = None
+
+
+Baseline = Callable[[Tensor], Tensor]
+"""Scores of something simpler (or of an oracle): rows of the user table (U,) to scores (U, I)."""
+
+
+@dataclass
+class TwoTowerSplits:
+    """A dataset, prepared: what ``build`` returns."""
+
+    users: Features
+    items: Features
+    item_ids: list[str]
+    """What a recommendation is called, in catalogue order (the order that resolves ties)."""
+    user_schema: FeatureSchema
+    item_schema: FeatureSchema
+    train: Pairs
+    val: Pairs
+    val_ranking: Ranking
+    test_ranking: Ranking
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    """Printed beside the model; ``random`` and ``popularity`` are added to what a dataset gives."""
+    notes: list[str] = field(default_factory=list)
+    """What was read, dropped and why, a line each."""
+    generated: bool = False
+    """Stand-in data: the run's name, logs and results then say so."""
+
+    def __post_init__(self) -> None:
+        n_items = len(self.item_ids)
+        if self.test_ranking.user.numel() == 0:
+            raise UserError(
+                "no test user is left: lower the dataset's minimum of relevant items, "
+                "or give it more data"
+            )
+        if self.train.user.numel() == 0:
+            raise UserError(
+                "no training pair is left: give the dataset more interactions, "
+                "or hold out fewer users"
+            )
+        counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
+        self.baselines = {
+            "random": lambda user: random_scores(user, n_items),
+            "popularity": lambda user: counts.expand(user.numel(), -1),
+            **self.baselines,
+        }
+
+
+class PairLoader(ResumableLoader[PairBatch]):
+    """Batches of pairs, gathered from prepared arrays."""
+
+    def __init__(
+        self,
+        users: Features,
+        items: Features,
+        pairs: Pairs,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self.users, self.items, self.pairs = users, items, pairs
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self._share_size(self.pairs.user.numel()) // self.batch_size)
+
+    def _begin(self, generator: np.random.Generator | None) -> Callable[[int], PairBatch]:
+        n = self.pairs.user.numel()
+        everything = np.arange(n) if generator is None else generator.permutation(n)
+        order = torch.from_numpy(self._share(everything))
+
+        def batch_at(position: int) -> PairBatch:
+            index = order[position * self.batch_size : (position + 1) * self.batch_size]
+            user, item = self.pairs.user[index], self.pairs.item[index]
+            return PairBatch(
+                self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
+            )
+
+        return batch_at
+
+
+class RankingLoader:
+    """Blocks of users to rank for.
+
+    Each process takes a contiguous share; no user is padded, left out or counted twice.
+    """
+
+    def __init__(
+        self,
+        users: Features,
+        ranking: Ranking,
+        n_items: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.users, self.ranking = users, ranking
+        self.n_items, self.batch_size = n_items, batch_size
+        n = ranking.user.numel()
+        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[RankingBatch]:
+        for start in range(self._start, self._stop, self.batch_size):
+            stop = min(start + self.batch_size, self._stop)
+            user = self.ranking.user[start:stop]
+            seen = self.ranking.seen
+            yield RankingBatch(
+                self.users.rows(user),
+                self.ranking.relevant.mask(start, stop, self.n_items),
+                None if seen is None else seen.mask(start, stop, self.n_items),
+                user,
+            )
+
+
+class TwoTowerData(RecommenderData[TwoTowerSplits]):
+    """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
+
+    Args:
+        name: What runs and results are called after.
+        seed: Of everything that is sampled: users, pairs, splits, order.
+        batch_size: Pairs a training batch (on each process).
+        eval_batch_size: Users ranked at once; (eval_batch_size, I) scores are held.
+        shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        seed: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int = 256,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(name, seed)
+        if batch_size < 1 or eval_batch_size < 1:
+            raise UserError(
+                f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: "
+                "give at least 1"
+            )
+        self.batch_size, self.eval_batch_size, self.shuffle = batch_size, eval_batch_size, shuffle
+
+    def train_dataloader(self) -> PairLoader:
+        return self._pairs(self.splits.train, self.batch_size, self.shuffle)
+
+    def val_dataloader(self) -> list[Any]:
+        """Two loaders: pairs (for the loss) and users (for the ranking metrics)."""
+        splits = self.splits
+        return [
+            self._pairs(splits.val, max(self.batch_size, self.eval_batch_size), False),
+            self._ranking(splits.val_ranking),
+        ]
+
+    def test_dataloader(self) -> RankingLoader:
+        return self._ranking(self.splits.test_ranking)
+
+    def item_counts(self) -> Tensor:
+        """(I,) int64, positive training pairs of each item."""
+        train = self.splits.train
+        return torch.bincount(train.item[train.target > 0], minlength=len(self.splits.item_ids))
+
+    def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""
+        splits = self.splits
+        results = {}
+        for name, scores in splits.baselines.items():
+            # Every process sees all users here: there is nothing to add up.
+            ranking = RankingMetrics(metrics, n_items=len(splits.item_ids), sync_on_compute=False)
+            for batch in RankingLoader(
+                splits.users,
+                splits.test_ranking,
+                len(splits.item_ids),
+                batch_size=self.eval_batch_size,
+            ):
+                ranking.update(scores(batch.user_index), batch.relevant, batch.seen)
+            results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
+        return results
+
+    def _pairs(self, pairs: Pairs, batch_size: int, shuffle: bool) -> PairLoader:
+        return PairLoader(
+            self.splits.users,
+            self.splits.items,
+            pairs,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            **self._shard(),
+        )
+
+    def _ranking(self, ranking: Ranking) -> RankingLoader:
+        return RankingLoader(
+            self.splits.users,
+            ranking,
+            len(self.splits.item_ids),
+            batch_size=self.eval_batch_size,
+            **self._shard(),
+        )
+
+
+# splitmix64's odd constants as signed integers, which is what torch multiplies.
+_MIX = ((32, -0x61C8864680B583EB), (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+
+
+def random_scores(user: Tensor, n_items: int) -> Tensor:
+    """(U, I) scores in [0, 1) without meaning, a function of the user row and the item alone.
+
+    A generator's would change with the evaluation batch size and the number of processes; this is
+    a finaliser in the manner of splitmix64 over the pair's number.
+    """
+    x_UI = user.cpu()[:, None] * n_items + torch.arange(n_items) + 1
+    for shift, factor in _MIX:
+        x_UI = (x_UI ^ (x_UI >> shift)) * factor
+    return (x_UI ^ (x_UI >> 31)).float() / 2**63
+
+
+def sample_negatives(
+    positives: Ragged, user: np.ndarray, n_items: int, generator: np.random.Generator
+) -> np.ndarray:
+    """For each entry of ``user`` (N,) an item, uniform among those not in the user's ``positives``.
+
+    Exact and without rejection: the item of rank r among those a user lacks is r plus the number of
+    his items t_i (sorted, i = 0, 1, …) with t_i - i <= r; one search over all users' keys at once
+    finds that number.
+
+    Args:
+        positives: Each user's items, none twice.
+
+    Raises:
+        UserError: A user already has the whole catalogue.
+    """
+    lengths, offsets = positives.lengths.numpy(), positives.offsets.numpy()
+    room = n_items - lengths[user]
+    if room.size and room.min() <= 0:
+        raise UserError(
+            "a user interacted with every item of the catalogue, so no negative can be drawn: "
+            "enlarge the catalogue or set negatives to 0"
+        )
+    rank = generator.integers(0, room)
+    owner = np.repeat(np.arange(lengths.size), lengths)
+    taken = np.sort(owner * n_items + positives.values.numpy()) - owner * n_items
+    keys = owner * (n_items + 1) + taken - (np.arange(taken.size) - offsets[owner])
+    return rank + np.searchsorted(keys, user * (n_items + 1) + rank, side="right") - offsets[user]
+
+
+def split_users(
+    candidates: Sequence[int] | np.ndarray, sizes: Sequence[int], generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Disjoint random groups of the given sizes (less when the candidates run out), each sorted."""
+    order = generator.permutation(np.asarray(candidates, dtype=np.int64))
+    edges = np.cumsum([0, *sizes])
+    return [np.sort(order[a:b]) for a, b in itertools.pairwise(edges)]
