@@ -1,10 +1,109 @@
-import os
+"""State space models for recommender systems.
 
-# GNU OpenMP's threads spin for milliseconds after every parallel part, in case another follows. On processors that
-# other work wants as well, that starves them all: with two busy processes on two cores a training step takes 2.3
-# times as long as with a tenth of a millisecond, which costs nothing on an idle machine (docs/kernels.md); asleep at
-# once, a step of many small parts takes half as long again. Read when PyTorch is loaded, so it is set before that.
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+The names below are imported when they are first used, so ``import recsys_ssm`` is quick and changes nothing in the
+program.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "recsys_ssm.data.hm": ("HmData",),
+    "recsys_ssm.data.interactions": ("Interactions",),
+    "recsys_ssm.data.spotify": ("SpotifyData",),
+    "recsys_ssm.data.table": ("TableData",),
+    "recsys_ssm.data.vaccine": ("VaccineData",),
+    "recsys_ssm.errors": ("UserError",),
+    "recsys_ssm.features": ("Features", "FeatureSchema"),
+    "recsys_ssm.metrics": ("RankingMetrics",),
+    "recsys_ssm.models.backbones.base": ("Backbone", "Stack"),
+    "recsys_ssm.models.backbones.hydra": ("Hydra",),
+    "recsys_ssm.models.backbones.identity": ("Identity",),
+    "recsys_ssm.models.backbones.ligr": ("Ligr",),
+    "recsys_ssm.models.backbones.mamba": ("Mamba",),
+    "recsys_ssm.models.backbones.mamba2": ("Mamba2",),
+    "recsys_ssm.models.backbones.transformer": ("Transformer",),
+    "recsys_ssm.models.heads": ("NextItemHead", "TowerHead"),
+    "recsys_ssm.models.losses": (
+        "BinaryCrossEntropy",
+        "InBatchSoftmax",
+        "MeanSquaredError",
+        "NextItemLoss",
+    ),
+    "recsys_ssm.models.next_item": ("NextItem",),
+    "recsys_ssm.models.tokenizers": ("FeatureTokenizer", "ItemTokenizer"),
+    "recsys_ssm.models.two_tower": ("TwoTower",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from recsys_ssm.data.hm import HmData
+    from recsys_ssm.data.interactions import Interactions
+    from recsys_ssm.data.spotify import SpotifyData
+    from recsys_ssm.data.table import TableData
+    from recsys_ssm.data.vaccine import VaccineData
+    from recsys_ssm.errors import UserError
+    from recsys_ssm.features import Features, FeatureSchema
+    from recsys_ssm.metrics import RankingMetrics
+    from recsys_ssm.models.backbones.base import Backbone, Stack
+    from recsys_ssm.models.backbones.hydra import Hydra
+    from recsys_ssm.models.backbones.identity import Identity
+    from recsys_ssm.models.backbones.ligr import Ligr
+    from recsys_ssm.models.backbones.mamba import Mamba
+    from recsys_ssm.models.backbones.mamba2 import Mamba2
+    from recsys_ssm.models.backbones.transformer import Transformer
+    from recsys_ssm.models.heads import NextItemHead, TowerHead
+    from recsys_ssm.models.losses import (
+        BinaryCrossEntropy,
+        InBatchSoftmax,
+        MeanSquaredError,
+        NextItemLoss,
+    )
+    from recsys_ssm.models.next_item import NextItem
+    from recsys_ssm.models.tokenizers import FeatureTokenizer, ItemTokenizer
+    from recsys_ssm.models.two_tower import TwoTower
+
+__all__ = [
+    "Backbone",
+    "BinaryCrossEntropy",
+    "FeatureSchema",
+    "FeatureTokenizer",
+    "Features",
+    "HmData",
+    "Hydra",
+    "Identity",
+    "InBatchSoftmax",
+    "Interactions",
+    "ItemTokenizer",
+    "Ligr",
+    "Mamba",
+    "Mamba2",
+    "MeanSquaredError",
+    "NextItem",
+    "NextItemHead",
+    "NextItemLoss",
+    "RankingMetrics",
+    "SpotifyData",
+    "Stack",
+    "TableData",
+    "TowerHead",
+    "Transformer",
+    "TwoTower",
+    "UserError",
+    "VaccineData",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

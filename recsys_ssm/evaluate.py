@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from recsys_ssm.cli.command import command
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import find, make, plain
+from recsys_ssm.instantiate import find, instantiate, plain
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.assemble import check_writable, test_model
 from recsys_ssm.run.checkpoints import read_checkpoint
@@ -20,9 +20,6 @@ from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.table import print_results
 
 log = logging.getLogger(__name__)
-
-TWO_TOWER = "recsys_ssm.models.two_tower.TwoTower"
-"""What a run is of whose config does not say so yet."""
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -35,11 +32,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_writable(output)
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
-    model = load_model(checkpoint, trained.head.get("_target_", TWO_TOWER))
+    model = load_model(checkpoint, model_class(trained, run))
     if cfg.metrics is not None:
         model.set_metrics(plain(cfg.metrics))
 
-    data: RecommenderData[Any] = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
+    data: RecommenderData[Any] = instantiate(
+        OmegaConf.merge(trained.dataset, cfg.dataset), "dataset"
+    )
     if not model.fits(data):
         raise UserError(
             f"run={cfg.run}: the dataset's columns, categories or items are not those of the training; "
@@ -71,7 +70,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def find_run(run: str, which: str) -> tuple[Path, Path]:
-    """The checkpoint, and the folder of the run it belongs to.
+    """Return the checkpoint, and the folder of the run it belongs to.
 
     Raises:
         UserError: There is none.
@@ -90,7 +89,7 @@ def find_run(run: str, which: str) -> tuple[Path, Path]:
 
 
 def load_config(run: Path) -> DictConfig:
-    """What a run was made of, as its training wrote it.
+    """Load the config.yaml that training saved.
 
     Raises:
         UserError: There is no such file.
@@ -103,20 +102,33 @@ def load_config(run: Path) -> DictConfig:
     return config
 
 
-def load_model(checkpoint: Path, module: str) -> Recommender:
-    """The model of a checkpoint, a LightningModule of the class ``module`` names.
+def model_class(trained: DictConfig, run: Path) -> str:
+    """Return the dotted path of the model's class in a run's config.
 
     Raises:
-        UserError: The file is no checkpoint of such a model.
+        UserError: The config names none.
+    """
+    path = OmegaConf.select(trained, "model._target_")
+    if not isinstance(path, str):
+        raise UserError(f"{run}: config.yaml names no model; give a run of this version")
+    return path
+
+
+def load_model(checkpoint: Path, module: str) -> Recommender:
+    """Load the model of a checkpoint; ``module`` is the dotted path of its class.
+
+    Raises:
+        UserError: The file is not a checkpoint of such a model.
     """
     read_checkpoint(checkpoint)
     try:
-        return find(module, "head").load_from_checkpoint(
+        return find(module, "model").load_from_checkpoint(
             checkpoint, map_location="cpu", weights_only=True
         )
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{checkpoint}: no checkpoint of a {module.rpartition('.')[2]} model ({str(error).splitlines()[0]})"
+            f"{checkpoint}: not a checkpoint of a {module.rpartition('.')[2]} model "
+            f"({str(error).splitlines()[0]}); give the checkpoint of this run"
         ) from error
 
 

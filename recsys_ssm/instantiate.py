@@ -1,14 +1,20 @@
-"""Objects from plain specs: ``{"_target_": "package.module.Class", **arguments}``.
+"""Make objects from specs: ``{"_target_": "package.module.Class", **arguments}``.
 
-The convention is Hydra's, so a config node is a spec; but a spec also lives in a checkpoint, which must be loadable
-without Hydra and without running whatever code a stranger's file names. So :func:`build` only takes classes of the
-expected kind, from packages it is told to trust or from modules the program has imported already, and checks every
-argument against the class's signature before calling it.
+The convention is Hydra's, so a config node is a spec. A spec is also what a checkpoint stores, and a checkpoint must
+load without Hydra and without running code that a stranger's file names. So there are two verbs:
+
+- :func:`instantiate` makes the object that a user's own config names, from any module that can be imported.
+- :func:`build` makes an object from a spec of unknown origin: the class must be of the expected kind, and must come
+  from this package, from ``torch.optim`` or from a module that the program has imported already.
+
+Both check every argument against the signature first. The signature is the home of an option's default: configs name
+only what deviates from it, and :func:`with_defaults` fills in the rest.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -25,38 +31,119 @@ T = TypeVar("T")
 Spec = Mapping[str, Any]
 
 TRUSTED = ("recsys_ssm.", "torch.optim.")
+"""Packages whose classes a checkpoint may name."""
+
+
+class Configurable:
+    """Record the arguments an object is made with, so that a checkpoint can store it as plain data."""
+
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> typing.Self:
+        instance = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        try:
+            bound = signature.bind_partial(None, *args, **kwargs).arguments
+        except TypeError:  # __init__ raises the same
+            bound = {}
+        arguments: dict[str, Any] = {}
+        for name, value in list(bound.items())[1:]:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= value
+            elif kind is not inspect.Parameter.VAR_POSITIONAL:
+                arguments[name] = value
+        # Objects made at run time (tensors, schemas) are passed again by whoever builds from the spec.
+        instance.__dict__["_arguments"] = {k: v for k, v in arguments.items() if _is_plain(v)}
+        return instance
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The spec that makes another object with the same arguments (not with the same weights)."""
+        return {"_target_": _path_of(type(self)), **self._arguments}
+
+
+Part = Spec | Configurable | type | functools.partial
+"""How a part of a model may be given: a spec, an object, a class, or a ``functools.partial`` of a class."""
+
+
+def to_spec(part: Part | None, option: str, default: type | None = None) -> dict[str, Any]:
+    """Return the spec of a part, however it is given.
+
+    Args:
+        part: The part.
+        option: Its name, for messages.
+        default: Class of a part that is None, or a mapping without ``_target_``.
+
+    Raises:
+        UserError: The part has no spec.
+    """
+    if default is not None and (
+        part is None or (isinstance(part, Mapping) and "_target_" not in part)
+    ):
+        return {"_target_": _path_of(default), **(part or {})}
+    if isinstance(part, Configurable):
+        return part.spec
+    if isinstance(part, functools.partial) and not part.args:
+        return {"_target_": _path_of(part.func), **part.keywords}
+    if isinstance(part, type):
+        return {"_target_": _path_of(part)}
+    if isinstance(part, Mapping):
+        return dict(part)
+    raise UserError(
+        f"{option}: {type(part).__name__} has no spec; give an object of this package's classes, a class, "
+        "a functools.partial with keyword arguments, or a mapping with _target_"
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, _PLAIN)
+
+
+def _path_of(target: Any) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+# Untrusted: checkpoints and run folders
 
 
 def build(spec: Spec, kind: type[T], option: str, **given: Any) -> T:
-    """Make the ``kind`` that ``spec`` describes.
+    """Make an object of the class ``kind`` from a spec of unknown origin.
 
     Args:
         spec: ``_target_`` and the arguments.
-        kind: Class the target must be (a subclass of).
-        option: What messages call the spec: the config option it comes from.
-        given: Further arguments, not the user's.
+        kind: Class that the target must be, or be a subclass of.
+        option: Config option the spec comes from, for messages.
+        given: Arguments passed by the program.
 
     Raises:
-        UserError: The target is unknown or of another kind; an argument is unknown, absent or of the wrong type.
+        UserError: The target is unknown, not trusted or of another kind; an argument is unknown, missing or of the
+            wrong type.
     """
     if "_target_" not in spec:
         raise UserError(f"{option}: no _target_ in {dict(spec)}; name the class to build")
     target = find(spec["_target_"], option)
     if not (isinstance(target, type) and issubclass(target, kind)):
-        raise UserError(f"{option}._target_={spec['_target_']}: not a {kind.__name__}")
+        raise UserError(
+            f"{option}._target_={spec['_target_']}: not a {kind.__name__}; name a subclass of it"
+        )
     arguments = {name: value for name, value in spec.items() if name != "_target_"}
     check_arguments(target, arguments, option, given)
     try:
-        return target(**arguments, **given)
+        return target(**{**arguments, **given})
     except ValueError as error:  # values that do not go together: constructors say which
         raise UserError(f"{option}: {error}") from error
 
 
 def find(path: str, option: str, *, trust: Iterable[str] = TRUSTED) -> Any:
-    """The object at a dotted path, importing only what is trusted.
+    """Return the object at a dotted path; import only modules that are trusted.
 
     Raises:
-        UserError: There is none, or its module is neither trusted nor imported.
+        UserError: There is no such object, or its module is neither trusted nor imported.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -65,21 +152,148 @@ def find(path: str, option: str, *, trust: Iterable[str] = TRUSTED) -> Any:
         )
     if module_name not in sys.modules and not path.startswith(tuple(trust)):
         raise UserError(
-            f"{option}._target_={path}: import {module_name} first (a checkpoint is never let import code by itself)"
+            f"{option}._target_={path}: import {module_name} first (a checkpoint never imports code by itself)"
         )
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{option}._target_={path}: {error}") from error
+        raise UserError(f"{option}._target_={path}: {error}; check the path") from error
+
+
+# Trusted: a user's own config
 
 
 def import_target(path: str, option: str) -> Any:
-    """The object at a dotted path a user's own config names: any importable module.
+    """Return the object at a dotted path that a user's own config names, from any module that can be imported.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such object.
     """
     return find(path, option, trust=("",))
+
+
+def instantiate(node: Any, option: str, **given: Any) -> Any:
+    """Make the object that a node of a user's own config describes; None if the node names none.
+
+    Args:
+        node: The config node.
+        option: Its name, for messages.
+        given: Arguments passed by the program. The node's own win, unless they are the defaults.
+
+    Raises:
+        UserError: An argument is unknown, missing or of the wrong type.
+    """
+    values = spec(node, option)
+    if values is None:
+        return None
+    target = import_target(values.pop("_target_"), option)
+    check_arguments(target, values, option, given)
+    # A value that is only the class's default does not override what the program passes.
+    defaults = defaults_of(target)
+    explicit = {k: v for k, v in values.items() if k not in given or v != defaults.get(k, given)}
+    return target(**{**values, **given, **explicit})
+
+
+def instantiate_all(nodes: Mapping[str, Any] | None, option: str, **given: Any) -> list[Any]:
+    """Make the objects of a mapping of nodes; leave out those set to null."""
+    made = [
+        instantiate(node, f"{option}.{name}", **given)
+        for name, node in (nodes or {}).items()
+        if node is not None
+    ]
+    return [each for each in made if each is not None]
+
+
+def spec(node: Any, option: str) -> dict[str, Any] | None:
+    """Return a config node as a spec, with its class imported; None if the node names none.
+
+    Raises:
+        UserError: The node has arguments and no ``_target_``.
+    """
+    values = plain(node)
+    if not values or values.get("_target_") is None:
+        if rest := [name for name in values or {} if name != "_target_"]:
+            raise UserError(
+                f"{option}.{rest[0]}: {option} is not configured, so it has no options; "
+                f"choose one first, or remove {option}.{rest[0]}"
+            )
+        return None
+    import_target(values["_target_"], option)
+    return dict(values)
+
+
+def check(cfg: DictConfig, *options: str) -> None:
+    """Check config nodes against the signatures of the classes they name, before any time is spent.
+
+    Raises:
+        UserError: An argument is unknown or of the wrong type.
+    """
+    for option in options:
+        if values := spec(OmegaConf.select(cfg, option), option):
+            target = import_target(values.pop("_target_"), option)
+            check_arguments(target, values, option, given=None)
+
+
+def plain(node: Any) -> Any:
+    """Return a config node as plain containers with interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def with_defaults(config: Any, *, trust: Iterable[str] = ("",)) -> Any:
+    """Return a copy of a plain config in which every spec names all options of its class, defaults included.
+
+    Args:
+        config: Plain containers; interpolations may stay as text. Options of a class that are called as a part of the
+            whole config (a model's ``tokenizer``, a trainer's ``logger``) are left to that part.
+        trust: Packages to import classes from; others are used only if they are imported already.
+    """
+    parts = frozenset(config) if isinstance(config, Mapping) else frozenset()
+    return _filled(config, tuple(trust), parts)
+
+
+def _filled(node: Any, trust: tuple[str, ...], parts: frozenset[str]) -> Any:
+    if isinstance(node, list):
+        return [_filled(each, trust, parts) for each in node]
+    if not isinstance(node, Mapping):
+        return node
+    filled = {name: _filled(value, trust, parts) for name, value in node.items()}
+    if isinstance(path := node.get("_target_"), str):
+        try:
+            target = find(path, "config", trust=trust)
+        except UserError:  # reported where the object is made
+            return filled
+        for name, value in defaults_of(target).items():
+            if name not in parts:
+                filled.setdefault(name, value)
+    return filled
+
+
+def defaults_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options of a class or function that have a default a config can hold."""
+    parameters, hints = _parameters(target)
+    defaults: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        value = parameter.default
+        if name == "**" or value is inspect.Parameter.empty or not _holds(hints.get(name, Any)):
+            continue
+        if isinstance(value, tuple | list) and all(isinstance(each, _PLAIN) for each in value):
+            defaults[name] = list(value)
+        elif isinstance(value, _PLAIN):
+            defaults[name] = value
+    return defaults
+
+
+def _holds(hint: Any) -> bool:
+    """Return True if a config can hold a value of an annotated type other than None."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_holds(arg) for arg in args if arg not in (None, type(None)))
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return all(_holds(arg) for arg in args if arg is not Ellipsis)
+    return hint in (Any, bool, int, float, str) or origin is Literal
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def check_arguments(
@@ -88,16 +302,17 @@ def check_arguments(
     option: str,
     given: Iterable[str] | None = (),
 ) -> None:
-    """Hold arguments against ``target``'s signature (those of its base classes too, through ``**kwargs``).
+    """Check arguments against ``target``'s signature, and those of its base classes through ``**kwargs``.
 
     Args:
         target: A class or function.
-        arguments: What a user gives it.
-        option: The config option they come from.
-        given: Names of what it is given beside them; None: not known yet, so none is missed.
+        arguments: Arguments that a user gives.
+        option: Config option they come from.
+        given: Names of arguments passed by the program. None: skip the check for missing arguments.
 
     Raises:
-        UserError: One is unknown (the message says what exists), absent, or no value of its annotated type.
+        UserError: An argument is unknown (the message lists the known ones), missing, or of another type than its
+            annotation.
     """
     parameters, hints = _parameters(target)
     for name, value in arguments.items():
@@ -108,7 +323,7 @@ def check_arguments(
         hint = hints.get(name, Any)
         if not fits(value, hint):
             raise UserError(
-                f"{option}.{name}={value!r}: expected {_spell(hint)}, got {type(value).__name__}"
+                f"{option}.{name}={value!r}: expected {_type_name(hint)}, got {type(value).__name__}"
             )
     if given is None:
         return
@@ -118,11 +333,16 @@ def check_arguments(
         if name != "**" and parameter.default is inspect.Parameter.empty
     ]
     if absent := [name for name in required if name not in arguments and name not in given]:
-        raise UserError(f"{option}.{absent[0]}: needs a value")
+        raise UserError(f"{option}.{absent[0]}: needs a value; add {option}.{absent[0]}=…")
+
+
+def takes(target: Callable[..., Any], name: str) -> bool:
+    """Return True if a class or function has a parameter of this name."""
+    return name in _parameters(target)[0]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``did you mean X?`` and all there is."""
+    """Return ``did you mean X?`` where a name is near, and all known names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return (
@@ -134,13 +354,13 @@ _SCALARS = (bool, int, float, str, None, type(None))
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a config value (numbers, text, lists, mappings) is a value of an annotated type.
+    """Return True if a config value (number, text, list, mapping) is a value of an annotated type.
 
-    Annotations other than those a config can hold are not judged.
+    Annotations other than those that a config can hold are not checked.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        # Beside a float, a Tensor is no reason to let a text pass.
+        # For `float | Tensor` still reject strings.
         known = [arg for arg in args if arg in _SCALARS or get_origin(arg) is Literal]
         judged = known if known and isinstance(value, str | int | float | None) else args
         return any(fits(value, arg) for arg in judged)
@@ -160,7 +380,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters by name, following ``**kwargs`` up a class's bases; ``**`` stands for any further name."""
+    """Return parameters and hints by name; follow ``**kwargs`` up a class's bases (``**`` stands for any name)."""
     functions = (
         [
             vars(cls)["__init__"]
@@ -175,7 +395,7 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
     takes_more: inspect.Parameter | None = None
     for function in functions:
         takes_more = None
-        # A decorated __init__ (Lightning's Trainer) says what it takes through __wrapped__, which both follow.
+        # A decorated __init__ (Lightning's Trainer) has its signature in __wrapped__, which both follow.
         known = _hints(inspect.unwrap(function))
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -193,64 +413,13 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except (
-        Exception
-    ):  # an annotation that cannot be resolved at run time only means less is checked
+    except Exception:  # annotations that cannot be resolved are skipped
         return {}
 
 
-def _spell(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_spell(arg) for arg in get_args(hint))
+        return " or ".join(_type_name(arg) for arg in get_args(hint))
     return "none" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
-
-
-def plain(node: Any) -> Any:
-    """A config node as plain containers, interpolations resolved."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def spec(node: Any, option: str) -> dict[str, Any] | None:
-    """Return a config node as a checked spec, with its class imported; None if it names none."""
-    values = plain(node)
-    if not values or values.get("_target_") is None:
-        return None
-    import_target(values["_target_"], option)
-    return dict(values)
-
-
-def check(cfg: DictConfig, *options: str) -> None:
-    """Hold config nodes against what they describe, before any time is spent.
-
-    Raises:
-        UserError: An argument is unknown or of the wrong type.
-    """
-    for option in options:
-        if values := spec(OmegaConf.select(cfg, option), option):
-            check_arguments(
-                import_target(values.pop("_target_"), option), values, option, given=None
-            )
-
-
-def make(node: Any, option: str, **given: Any) -> Any:
-    """The object a config node describes, its arguments checked first; None if it names none.
-
-    Raises:
-        UserError: An argument is unknown, absent or of the wrong type.
-    """
-    values = spec(node, option)
-    if values is None:
-        return None
-    target = import_target(values.pop("_target_"), option)
-    check_arguments(target, values, option, given)
-    return target(**{**given, **values})
-
-
-def make_all(nodes: Mapping[str, Any] | None, option: str) -> list[Any]:
-    """The objects of a folder of nodes, those set to null left out."""
-    made = [
-        make(node, f"{option}.{name}") for name, node in (nodes or {}).items() if node is not None
-    ]
-    return [each for each in made if each is not None]

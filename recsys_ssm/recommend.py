@@ -17,8 +17,8 @@ from recsys_ssm.cli.command import command
 from recsys_ssm.data.files import read_table
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
-from recsys_ssm.evaluate import TWO_TOWER, find_run, load_config, load_model
-from recsys_ssm.instantiate import make
+from recsys_ssm.evaluate import find_run, load_config, load_model, model_class
+from recsys_ssm.instantiate import instantiate
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.run.assemble import check_writable
@@ -42,7 +42,7 @@ def recommend(cfg: DictConfig) -> Path:
     check_writable(path.parent, "output")
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
-    model = load_model(checkpoint, trained.head.get("_target_", TWO_TOWER))
+    model = load_model(checkpoint, model_class(trained, run))
     if isinstance(model, NextItem):
         blocks, n_users = _by_history(cfg, trained, model)
     elif isinstance(model, TwoTower):
@@ -70,7 +70,7 @@ def _by_history(
     cfg: DictConfig, trained: DictConfig, model: NextItem
 ) -> tuple[Iterator[tuple[pl.Series, pl.DataFrame]], int]:
     """Blocks of users with what follows their histories, and how many users there are."""
-    data = make(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
+    data = instantiate(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
     if not isinstance(data, Interactions):
         raise UserError(f"run={cfg.run}: its dataset, {data.name}, is not one of interactions")
     if cfg.user is not None:

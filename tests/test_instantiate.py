@@ -37,7 +37,7 @@ def test_build_follows_keyword_arguments_to_the_base() -> None:
             {"size": 1, "sice": 2},
             "thing.sice: no such option; did you mean 'size'? known: kind, rate, size",
         ),
-        ({}, "thing.size: needs a value"),
+        ({}, "thing.size: needs a value; add thing.size=…"),
     ],
 )
 def test_mistakes(arguments: dict[str, object], message: str) -> None:

@@ -90,8 +90,9 @@ def test_mistakes_are_one_line(cli, csv: Path) -> None:
         ),
         (["backbone=transformer", "backbone.causal=false"], "sees the whole history"),
         (["backbone=mamba2", "backbone.headdim=64"], "backbone: headdim=64 does not divide"),
-        (["head=two_tower"], "head=two_tower needs users and items with features"),
-        (["head.loss=hinge"], "head.loss='hinge'"),
+        (["task=two_tower"], "task=two_tower needs users and items with features"),
+        (["head=two_tower"], "head._target_=recsys_ssm.models.heads.TowerHead: not a NextItemHead"),
+        (["loss.kind=hinge"], "loss.kind='hinge'"),
         (["dataset.max_length=0"], "dataset.max_length=0"),
         (["tokenizer.positions=2"], "tokenizer.positions=2"),
         (["dataset.item=article"], "no column 'article'"),
@@ -103,8 +104,8 @@ def test_mistakes_are_one_line(cli, csv: Path) -> None:
     outcome = train(cli, csv, "monitor=val/nothing", "trainer.max_epochs=1")
     assert outcome.code == 1 and "Traceback" not in outcome.text
     assert "monitor=val/nothing: validation found no such value; it found val/cov" in outcome.err
-    outcome = cli("train", "dataset=spotify", "head=next_item", "logger=none")
-    assert outcome.code == 1 and "head=next_item needs a dataset of sequences" in outcome.err
+    outcome = cli("train", "dataset=spotify", "task=next_item", "logger=none")
+    assert outcome.code == 1 and "task=next_item needs a dataset of histories" in outcome.err
 
 
 def test_two_processes_give_the_figures_of_one(cli, csv: Path, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_the_same_seed_gives_the_same_digits(cli, csv: Path, tmp_path: Path) -> 
 
 
 def test_resumed_after_a_stop_it_is_the_undisturbed_run(cli, csv: Path, tmp_path: Path) -> None:
-    options = ("trainer.max_epochs=4", "head.loss=sampled_softmax", "head.negatives=5")
+    options = ("trainer.max_epochs=4", "loss=sampled_softmax", "loss.negatives=5")
     assert train(cli, csv, *options, "output_dir=whole").code == 0
     assert train(cli, csv, *options, "output_dir=half", "trainer.max_epochs=2").code == 0
     outcome = train(cli, csv, *options, "output_dir=rest", "ckpt_path=half/checkpoints/last.ckpt")

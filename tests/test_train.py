@@ -152,11 +152,10 @@ def test_resuming_ends_as_if_never_stopped(cli, tmp_path: Path) -> None:
 
 def test_multirun_and_a_failing_job(cli, tmp_path: Path) -> None:
     # Options on both sides of the flag, as people write it.
-    outcome = cli("train", *QUICK, "--multirun", "seed=0,1", "head.loss=hinge,mse")
+    outcome = cli("train", *QUICK, "--multirun", "seed=0,1", "tokenizer.init=zeros,normal")
     assert outcome.code == 1
     assert (
-        outcome.err.count("expected one of mse, bce, softmax") == 2
-        and "Traceback" not in outcome.err
+        outcome.err.count("expected one of normal, uniform") == 2 and "Traceback" not in outcome.err
     )
     done = sorted(tmp_path.glob("runs/multirun/*/*/metrics.json"))
     assert len(done) == 2
@@ -211,7 +210,7 @@ def test_generated_is_written_everywhere(
         (["backbone.d_modle=3"], "backbone.d_modle: no such option; did you mean 'd_model'"),
         (["dataset.batch_size=0"], "dataset.batch_size=0"),
         (["dataset.nusers=0"], "dataset.nusers: no such option"),
-        (["head.loss=hinge"], "head.loss='hinge': expected one of mse, bce, softmax"),
+        (["tokenizer.init=zeros"], "tokenizer.init='zeros': expected one of normal, uniform"),
         (["metrics=[hits@3]"], "unknown metric 'hits@3'"),
         (["monitor=val/hits@3"], "unknown metric 'hits@3'"),
         (["name=a;b"], "name=a;b: cannot be read; put it in quotes twice: name=\"'a;b'\""),
@@ -295,7 +294,7 @@ def test_lightning_options_as_lightning_users_know_them(cli) -> None:
         "scheduler.warmup_steps=2",
         "callbacks=early_stopping",
         "optimizer=adamw",
-        "head.loss=softmax",
+        "loss=in_batch_softmax",
     )
     assert outcome.code == 0, outcome.text
 
@@ -398,7 +397,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0
     if how == signal.SIGINT:
-        assert "ckpt_path=last goes on" in err and "Traceback" not in err
+        assert "ckpt_path=last continues" in err and "Traceback" not in err
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
 
     assert cli("train", *base, "ckpt_path=last").code == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import hydra
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli.errors import explain, is_users
 from recsys_ssm.cli.resolvers import register_resolvers, run_folder
+from recsys_ssm.instantiate import with_defaults
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.sweeps.identity import sweep_name
 from recsys_ssm.sweeps.jobs import Task, end_with_parent
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def quiet_dependencies() -> None:
-    """Lightning's messages once and in the run's log too, without those that nobody here can act upon."""
+    """Print other packages' messages once, in the run's log too, without those a user cannot act upon."""
     for name in (
         "lightning",
         "lightning.pytorch",
@@ -51,8 +54,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """Make ``task(cfg)`` a command: Hydra composes ``conf/<config_name>.yaml``, mistakes become one clear line.
 
     A user's mistake (an option, a file) exits with 1 and no traceback; a defect of ours keeps its traceback. The jobs
-    of a multirun are processes of their own (:mod:`recsys_ssm.sweeps.jobs`): one that fails keeps its message
-    or traceback in its folder, the others go on, and the exit code is 1 as well.
+    of a multirun are processes of their own (:mod:`recsys_ssm.sweeps.jobs`): one that fails keeps its message or
+    traceback in its folder, the others go on, and the exit code is 1 as well.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -60,11 +63,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         def guarded(cfg: DictConfig) -> Any:
             try:
-                return task(cfg)
+                return task(complete(cfg))
             except Exception as error:
                 failures.append(error)
                 if is_users(error):
-                    return None  # told below; raised here, Hydra would add lines of its own
+                    return None  # reported below; raised here, Hydra would add lines of its own
                 raise
 
         def main() -> None:
@@ -73,18 +76,22 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             run_folder.cache_clear()
             register_resolvers()
             quiet_dependencies()
-            sys.argv[1:] = overrides_last(sys.argv[1:])
+            arguments = open_options(overrides_last(sys.argv[1:]))
+            sys.argv[1:] = arguments
             name_sweep(config_name)
+            shows_config = not {"--cfg", "-c"}.isdisjoint(arguments)
             try:
-                with _raw_hydra_errors():
+                with _raw_hydra_errors(), _completed_output() if shows_config else nullcontext():
                     hydra.main(
                         version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
                     )(Task(config_name, guarded))()
             except KeyboardInterrupt:
                 if SweepProgress.current is not None:
-                    sys.exit("stopped; the same command again goes on with what is not finished")
+                    sys.exit(
+                        "stopped; the same command again continues the jobs that are not finished"
+                    )
                 sys.exit(
-                    "stopped; the same command with ckpt_path=last goes on from the last validation"
+                    "stopped; the same command with ckpt_path=last continues from the last validation"
                 )
             except Exception as error:
                 if not (is_users(error) or error in failures):
@@ -107,12 +114,55 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     return decorate
 
 
+def complete(cfg: DictConfig) -> DictConfig:
+    """Return a config in which every part names all its options, defaults of its class included."""
+    filled = OmegaConf.create(with_defaults(OmegaConf.to_container(cfg, resolve=False)))
+    OmegaConf.set_struct(filled, True)
+    return filled
+
+
+@contextlib.contextmanager
+def _completed_output() -> Iterator[None]:
+    """Print the config that Hydra shows (``--cfg``) with the defaults of its classes filled in."""
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured):
+        yield
+    text = captured.getvalue()
+    header, _, body = text.partition("\n") if text.startswith("# @package") else ("", "", text)
+    shown = OmegaConf.create(body)
+    if not isinstance(shown, DictConfig):
+        print(text, end="")
+        return
+    hydra_node = shown.pop("hydra", None)
+    filled = OmegaConf.create(with_defaults(OmegaConf.to_container(shown, resolve=False)))
+    if hydra_node is not None:
+        filled = OmegaConf.merge({"hydra": hydra_node}, filled)
+    print(f"{header}\n" * bool(header) + OmegaConf.to_yaml(filled), end="")
+
+
+_CLOSED = frozenset({"debug", "experiment", "launcher", "preset", "recipe", "task"})
+
+
+def open_options(arguments: list[str]) -> list[str]:
+    """Let every argument of a class be given, also if no config names it: ``trainer.limit_val_batches=2``.
+
+    Hydra adds an option that is not in the config only with ``++``. Names and types are checked against the class.
+    """
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} | {"model"}
+    return [
+        f"++{argument}"
+        if "." in (key := argument.partition("=")[0]) and key.partition(".")[0] in groups - _CLOSED
+        else argument
+        for argument in arguments
+    ]
+
+
 _TAKES_A_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                   "--package", "-p", "--experimental-rerun")  # fmt: skip
 
 
 def overrides_last(arguments: list[str]) -> list[str]:
-    """The command line with ``option=value`` behind all flags: argparse refuses such words on both sides of a flag."""
+    """Move ``option=value`` behind all flags: argparse refuses such words on both sides of a flag."""
     flags: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
@@ -123,7 +173,7 @@ def overrides_last(arguments: list[str]) -> list[str]:
 
 
 def name_sweep(config_name: str) -> None:
-    """Give a multirun of a door that has the option ``sweep`` a name of its own, the same for the same command."""
+    """Name a multirun (option ``sweep``) after its options: the same command has the same name."""
     arguments = sys.argv[1:]
     is_sweep = not {"--multirun", "-m"}.isdisjoint(arguments)
     named = any(argument.startswith("sweep=") for argument in arguments)
@@ -134,7 +184,7 @@ def name_sweep(config_name: str) -> None:
 
 @contextlib.contextmanager
 def _raw_hydra_errors() -> Iterator[None]:
-    """Hydra prints its own short form of any error and exits; with this set it raises the error itself."""
+    """Make Hydra raise errors, where it would print its own short form and exit."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

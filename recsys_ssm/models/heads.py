@@ -1,29 +1,24 @@
-"""From a backbone's outputs to scores and losses.
+"""Turn a backbone's outputs into embeddings whose inner products are scores.
 
-Legend: B pairs, U users, I items, D = d_model, S = size of the embedding that is compared; P positions with a next
-item, K negatives.
+Legend: B rows, P positions, I items, D = d_model, S = size of the embedding that is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys_ssm.ops.cross_entropy import linear_cross_entropy, multiplies_bfloat16
+from recsys_ssm.instantiate import Configurable
 
 
-class TowerHead(nn.Sequential):
-    """A tower's end: D → hidden (ReLU) → S.
+class TowerHead(Configurable, nn.Sequential):
+    """Map a tower's output to its embedding: D → hidden (ReLU) → S.
 
     Args:
         d_model: D.
         hidden: Width of the hidden layer; the paper's is 64.
         output: S; the paper's is 32.
-        final_relu: A ReLU after the last layer too. The paper's wording allows it, but scores are then ≥ 0 while
+        final_relu: Apply a ReLU after the last layer too. The paper's wording allows it, but scores are then ≥ 0 while
             Spotify has targets of -1; docs/results.md compares both.
     """
 
@@ -38,150 +33,29 @@ class TowerHead(nn.Sequential):
         )
 
 
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(user (B, S), item (B, S), target (B,), item_index (B,)) to a scalar."""
-
-
-def mse(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-    """Mean squared error of the inner product (FT-Mamba)."""
-    return F.mse_loss((user * item).sum(-1), target)
-
-
-def bce(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-    """Binary cross-entropy of the inner product as a logit; a target above 0 is a 1, any other a 0."""
-    return F.binary_cross_entropy_with_logits((user * item).sum(-1), (target > 0).to(user.dtype))
-
-
-def in_batch_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-    """Cross-entropy of each positive pair's item among the items of the whole batch (Yi et al. 2019).
-
-    Pairs with a target of 0 or less only lend their items. The same item in another pair is not a negative. A batch
-    without a positive pair has loss 0.
-    """
-    positive = target > 0
-    logits_PB = user[positive] @ item.T
-    same_PB = item_index[positive].unsqueeze(1) == item_index.unsqueeze(0)
-    own_P = positive.nonzero().squeeze(1)
-    same_PB[torch.arange(own_P.numel(), device=own_P.device), own_P] = False
-    logits_PB = logits_PB.masked_fill(same_PB, -torch.inf)
-    # sum / max(count, 1) rather than the mean: of no pair at all that would be NaN.
-    return (
-        F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel()
-        if own_P.numel()
-        else (user.sum() + item.sum()) * 0
-    )
-
-
-LossName = Literal["mse", "bce", "softmax"]
-LOSSES: dict[str, PairLoss] = {"mse": mse, "bce": bce, "softmax": in_batch_softmax}
-
-
-class NextItemLoss(nn.Module):
-    """How well a position's output tells the next item from the others; the score is the inner product.
-
-    - ``softmax``: cross-entropy over the whole catalogue, exact, in chunks (:mod:`recsys_ssm.ops.cross_entropy`).
-    - ``sampled_softmax``: over the next item and K sampled ones. With ``logq`` a sampled item's score is lowered by
-      the logarithm of how often it is expected among the K, so that the sum estimates that of the whole catalogue
-      (Bengio and Senécal 2008); the next item is always there, so its score stays.
-    - ``bce``: binary cross-entropy of the next item against K sampled ones (SASRec has one).
-    - ``gbce``: the same with the next item's probability raised to β, which undoes the overconfidence negative
-      sampling brings (gSASRec, Petrov and Macdonald 2023, arXiv 2308.07192); ``t`` of 0 is ``bce``.
-
-    A sampled item that is the next item itself is no negative.
+class NextItemHead(Configurable, nn.Module):
+    """Prepare outputs and item embeddings so that their inner products are scores.
 
     Args:
-        n_items: I.
-        item_counts: (I,) training interactions of each item, for ``sampling=popularity``.
-        loss: As above.
-        negatives: K.
-        sampling: ``uniform``, or ``popularity``: in proportion to ``item_counts`` (plus one).
-        shared: The same K for the whole batch, one matrix product; or K for each position.
-        logq: As above.
-        gbce_t: t of ``gbce``, in [0, 1].
-        matmul: What ``softmax`` multiplies in: ``float32``; ``bfloat16``, two to three times faster where the
-            processor multiplies it, with gradients off by some .3 % of their size; ``auto``: bfloat16 on such a one.
+        temperature: None: the score is the inner product. A number: the score is the cosine divided by it, so that no
+            item scores high by its length alone.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: ``temperature`` is not above 0.
     """
 
-    def __init__(
-        self,
-        *,
-        n_items: int,
-        item_counts: Tensor | None = None,
-        loss: Literal["softmax", "sampled_softmax", "bce", "gbce"] = "softmax",
-        negatives: int = 256,
-        sampling: Literal["uniform", "popularity"] = "uniform",
-        shared: bool = True,
-        logq: bool = True,
-        gbce_t: float = 0.75,
-        matmul: Literal["float32", "bfloat16", "auto"] = "float32",
-    ) -> None:
+    def __init__(self, *, temperature: float | None = None) -> None:
         super().__init__()
-        if negatives < 1:
-            raise ValueError(f"negatives={negatives}: expected at least 1")
-        if not 0 <= gbce_t <= 1:
-            raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
-        self.n_items, self.loss, self.negatives = n_items, loss, negatives
-        self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
-        self.matmul = matmul
-        counts = torch.ones(n_items, dtype=torch.int64)
-        if sampling == "popularity" and item_counts is not None:
-            counts += item_counts
-        # In the checkpoint, so that a model goes on training without the data's counts; integers, so that no cast
-        # to half precision blurs them.
-        self.register_buffer("cumulative", counts.cumsum(0))
-        self.cumulative: Tensor
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"temperature={temperature}: give a number above 0, or null")
+        self.temperature = temperature
 
-    def forward(self, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """The mean over positions.
+    def query(self, x_PD: Tensor) -> Tensor:
+        """Return the (P, D) vectors that are multiplied with the items."""
+        if self.temperature is None:
+            return x_PD
+        return F.normalize(x_PD, dim=-1) / self.temperature
 
-        Args:
-            x: (P, D), the backbone's outputs where there is a next item.
-            weight: (I, D), the items.
-            target: (P,) int64, the next items.
-
-        Returns:
-            Scalar; 0 of no position.
-        """
-        if self.loss == "softmax":
-            fast = self.matmul == "bfloat16" or (
-                self.matmul == "auto" and multiplies_bfloat16(x.device)
-            )
-            return linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
-        if not target.numel():
-            return (x.sum() + weight.sum()) * 0
-        shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)
-        negative = self.draw(shape)
-        own_P = (x * weight[target]).sum(-1).float()
-        if self.shared:
-            others_PK = (x @ weight[negative].T).float()
-        else:
-            others_PK = torch.einsum("pd,pkd->pk", x, weight[negative]).float()
-        same_PK = negative == target.unsqueeze(1)
-        if self.loss == "sampled_softmax":
-            if self.logq:
-                others_PK = others_PK - self.log_expected(negative)
-            others_PK = others_PK.masked_fill(same_PK, -torch.inf)
-            return (torch.cat([own_P.unsqueeze(1), others_PK], 1).logsumexp(1) - own_P).mean()
-        beta = self.beta() if self.loss == "gbce" else 1.0
-        others = F.softplus(others_PK).masked_fill(same_PK, 0).sum(1)
-        return (beta * F.softplus(-own_P) + others).mean() / (self.negatives + 1)
-
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        """Sampled items, with replacement."""
-        ticket = torch.randint(int(self.cumulative[-1]), shape, device=self.cumulative.device)
-        if self.sampling == "uniform":
-            return ticket
-        return torch.searchsorted(self.cumulative, ticket, right=True)
-
-    def log_expected(self, item: Tensor) -> Tensor:
-        """Logarithm of how often an item is expected among K draws."""
-        counts = self.cumulative.diff(prepend=self.cumulative.new_zeros(1))
-        return (counts[item] * (self.negatives / self.cumulative[-1])).log()
-
-    def beta(self) -> float:
-        """Exponent of the next item's probability (gSASRec, equation 12)."""
-        share = min(1.0, self.negatives / max(self.n_items - 1, 1))
-        return share * (self.gbce_t * (1 - 1 / share) + 1 / share)
+    def items(self, items_ID: Tensor) -> Tensor:
+        """Return the (I, D) vectors that queries are multiplied with."""
+        return items_ID if self.temperature is None else F.normalize(items_ID, dim=-1)

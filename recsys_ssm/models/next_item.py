@@ -1,4 +1,4 @@
-"""The next-item LightningModule: a history through a backbone, its outputs against every item of the catalogue.
+"""Train a model that ranks every item of the catalogue as the next one of a history.
 
 ``items (B, L) → tokenizer → (B, L, D) → backbone → (B, L, D) → inner product with the items' own embeddings``
 (SASRec, Kang and McAuley 2018; Mamba4Rec, Liu et al. 2024).
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
@@ -22,13 +22,14 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.instantiate import Spec, build, check_arguments
+from recsys_ssm.instantiate import Configurable, Part, build, to_spec
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
-from recsys_ssm.models.heads import NextItemLoss
+from recsys_ssm.models.heads import NextItemHead
+from recsys_ssm.models.losses import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.models.tokenizers import ItemTokenizer
+from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
 
@@ -37,38 +38,52 @@ if TYPE_CHECKING:
     from recsys_ssm.data.sequences import SequenceData
 
 DEFAULT_METRICS: tuple[str, ...] = (
-    *(f"{family}@{k}" for family in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)),
+    *(f"{family}@{k}" for k in (1, 5, 10, 20) for family in ("hr", "ndcg", "mrr")),
     "coverage@10",
     "popularity@10",
 )
 
 
 class NextItem(Recommender):
-    """Item embeddings, a backbone, and how they are trained.
+    """Rank the catalogue as the next item of a history: item embeddings, a backbone, inner products.
 
     Every argument but ``items`` and ``item_counts`` is plain data and is kept in the checkpoint, the catalogue's
     features and counts beside the weights: ``NextItem.load_from_checkpoint(path)`` needs neither Hydra nor the dataset.
 
+    A part (backbone, tokenizer, head, loss) may be given as an object, a class, a ``functools.partial`` or a spec. A
+    backbone object is used as it is, with its weights; other objects are built anew from their arguments.
+
     Args:
-        item_ids: What the catalogue's items are called, in catalogue order (equal scores are ranked in it).
-        max_length: Items of a history, the latest, that are seen.
-        backbone: Spec of a :class:`Backbone`.
-        objective: What the data's batches hold: ``all``, a target at every position, or ``last``, at the last of each
-            prefix. A backbone that is not causal sees the targets of ``all`` and is refused.
-        item_schema: :meth:`FeatureSchema.to_dict` of the items' features; none: ids alone.
+        item_ids: Names of the catalogue's items, in catalogue order (equal scores are ranked in it).
+        max_length: Number of latest items of a history that the model sees.
+        backbone: A :class:`Backbone`.
+        objective: Positions that have a target: ``all``, or ``last``, the last position of each prefix. ``all`` needs a
+            causal backbone; others would see the targets.
+        item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
         items: The catalogue's features, I rows.
         item_counts: (I,) training interactions of each item.
-        tokenizer: Arguments of :class:`ItemTokenizer`.
-        head: Arguments of :class:`NextItemLoss`, and three more. ``filter_seen``: whether validation leaves out what a
-            user had already (the test always reports both). ``temperature``: None, the score is the inner product; a
-            number, it is the cosine divided by it, so that no item scores high by its length alone. ``skip``: how
-            likely a target of the training is passed over for the one after it (:func:`later_targets`).
-        optimizer: Spec of a ``torch.optim`` optimizer.
-        scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
+        tokenizer: A :class:`HistoryTokenizer`; None: :class:`ItemTokenizer`.
+        head: A :class:`NextItemHead`; None: inner products.
+        loss: A :class:`NextItemLoss`; None: the softmax over all items.
+        filter_seen: Leave out items that a user had already during validation (the test reports both).
+        skip: Probability of replacing a training target by the following item (:func:`later_targets`).
+        optimizer: Spec of a ``torch.optim`` optimizer; None: Adam with lr 1e-3.
+        scheduler: Spec of a learning-rate scheduler, stepped each step; None: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
 
     Raises:
-        UserError: An option is unknown or of the wrong type, or the backbone would see what it is to predict.
+        UserError: An option is unknown or of the wrong type, or the backbone would see its targets.
+
+    Example:
+        >>> import polars as pl
+        >>> from recsys_ssm import Interactions, Mamba, NextItem
+        >>> clicks = pl.DataFrame({"user_id": [u for u in range(30) for _ in range(5)],
+        ...                        "item_id": [(u + i) % 12 for u in range(30) for i in range(5)],
+        ...                        "timestamp": [i for _ in range(30) for i in range(5)]})
+        >>> data = Interactions(interactions=clicks)
+        >>> model = NextItem.for_data(data, backbone=Mamba(d_model=16, n_layers=1))
+        >>> model.recommend([["3", "4"]], k=2)["rank"].to_list()
+        [1, 2]
     """
 
     def __init__(
@@ -76,57 +91,66 @@ class NextItem(Recommender):
         *,
         item_ids: Sequence[str],
         max_length: int,
-        backbone: Spec,
+        backbone: Part,
         objective: str = "all",
         item_schema: Mapping[str, Any] | None = None,
         items: Features | None = None,
         item_counts: Tensor | None = None,
-        tokenizer: Mapping[str, Any] | None = None,
-        head: Mapping[str, Any] | None = None,
-        optimizer: Spec | None = None,
-        scheduler: Spec | None = None,
+        tokenizer: Part | None = None,
+        head: Part | None = None,
+        loss: Part | None = None,
+        filter_seen: bool = True,
+        skip: float = 0.0,
+        optimizer: Part | None = None,
+        scheduler: Part | None = None,
         metrics: Sequence[str] = DEFAULT_METRICS,
     ) -> None:
         super().__init__()
+        trained = backbone if isinstance(backbone, Configurable) else None
+        backbone = to_spec(backbone, "backbone")
+        tokenizer = to_spec(tokenizer, "tokenizer", ItemTokenizer)
+        head = to_spec(head, "head", NextItemHead)
+        loss = to_spec(loss, "loss", NextItemLoss)
+        optimizer = to_spec(optimizer or {"lr": 1e-3}, "optimizer", torch.optim.Adam)
+        scheduler = None if scheduler is None else to_spec(scheduler, "scheduler")
         # Not to the logger: a catalogue may be large, and the composed config is logged already.
-        self.save_hyperparameters(ignore=["items", "item_counts"], logger=False)
+        self.save_hyperparameters(ignore=["items", "item_counts", "trained"], logger=False)
         self.item_ids, self.max_length = list(item_ids), max_length
         n_items = len(self.item_ids)
-        head = dict(head or {})
-        own: dict[str, Any] = {
-            name: head.pop(name) for name in ("filter_seen", "temperature", "skip") if name in head
-        }
-        check_arguments(_scoring, own, "head", given=None)
-        self.filter_seen: bool = own.get("filter_seen", True)
-        self.temperature: float | None = own.get("temperature")
-        if self.temperature is not None and self.temperature <= 0:
-            raise UserError(f"head.temperature={self.temperature}: give a number above 0, or null")
-        self.skip: float = own.get("skip", 0.0)
-        if not 0 <= self.skip < 1:
-            raise UserError(f"head.skip={self.skip}: give a probability, from 0 to below 1")
-        if self.skip and objective == "last":
+        self.filter_seen, self.skip = filter_seen, skip
+        if not 0 <= skip < 1:
+            raise UserError(f"model.skip={skip}: give a probability, from 0 to below 1")
+        if skip and objective == "last":
             raise UserError(
-                f"head.skip={self.skip}: with dataset.objective=last a sample has one target, and what follows is not "
-                "there; give head.skip=0, or dataset.objective=all"
+                f"model.skip={skip}: with dataset.objective=last a sample has one target and no following item; "
+                "give model.skip=0, or dataset.objective=all"
             )
-        self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-3}
-        self.scheduler_spec = scheduler
+        self.optimizer_spec, self.scheduler_spec = optimizer, scheduler
 
-        self.backbone: Backbone = build(backbone, Backbone, "backbone")  # type: ignore[type-abstract]
+        self.backbone: Backbone = (
+            trained if isinstance(trained, Backbone) else build(backbone, Backbone, "backbone")  # type: ignore[type-abstract]
+        )
         if objective == "all" and not self.backbone.causal:
             raise UserError(
-                f"backbone {type(self.backbone).__name__} sees the whole history, and with dataset.objective=all that "
-                "is what it is to predict; give dataset.objective=last, or a causal backbone"
+                f"backbone {type(self.backbone).__name__} sees the whole history, and with dataset.objective=all the "
+                "history contains its targets; give dataset.objective=last, or a causal backbone"
             )
         schema = None if item_schema is None else FeatureSchema.from_dict(item_schema)
         self.item_schema = schema
-        sizes = {"n_items": n_items, "d_model": self.backbone.d_model, "schema": schema}
-        check_arguments(ItemTokenizer, tokenizer or {}, "tokenizer", given=sizes)
-        self.tokenizer = ItemTokenizer(**{**(tokenizer or {}), **sizes})
+        self.tokenizer: HistoryTokenizer = build(
+            tokenizer,
+            HistoryTokenizer,  # type: ignore[type-abstract]
+            "tokenizer",
+            n_items=n_items,
+            d_model=self.backbone.d_model,
+            schema=schema,
+            max_length=max_length,
+        )
+        self.head: NextItemHead = build(head, NextItemHead, "head")
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
-        given: dict[str, Any] = {"n_items": n_items, "item_counts": counts}
-        check_arguments(NextItemLoss, head, "head", given=given)
-        self.loss = NextItemLoss(**head, **given)
+        self.loss: NextItemLoss = build(
+            loss, NextItemLoss, "loss", n_items=n_items, item_counts=counts
+        )
         self.register_buffer("item_counts", counts)
         self.item_counts: Tensor
         catalogue = items
@@ -148,30 +172,29 @@ class NextItem(Recommender):
         self.test_rankings = Rankings()
 
     @classmethod
-    def for_data(cls, data: SequenceData, **options: Any) -> Self:
-        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
+    def arguments_from(cls, data: SequenceData) -> dict[str, Any]:
+        """Return the constructor's arguments that come from a dataset.
 
         Raises:
-            UserError: The dataset is not of sequences.
+            UserError: The dataset has no histories.
         """
         splits = data.splits
         if not hasattr(splits, "histories"):
             raise UserError(
-                f"head=next_item needs a dataset of sequences, and dataset {data.name} has users and items with "
-                "features; leave head= to the dataset, or choose another dataset"
+                f"task=next_item needs a dataset of histories, and dataset {data.name} has users and items with "
+                "features; leave task= to the dataset, or choose another dataset"
             )
-        return cls(
-            item_ids=splits.item_ids,
-            max_length=data.max_length,
-            objective=data.objective,
-            item_schema=None if splits.item_schema is None else splits.item_schema.to_dict(),
-            items=splits.items,
-            item_counts=splits.item_counts,
-            **options,
-        )
+        return {
+            "item_ids": splits.item_ids,
+            "max_length": data.max_length,
+            "objective": data.objective,
+            "item_schema": None if splits.item_schema is None else splits.item_schema.to_dict(),
+            "items": splits.items,
+            "item_counts": splits.item_counts,
+        }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
-        """Which ranking metrics validation and test report."""
+        """Set the ranking metrics that validation and test report."""
 
         def made() -> RankingMetrics:
             return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
@@ -180,7 +203,7 @@ class NextItem(Recommender):
 
     @property
     def features(self) -> Features | None:
-        """The catalogue's features, I rows."""
+        """Features of the catalogue, I rows; None if items have none."""
         if self.item_schema is None:
             return None
         return Features(self.item_numeric, self.item_categorical)
@@ -188,7 +211,7 @@ class NextItem(Recommender):
     def forward(
         self, item: Tensor, seq_idx: Tensor | None, position: Tensor, at: Tensor | None = None
     ) -> Tensor:
-        """Outputs of histories: (B, L, D), or (P, D) at the places ``at`` of the flattened (B·L).
+        """Return outputs (B, L, D) of histories, or (P, D) at the places ``at`` of the flattened (B·L).
 
         The rest is as in :class:`~recsys_ssm.batches.SequenceBatch`.
         """
@@ -211,18 +234,11 @@ class NextItem(Recommender):
         where_P = (batch.target.flatten() >= 0).nonzero().squeeze(1)
         x_PD = self(batch.item, batch.seq_idx, batch.position, where_P)
         target_P = batch.target.flatten()[where_P]
-        return self.loss(self._query(x_PD), self._items(), target_P), target_P.numel()
-
-    def _query(self, x_PD: Tensor) -> Tensor:
-        """What is multiplied with the items for their scores."""
-        if self.temperature is None:
-            return x_PD
-        return F.normalize(x_PD, dim=-1) / self.temperature
+        return self.loss(self.head.query(x_PD), self._items(), target_P), target_P.numel()
 
     def _items(self) -> Tensor:
-        """(I, D)."""
-        items_ID = self.tokenizer.items(self.features)
-        return items_ID if self.temperature is None else F.normalize(items_ID, dim=-1)
+        """Return the (I, D) vectors whose inner products with queries are scores."""
+        return self.head.items(self.tokenizer.items(self.features))
 
     # Validation: windows for the loss, then users for the ranking
 
@@ -266,26 +282,26 @@ class NextItem(Recommender):
     def top(
         self, batch: HistoryBatch, k: int, *, seen_too: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """The ``k`` best items of each user, (U, k) catalogue indices: of all, and of those new to him.
+        """Return top-k catalogue indices (U, k): over all items (None unless ``seen_too``), and over unseen items.
 
-        The held-out item is ranked in both, should he have had it before. Without ``seen_too`` the first is None.
+        The held-out item always stays in the ranking.
         """
         x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
         user = torch.arange(batch.target.numel(), device=self.device)
         user = user.repeat_interleave(batch.seen.lengths)
         new = batch.seen.values != batch.target[user]
         seen = (user[new], batch.seen.values[new])
-        return rank_products(self._query(x_UD), self._items(), k, seen, everything=seen_too)
+        return rank_products(self.head.query(x_UD), self._items(), k, seen, everything=seen_too)
 
-    # For the doors
+    # For the commands
 
     def fits(self, data: SequenceData) -> bool:
-        """Whether a dataset has the items, and what is known of them, of the training."""
+        """Return True if a dataset has the items and item features of the training."""
         splits = data.splits
         return splits.item_schema == self.item_schema and splits.item_ids == self.item_ids
 
     def test_results(self) -> dict[str, dict[str, float]]:
-        """``metrics``, of items new to the user; ``metrics_unfiltered``, where what he had may come again."""
+        """Return ``metrics`` (seen items left out) and ``metrics_unfiltered`` (seen items allowed)."""
         return {
             name: {key: float(value) for key, value in metric.compute().items()}
             for name, metric in (
@@ -295,7 +311,7 @@ class NextItem(Recommender):
         }
 
     def parameter_counts(self) -> dict[str, int]:
-        """All of them, and without the embeddings of items and positions, as the papers count."""
+        """Count all parameters, and those without the embeddings of items and positions, as the papers do."""
         tables = (self.tokenizer.embedding, self.tokenizer.position)
         total = sum(p.numel() for p in self.parameters())
         embeddings = sum(table.weight.numel() for table in tables if table is not None)
@@ -303,7 +319,7 @@ class NextItem(Recommender):
 
     @torch.no_grad()
     def latency(self, data: SequenceData, repeat: int = 20) -> dict[str, float]:
-        """Median seconds a call takes to rank the catalogue, by the number of users in it: 1 and 256."""
+        """Measure the median seconds of a call that ranks the catalogue for 1 and for 256 users."""
         self.eval()
         found = {}
         users = next(iter(data.test_dataloader()))
@@ -326,11 +342,11 @@ class NextItem(Recommender):
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, filter_seen: bool = True
     ) -> pl.DataFrame:
-        """The ``k`` best items to follow each history.
+        """Return the ``k`` best items to follow each history.
 
         Args:
-            histories: Item ids, the latest last; those the catalogue does not have are passed over.
-            k: How many.
+            histories: Item ids, the latest last; ids that the catalogue does not have are ignored.
+            k: Number of items.
             filter_seen: Leave out the items of the history.
 
         Returns:
@@ -349,12 +365,12 @@ class NextItem(Recommender):
     def _top(
         self, histories: Sequence[Sequence[str]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
-        """Catalogue indices, -1 where no item is left, and their scores: (U, k) each, on the CPU."""
+        """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
         index = self._index()
         known = [[index[item] for item in history if item in index] for history in histories]
         if empty := [row for row, history in enumerate(known) if not history]:
             raise UserError(
-                f"history {empty[0]} has no item of the catalogue: there is nothing to go on"
+                f"history {empty[0]} has no item of the catalogue; remove it, or give at least one known item"
             )
         latest = [torch.tensor(history[-self.max_length :]) for history in known]
         lengths_U = torch.tensor([history.numel() for history in latest])
@@ -364,7 +380,7 @@ class NextItem(Recommender):
         position_UL = position_UL.where(item_UL >= 0, 0)
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
         x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
-        query_UD, items_ID = self._query(x_UD), self._items()
+        query_UD, items_ID = self.head.query(x_UD), self._items()
         seen = None
         if filter_seen:
             user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
@@ -379,12 +395,12 @@ class NextItem(Recommender):
 
 
 def later_targets(target: Tensor, seq_idx: Tensor, skip: float) -> Tensor:
-    """Targets some of which lie further ahead: what a user does after the next event is worth predicting as well.
+    """Replace some targets by later ones: events after the next one are worth predicting as well.
 
-    A position's target is passed over for the following one with probability ``skip``, that again with the same
-    probability, and so on; a sequence's last target is passed over for none. Where histories are short and what
-    comes next is a matter of chance, the model learns more of an item's surroundings, and less of the order in them
-    (the idea of PinnerFormer's "all action" losses, Pancha et al. 2022, arXiv 2205.04507, drawn anew in each epoch).
+    A position's target is replaced by the following one with probability ``skip``, that again with the same
+    probability, and so on; a sequence's last target stays. Where histories are short and the next item is a matter of
+    chance, the model learns more about an item's surroundings and less about their order (the idea of PinnerFormer's
+    "all action" losses, Pancha et al. 2022, arXiv 2205.04507, drawn anew in each epoch).
 
     Args:
         target: (B, L) int64, -1 where nothing is predicted.
@@ -404,7 +420,3 @@ def later_targets(target: Tensor, seq_idx: Tensor, skip: float) -> Tensor:
     end_BL = torch.where(last, here_L, L - 1).flip(1).cummin(1).values.flip(1)
     ahead_BL = target.new_empty(B, L).geometric_(1 - skip) - 1
     return target.gather(1, torch.minimum(here_L + ahead_BL, end_BL))
-
-
-def _scoring(filter_seen: bool, temperature: float | None, skip: float) -> None:
-    """Signature the head's options beside the loss's are checked against."""

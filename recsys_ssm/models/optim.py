@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import Spec, build
+from recsys_ssm.instantiate import Spec, build, defaults_of, find
 
 NO_DECAY = ("A_log", "D", "dt_bias", "bias")
 """Last part of the names of parameters that weight decay would harm: the recurrence's own and biases."""
@@ -28,7 +28,11 @@ class WarmupCosine(LambdaLR):
     """
 
     def __init__(
-        self, optimizer: Optimizer, warmup_steps: int, total_steps: int, min_factor: float = 0.0
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 100,
+        total_steps: int = -1,
+        min_factor: float = 0.0,
     ) -> None:
         if total_steps <= warmup_steps:
             raise UserError(
@@ -64,6 +68,12 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def _weight_decay(optimizer: Spec) -> float:
+    """Return the spec's weight decay, or the default of its class."""
+    target = find(optimizer["_target_"], "optimizer") if "_target_" in optimizer else object
+    return float(optimizer.get("weight_decay", defaults_of(target).get("weight_decay", 0.0)))
+
+
 def configure_optimizers(
     module: L.LightningModule, optimizer: Spec, scheduler: Spec | None, *, stacked: bool = False
 ) -> Any:
@@ -72,7 +82,7 @@ def configure_optimizers(
     Raises:
         UserError: The specs name no optimizer or scheduler, or an option they do not have.
     """
-    groups = parameter_groups(module, optimizer.get("weight_decay", 0.0), stacked=stacked)
+    groups = parameter_groups(module, _weight_decay(optimizer), stacked=stacked)
     made = build(optimizer, Optimizer, "optimizer", params=groups)
     if scheduler is None:
         return made

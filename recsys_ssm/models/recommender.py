@@ -1,4 +1,4 @@
-"""What the doors ask of a model, whatever it recommends from."""
+"""Define the interface through which commands use a model."""
 
 from __future__ import annotations
 
@@ -10,49 +10,68 @@ import polars as pl
 from torch import Tensor
 
 from recsys_ssm.metrics import RankingMetrics
+from recsys_ssm.models import training
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
 
 
 class Recommender(L.LightningModule, abc.ABC):
-    """A LightningModule the doors can build for a dataset, test and report on; a head names it by ``_target_``."""
+    """Define a LightningModule that commands can build for a dataset, train, test and report on."""
 
     item_ids: list[str]
-    """What the catalogue's items are called, in catalogue order."""
+    """Names of the catalogue's items, in catalogue order."""
     val_metrics: RankingMetrics
     test_metrics: RankingMetrics
     test_rankings: Rankings
-    """What the last test recommended."""
+    """Recommendations of the last test."""
 
     @classmethod
     @abc.abstractmethod
+    def arguments_from(cls, data: Any) -> dict[str, Any]:
+        """Return the constructor's arguments that come from a dataset.
+
+        Raises:
+            UserError: The dataset is of another kind.
+        """
+
+    @classmethod
     def for_data(cls, data: Any, **options: Any) -> Self:
-        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
+        """Build a model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
 
         Raises:
             UserError: The dataset is of another kind, or an option is wrong.
         """
+        return cls(**cls.arguments_from(data), **options)
+
+    def fit(self, data: Any, **options: Any) -> Self:
+        """Train on a dataset and load the best checkpoint; see :func:`recsys_ssm.models.training.fit`."""
+        training.fit(self, data, **options)
+        return self
+
+    def evaluate(self, data: Any, **options: Any) -> dict[str, float]:
+        """Return the test metrics on a dataset; see :func:`recsys_ssm.models.training.evaluate`."""
+        return training.evaluate(self, data, **options)
 
     @abc.abstractmethod
     def fits(self, data: Any) -> bool:
-        """Whether a dataset has the columns, categories and items of the training."""
+        """Return True if a dataset has the columns, categories and items of the training."""
 
     @abc.abstractmethod
     def set_metrics(self, metrics: list[str]) -> None:
-        """Which ranking metrics validation and test report."""
+        """Set the ranking metrics that validation and test report."""
 
     @abc.abstractmethod
     def test_results(self) -> dict[str, dict[str, float]]:
-        """What the last test found: ``metrics``, and the same by other conventions."""
+        """Return the last test's ``metrics``, and the same by other conventions."""
 
     @abc.abstractmethod
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters as the papers count them."""
+        """Count parameters as the papers do."""
 
     def best_items(
         self, query: Tensor, items: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """The items of the largest products: catalogue indices, -1 where none is left, and their scores.
+        """Return the items of the largest products: catalogue indices (-1 where none is left) and their scores.
 
         Arguments as of :func:`~recsys_ssm.ops.rank_products`; (U, k) each, on the CPU, k at most the catalogue's size.
         """
@@ -63,7 +82,7 @@ class Recommender(L.LightningModule, abc.ABC):
         return top_UK.cpu(), scores_UK.float().cpu()
 
     def as_table(self, top: Tensor, scores: Tensor) -> pl.DataFrame:
-        """What :meth:`best_items` found: columns ``user`` (row number), ``rank`` (from 1), ``item``, ``score``."""
+        """Return a result of :meth:`best_items` as columns ``user`` (row), ``rank`` (from 1), ``item``, ``score``."""
         user, place = (top >= 0).nonzero(as_tuple=True)
         return pl.DataFrame(
             {
@@ -75,5 +94,5 @@ class Recommender(L.LightningModule, abc.ABC):
         )
 
     def latency(self, data: Any) -> dict[str, float]:
-        """Seconds a call takes to rank the catalogue, by the number of users in it; empty: not measured."""
+        """Measure the seconds of a call that ranks the catalogue, by number of users; empty: not measured."""
         return {}

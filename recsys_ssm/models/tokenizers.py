@@ -1,46 +1,91 @@
-"""From features or item ids to tokens.
+"""Turn one side of a batch (features, or histories of items) into tokens.
 
 Legend: B rows, L positions, I items, Fn numeric and Fc categorical features, F = Fn + Fc, D = d_model.
 """
 
 from __future__ import annotations
 
+import abc
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.instantiate import Configurable
 
 
-class FeatureTokenizer(nn.Module):
-    """One token a feature and a CLS token at the END (Gorishniy et al. 2021, arXiv 2106.11959; FT-Mamba).
+class Tokenizer(Configurable, nn.Module, abc.ABC):
+    """Define the contract of a tokenizer: one side of a batch in, tokens (B, L, D) out.
 
-    Numeric feature j becomes ``x_j w_j + b_j``, a categorical one ``W_j[x_j] + b_j``; CLS is a numeric feature that
-    is always 1. FT-Transformer puts CLS first; here it is last, where a causal backbone has seen everything.
+    A model passes ``d_model`` and what it knows of the data when it builds a tokenizer; the other arguments are the
+    tokenizer's options. A new tokenizer is a subclass of one of the two below, and one file in ``conf/tokenizer``.
+    """
+
+    @abc.abstractmethod
+    def forward(self, *side: Any) -> Tensor:
+        """Return the tokens (B, L, D) of one side of a batch."""
+
+
+class TableTokenizer(Tokenizer):
+    """Define the contract of a tokenizer of tables, for two towers: ``(schema, d_model, **options)``.
+
+    The backbone's last token stands for the row, or the mean token, as the backbone's ``pooling`` says.
+    """
+
+    @abc.abstractmethod
+    def forward(self, features: Features) -> Tensor:
+        """Return the tokens (B, L, D) of B rows."""
+
+
+class HistoryTokenizer(Tokenizer):
+    """Define the contract of a tokenizer of histories: ``(n_items, d_model, schema, max_length, **options)``."""
+
+    embedding: nn.Embedding
+    position: nn.Embedding | None
+
+    @abc.abstractmethod
+    def items(self, features: Features | None) -> Tensor:
+        """Return the (I, D) vectors that scores are inner products with; ``features`` are the catalogue's."""
+
+    @abc.abstractmethod
+    def forward(self, item: Tensor, position: Tensor, features: Features | None = None) -> Tensor:
+        """Return the tokens (B, L, D) of histories.
+
+        Args:
+            item: (B, L) catalogue indices, -1 at padding.
+            position: (B, L) places in the history, from 0.
+            features: The catalogue's, I rows, where there is a schema.
+        """
+
+
+class FeatureTokenizer(TableTokenizer):
+    """Make one token of each feature, and a CLS token at the END (Gorishniy et al. 2021, arXiv 2106.11959; FT-Mamba).
+
+    Numeric feature j becomes ``x_j w_j + b_j``, a categorical one ``W_j[x_j] + b_j``; CLS is a numeric feature whose
+    value is always 1. FT-Transformer puts CLS first; here it is last, where a causal backbone has seen all tokens.
 
     Args:
-        n_numeric: Fn.
-        cardinalities: Codes of each categorical feature, the missing one (0) included.
+        schema: The features: Fn numeric and Fc categorical ones.
         d_model: D.
         init: ``normal``, N(0, init_scale²), PyTorch's default for embeddings; or ``uniform`` in
-            ±init_scale/√D, FT-Transformer's. It decides much: see docs/results.md.
+            ±init_scale/√D, FT-Transformer's. The choice matters: see docs/results.md.
         init_scale: As above.
     """
 
     def __init__(
         self,
         *,
-        n_numeric: int,
-        cardinalities: Sequence[int],
+        schema: FeatureSchema,
         d_model: int,
         init: Literal["normal", "uniform"] = "normal",
         init_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        n_numeric = len(schema.numeric)
+        cardinalities = [field.n_codes for field in schema.categorical]
         if init not in ("normal", "uniform"):
             raise ValueError(f"init={init!r}: expected 'normal' or 'uniform'")
         self.init, self.init_scale = init, init_scale
@@ -64,7 +109,7 @@ class FeatureTokenizer(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, features: Features) -> Tensor:
-        """Features of B rows to tokens (B, F + 1, D)."""
+        """Return the tokens (B, F + 1, D) of B rows."""
         numeric, categorical = features
         x_BFD = numeric.unsqueeze(-1) * self.weight[: self.n_numeric]
         e_BFD = nn.functional.embedding(categorical + self.offsets, self.embedding)
@@ -72,23 +117,24 @@ class FeatureTokenizer(nn.Module):
         return torch.cat((x_BFD, e_BFD, cls_BFD), dim=1) + self.bias
 
 
-class ItemTokenizer(nn.Module):
-    """One token an item of a history: its embedding, its place if asked for, LayerNorm, dropout.
+class ItemTokenizer(HistoryTokenizer):
+    """Make one token of each item in a history: its embedding, its position if asked for, LayerNorm, dropout.
 
-    The embedding has a row for padding before the items' own, as public implementations count it; it stays zero and
-    is never scored. Where the catalogue has features, an item's row is its id's embedding plus the sum of its
-    features' tokens, both as input and as what the softmax scores (SASRec's tied embedding).
+    The embedding has a row for padding before the items' own, as public implementations count it; this row stays zero
+    and is never scored. Where the catalogue has features, an item's row is its id's embedding plus the sum of its
+    features' tokens, both as input and in the softmax (SASRec's tied embedding).
 
     Args:
         n_items: I.
         d_model: D.
-        positions: Learned embeddings of the place in the history, this many (SASRec); 0: none, as state space models
-            need none.
-        norm: LayerNorm after the sum, as in SASRec and Mamba4Rec.
-        dropout: After the LayerNorm (before it there is none).
-        init_std: Standard deviation the embeddings are drawn with; .02 is RecBole's.
-        norm_eps: Of the LayerNorm; 1e-12 is RecBole's.
-        schema: Of the items' features; none: the id alone.
+        schema: Schema of the items' features. None: the id alone.
+        max_length: Items of a history that the model sees.
+        positions: Number of learned position embeddings (SASRec); ``max_length``: as many as that; 0: none, as state
+            space models need none.
+        norm: Apply LayerNorm to the sum, as in SASRec and Mamba4Rec.
+        dropout: Dropout after the LayerNorm.
+        init_std: Standard deviation of the initial embeddings; RecBole's is .02.
+        norm_eps: Epsilon of the LayerNorm; RecBole's is 1e-12.
     """
 
     def __init__(
@@ -96,25 +142,25 @@ class ItemTokenizer(nn.Module):
         *,
         n_items: int,
         d_model: int,
-        positions: int = 0,
-        norm: bool = False,
-        dropout: float = 0.0,
+        schema: FeatureSchema | None = None,
+        max_length: int | None = None,
+        positions: int | Literal["max_length"] = 0,
+        norm: bool = True,
+        dropout: float = 0.2,
         init_std: float = 0.02,
         norm_eps: float = 1e-12,
-        schema: FeatureSchema | None = None,
     ) -> None:
+        if positions == "max_length":
+            if max_length is None:
+                raise ValueError("positions=max_length: pass max_length too")
+            positions = max_length
         super().__init__()
         self.embedding = nn.Embedding(n_items + 1, d_model, padding_idx=0)
         self.position = nn.Embedding(positions, d_model) if positions else None
         self.norm = nn.LayerNorm(d_model, eps=norm_eps) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.features = (
-            FeatureTokenizer(
-                n_numeric=len(schema.numeric),
-                cardinalities=[field.n_codes for field in schema.categorical],
-                d_model=d_model,
-                init_scale=init_std,
-            )
+            FeatureTokenizer(schema=schema, d_model=d_model, init_scale=init_std)
             if schema is not None
             else None
         )
@@ -125,7 +171,7 @@ class ItemTokenizer(nn.Module):
             self.embedding.weight[0].zero_()
 
     def items(self, features: Features | None) -> Tensor:
-        """(I, D), what each item is as a token and as a row of the softmax; ``features`` are the catalogue's."""
+        """Return (I, D): each item as a token and as a row of the softmax; ``features`` are the catalogue's."""
         rows_ID = self.embedding.weight[1:]
         if self.features is None:
             return rows_ID
@@ -133,7 +179,7 @@ class ItemTokenizer(nn.Module):
         return rows_ID + self.features(features).sum(1)
 
     def forward(self, item: Tensor, position: Tensor, features: Features | None = None) -> Tensor:
-        """Tokens of histories.
+        """Return the tokens of histories.
 
         Args:
             item: (B, L) catalogue indices, -1 at padding.
@@ -156,8 +202,8 @@ class ItemTokenizer(nn.Module):
         if self.position is not None:
             if position.numel() and int(position.max()) >= self.position.num_embeddings:
                 raise UserError(
-                    f"a history of {int(position.max()) + 1} items, and tokenizer.positions="
-                    f"{self.position.num_embeddings}; give as many as dataset.max_length"
+                    f"a history has {int(position.max()) + 1} items, and tokenizer.positions="
+                    f"{self.position.num_embeddings}; give tokenizer.positions=max_length"
                 )
             tokens_BLD = tokens_BLD + self.position(position)
         return self.dropout(self.norm(tokens_BLD))

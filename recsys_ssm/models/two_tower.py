@@ -1,4 +1,4 @@
-"""The two-tower LightningModule: features of users and of items, each through a tower, compared by inner product.
+"""Train two towers, one for users and one for items, whose embeddings are compared by inner product.
 
 ``features (B, F) → tokenizer → (B, F+1, D) → backbone → (B, F+1, D) → last token → MLP → (B, S)``, once for each side;
 the score of a pair is the inner product (FT-Mamba, section II.C).
@@ -9,7 +9,7 @@ Legend: B pairs, U users, I items, D = d_model, S = size of the embedding that i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
@@ -18,13 +18,14 @@ from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
-from recsys_ssm.instantiate import Spec, build, check_arguments
+from recsys_ssm.instantiate import Part, build, to_spec
 from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, over_all_users, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
-from recsys_ssm.models.heads import LOSSES, LossName, TowerHead
+from recsys_ssm.models.heads import TowerHead
+from recsys_ssm.models.losses import MeanSquaredError, PairLoss
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.models.tokenizers import FeatureTokenizer
+from recsys_ssm.models.tokenizers import FeatureTokenizer, TableTokenizer
 from recsys_ssm.recommendations import Rankings
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ ENCODE_ROWS = 4096
 
 
 class Tower(nn.Module):
-    """One side: features (B, F) to an embedding (B, S)."""
+    """Map one side's features (B, F) to an embedding (B, S)."""
 
-    def __init__(self, tokenizer: FeatureTokenizer, backbone: Backbone, head: TowerHead) -> None:
+    def __init__(self, tokenizer: TableTokenizer, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.tokenizer, self.backbone, self.head = tokenizer, backbone, head
 
@@ -49,7 +50,7 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def encode(self, features: Features) -> Tensor:
-        """Embeddings of a whole table, in blocks."""
+        """Return the embeddings of a whole table, computed in blocks."""
         blocks = [
             self(features.rows(slice(start, start + ENCODE_ROWS)))
             for start in range(0, max(features.n_rows, 1), ENCODE_ROWS)  # no row: one empty block
@@ -58,24 +59,38 @@ class Tower(nn.Module):
 
 
 class TwoTower(Recommender):
-    """A tower for users, a tower for items, and how they are trained.
+    """Rank items for users by the inner product of two towers' embeddings (FT-Mamba, section II.C).
 
     Every argument but ``items`` is plain data and is kept in the checkpoint, the catalogue's features beside the
     weights: ``TwoTower.load_from_checkpoint(path)`` needs neither Hydra nor the dataset.
 
+    A part (backbone, tokenizer, head, loss) may be given as an object, a class, a ``functools.partial`` or a spec. An
+    object is a template: each tower is built anew from its arguments, not from its weights.
+
     Args:
         user_schema, item_schema: :meth:`FeatureSchema.to_dict` of each side.
-        item_ids: What the catalogue's items are called, in catalogue order (equal scores are ranked in it).
+        item_ids: Names of the catalogue's items, in catalogue order (equal scores are ranked in it).
         items: The catalogue's features, I rows.
-        backbone: Spec of a :class:`Backbone`; it is built twice, once a tower.
-        tokenizer: Arguments of :class:`FeatureTokenizer`.
-        head: Arguments of :class:`TowerHead`, and ``loss``: ``mse``, ``bce`` or ``softmax``.
-        optimizer: Spec of a ``torch.optim`` optimizer.
-        scheduler: Spec of a learning-rate scheduler, stepped each step; none: the rate stays.
+        backbone: A :class:`Backbone`.
+        tokenizer: A :class:`TableTokenizer`; None: :class:`FeatureTokenizer`.
+        head: Module built with ``d_model``; None: :class:`TowerHead`.
+        loss: A :class:`PairLoss`; None: :class:`MeanSquaredError`.
+        optimizer: Spec of a ``torch.optim`` optimizer; None: Adam with lr 1e-4.
+        scheduler: Spec of a learning-rate scheduler, stepped each step; None: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
 
     Raises:
         UserError: An option is unknown or of the wrong type.
+
+    Example:
+        >>> import polars as pl
+        >>> from recsys_ssm import Mamba, TableData, TwoTower
+        >>> sales = pl.DataFrame({"user_id": [u for u in range(40) for _ in range(4)],
+        ...                       "item_id": [(u + i) % 9 for u in range(40) for i in range(4)]})
+        >>> data = TableData(interactions=sales)
+        >>> model = TwoTower.for_data(data, backbone=Mamba(d_model=16, n_layers=1))
+        >>> model.parameter_counts()["backbone_per_tower"] > 0
+        True
     """
 
     def __init__(
@@ -84,29 +99,32 @@ class TwoTower(Recommender):
         user_schema: Mapping[str, Any],
         item_schema: Mapping[str, Any],
         item_ids: Sequence[str],
-        backbone: Spec,
+        backbone: Part,
         items: Features | None = None,
-        tokenizer: Mapping[str, Any] | None = None,
-        head: Mapping[str, Any] | None = None,
-        optimizer: Spec | None = None,
-        scheduler: Spec | None = None,
+        tokenizer: Part | None = None,
+        head: Part | None = None,
+        loss: Part | None = None,
+        optimizer: Part | None = None,
+        scheduler: Part | None = None,
         metrics: Sequence[str] = DEFAULT_METRICS,
     ) -> None:
         super().__init__()
+        backbone = to_spec(backbone, "backbone")
+        tokenizer = to_spec(tokenizer, "tokenizer", FeatureTokenizer)
+        head = to_spec(head, "head", TowerHead)
+        loss = to_spec(loss, "loss", MeanSquaredError)
+        optimizer = to_spec(optimizer or {"lr": 1e-4}, "optimizer", torch.optim.Adam)
+        scheduler = None if scheduler is None else to_spec(scheduler, "scheduler")
         # Not to the logger: vocabularies may be large, and the composed config is logged already.
         self.save_hyperparameters(ignore=["items"], logger=False)
         self.user_schema = FeatureSchema.from_dict(user_schema)
         self.item_schema = FeatureSchema.from_dict(item_schema)
         self.item_ids = list(item_ids)
-        head = dict(head or {})
-        loss = head.pop("loss", "mse")
-        check_arguments(_loss, {"loss": loss}, "head")
-        self.loss = LOSSES[loss]
-        self.optimizer_spec = optimizer or {"_target_": "torch.optim.Adam", "lr": 1e-4}
-        self.scheduler_spec = scheduler
+        self.loss: PairLoss = build(loss, PairLoss, "loss")  # type: ignore[type-abstract]
+        self.optimizer_spec, self.scheduler_spec = optimizer, scheduler
 
-        self.user_tower = _tower(self.user_schema, tokenizer or {}, backbone, head)
-        self.item_tower = _tower(self.item_schema, tokenizer or {}, backbone, head)
+        self.user_tower = _tower(self.user_schema, tokenizer, backbone, head)
+        self.item_tower = _tower(self.item_schema, tokenizer, backbone, head)
         catalogue = items or Features(
             torch.zeros(len(self.item_ids), len(self.item_schema.numeric)),
             torch.zeros(len(self.item_ids), len(self.item_schema.categorical), dtype=torch.long),
@@ -122,38 +140,37 @@ class TwoTower(Recommender):
         self._item_embeddings: Tensor | None = None
 
     @classmethod
-    def for_data(cls, data: TwoTowerData, **options: Any) -> Self:
-        """A model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
+    def arguments_from(cls, data: TwoTowerData) -> dict[str, Any]:
+        """Return the constructor's arguments that come from a dataset.
 
         Raises:
-            UserError: The dataset is not of users, items and their features.
+            UserError: The dataset has no users and items with features.
         """
         splits = data.splits
         if not hasattr(splits, "user_schema"):
             raise UserError(
-                f"head=two_tower needs users and items with features, and dataset {data.name} has sequences; "
-                "leave head= to the dataset, or choose another dataset"
+                f"task=two_tower needs users and items with features, and dataset {data.name} has histories; "
+                "leave task= to the dataset, or choose another dataset"
             )
-        return cls(
-            user_schema=splits.user_schema.to_dict(),
-            item_schema=splits.item_schema.to_dict(),
-            item_ids=splits.item_ids,
-            items=splits.items,
-            **options,
-        )
+        return {
+            "user_schema": splits.user_schema.to_dict(),
+            "item_schema": splits.item_schema.to_dict(),
+            "item_ids": splits.item_ids,
+            "items": splits.items,
+        }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
-        """Which ranking metrics validation and test report."""
+        """Set the ranking metrics that validation and test report."""
         self.val_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
         self.test_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
 
     @property
     def items(self) -> Features:
-        """The catalogue, I rows."""
+        """Features of the catalogue, I rows."""
         return Features(self.item_numeric, self.item_categorical)
 
     def forward(self, user: Features, item: Features) -> Tensor:
-        """Scores (B,) of B pairs."""
+        """Return the scores (B,) of B pairs."""
         return (self.user_tower(user) * self.item_tower(item)).sum(-1)
 
     # Training
@@ -198,7 +215,7 @@ class TwoTower(Recommender):
         self._item_embeddings = self.item_tower.encode(self.items)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
-        # As many as anyone of them likes: how often an item is recommended is held against how often it is liked.
+        # As many as any of them likes: reports compare how often an item is recommended and how often it is liked.
         top_UK = self._rank(batch, self.test_metrics, int(batch.relevant.sum(dim=1).max()))
         self.test_rankings.add(batch.user_index, top_UK, batch.relevant)
 
@@ -209,27 +226,27 @@ class TwoTower(Recommender):
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
     def _rank(self, batch: RankingBatch, metrics: RankingMetrics, k: int = 0) -> Tensor:
-        """Add a batch to the metrics; its top ``k``, or as many as the metrics need."""
+        """Add a batch to the metrics; return its top ``k``, or as many as the metrics need."""
         assert self._item_embeddings is not None
         scores_UI = self.user_tower(batch.user) @ self._item_embeddings.T
         top_UK = rank_top_k(scores_UI, max(k, metrics.max_k), batch.seen)
         metrics.update_from_top(top_UK, batch.relevant)
         return top_UK
 
-    # For the doors
+    # For the commands
 
     def fits(self, data: TwoTowerData) -> bool:
-        """Whether a dataset has the columns, categories and items of the training."""
+        """Return True if a dataset has the columns, categories and items of the training."""
         splits = data.splits
         return splits.user_schema == self.user_schema and splits.item_ids == self.item_ids
 
     def test_results(self) -> dict[str, dict[str, float]]:
-        """``metrics``, and ``metrics_all_users`` with zeros for users without a relevant item."""
+        """Return ``metrics``, and ``metrics_all_users`` with zeros for users without a relevant item."""
         values = {name: float(value) for name, value in self.test_metrics.compute().items()}
         return {"metrics": values, "metrics_all_users": over_all_users(values)}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of a tower's backbone, and of the whole."""
+        """Count the parameters of a tower's backbone, and of the whole model."""
         return {
             "backbone_per_tower": sum(p.numel() for p in self.user_tower.backbone.parameters()),
             "total": sum(p.numel() for p in self.parameters()),
@@ -239,7 +256,7 @@ class TwoTower(Recommender):
 
     @torch.no_grad()
     def predict(self, users: pl.DataFrame, items: pl.DataFrame | None = None) -> Tensor:
-        """Scores of every user for every item.
+        """Return the scores of every user for every item.
 
         Args:
             users: One row a user, with the columns of ``user_schema``.
@@ -249,7 +266,7 @@ class TwoTower(Recommender):
             (U, I) float32 on the CPU.
 
         Raises:
-            UserError: A column is absent or holds something that is no number where one belongs.
+            UserError: A column is missing, or a numeric column holds a value that is not a number.
         """
         user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
         if items is None:
@@ -267,13 +284,13 @@ class TwoTower(Recommender):
         *,
         item_embeddings: Tensor | None = None,
     ) -> pl.DataFrame:
-        """The ``k`` best items of the catalogue for each user. Scores of all items are never held for all users.
+        """Return the ``k`` best items of the catalogue for each user. Scores are computed in blocks of items.
 
         Args:
             users: One row a user, with the columns of ``user_schema``.
-            k: How many.
+            k: Number of items.
             exclude: (U, I) bool, items not to recommend.
-            item_embeddings: What :meth:`item_embeddings` gives, where many calls are to share it.
+            item_embeddings: Result of :meth:`item_embeddings`, to share it between calls.
 
         Returns:
             Columns ``user`` (row number in ``users``), ``rank`` (from 1), ``item``, ``score``.
@@ -294,11 +311,11 @@ class TwoTower(Recommender):
         return self.as_table(*self.best_items(user_US, item_IS, k, pairs))
 
     def item_embeddings(self) -> Tensor:
-        """Of the catalogue, (I, S), on the model's device."""
+        """Return the embeddings (I, S) of the catalogue, on the model's device."""
         return self._encode(self.item_tower, self.items)
 
     def _encode(self, tower: Tower, features: Features) -> Tensor:
-        """A table's embeddings, without dropout."""
+        """Return a table's embeddings, without dropout."""
         training = self.training
         self.eval()
         found = tower.encode(features.to(self.device))
@@ -306,26 +323,20 @@ class TwoTower(Recommender):
         return found
 
 
-def _tower(
-    schema: FeatureSchema, tokenizer: Mapping[str, Any], backbone: Spec, head: Mapping[str, Any]
-) -> Tower:
-    mixer: Backbone = build(backbone, Backbone, "backbone")  # type: ignore[type-abstract]
-    sizes = {
-        "n_numeric": len(schema.numeric),
-        "cardinalities": [field.n_codes for field in schema.categorical],
-        "d_model": mixer.d_model,
-    }
-    tokenizer = {"d_model": mixer.d_model, **tokenizer}
-    if tokenizer["d_model"] != mixer.d_model:
+def _tower(schema: FeatureSchema, tokenizer: Part, backbone: Part, head: Part) -> Tower:
+    mixer: Backbone = build(to_spec(backbone, "backbone"), Backbone, "backbone")  # type: ignore[type-abstract]
+    spec = to_spec(tokenizer, "tokenizer")
+    if spec.get("d_model", mixer.d_model) != mixer.d_model:
         raise UserError(
-            f"tokenizer.d_model={tokenizer['d_model']}, backbone.d_model={mixer.d_model}: give both the same"
+            f"tokenizer.d_model={spec['d_model']}, backbone.d_model={mixer.d_model}: give both the same"
         )
-    check_arguments(FeatureTokenizer, tokenizer, "tokenizer", given=sizes)
-    check_arguments(TowerHead, head, "head", given=["d_model"])
-    return Tower(
-        FeatureTokenizer(**{**tokenizer, **sizes}), mixer, TowerHead(d_model=mixer.d_model, **head)
+    tokens: TableTokenizer = build(
+        spec,
+        TableTokenizer,  # type: ignore[type-abstract]
+        "tokenizer",
+        schema=schema,
+        d_model=mixer.d_model,
     )
-
-
-def _loss(loss: LossName) -> None:
-    """Signature a head's loss is checked against."""
+    return Tower(
+        tokens, mixer, build(to_spec(head, "head"), nn.Module, "head", d_model=mixer.d_model)
+    )

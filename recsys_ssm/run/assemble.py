@@ -1,4 +1,4 @@
-"""What the doors share of a run: what it is made of, and what it leaves in its folder."""
+"""Assemble a run's objects from its config, test its model, and write what belongs in its folder."""
 
 from __future__ import annotations
 
@@ -10,79 +10,122 @@ import lightning as L
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import import_target, make_all, plain, spec
+from recsys_ssm.instantiate import (
+    check,
+    defaults_of,
+    import_target,
+    instantiate,
+    instantiate_all,
+    plain,
+    spec,
+    takes,
+)
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
 from recsys_ssm.run.curves import plot_curves
 from recsys_ssm.run.files import versions, write_table, write_text
+from recsys_ssm.run.loggers import wandb_logger
+
+PARTS = ("tokenizer", "backbone", "head", "loss", "optimizer", "scheduler")
+"""Parts of a model: each is a group of options."""
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Check every part of a config against the class it names, before any time is spent.
+
+    Raises:
+        UserError: An option is unknown or of the wrong type.
+    """
+    callbacks = [f"callbacks.{name}" for name in cfg.callbacks or {}]
+    check(cfg, "dataset", "model", *PARTS, "trainer", *callbacks, *logger_options(cfg))
+    if cfg.test not in ("best", "last", None):
+        raise UserError(f"test={cfg.test}: expected best, last or null")
+
+
+def make_data(cfg: DictConfig) -> RecommenderData[Any]:
+    """Build the dataset that a config describes."""
+    data: RecommenderData[Any] = instantiate(cfg.dataset, "dataset")
+    return data
 
 
 def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
-    """The model ``cfg`` describes, for a dataset.
+    """Build the model that a config describes, for a dataset.
 
     Raises:
-        UserError: An option is wrong, or head and dataset do not fit.
+        UserError: An option is wrong, or model and dataset do not fit.
     """
-    head = plain(cfg.head)
-    module: type[Recommender] = import_target(head.pop("_target_"), "head")
-    del head["metrics"]  # only what cfg.metrics is by default
-    return module.for_data(
-        data,
-        tokenizer=plain(cfg.tokenizer),
-        backbone=spec(cfg.backbone, "backbone"),
-        head=head,
-        optimizer=spec(cfg.optimizer, "optimizer"),
-        scheduler=spec(cfg.scheduler, "scheduler"),
-        metrics=ranking_metrics(cfg),
+    module: type[Recommender] = import_target(cfg.model["_target_"], "model")
+    parts = {name: spec(cfg[name], name) for name in PARTS}
+    metrics = ranking_metrics(cfg, defaults_of(module)["metrics"])
+    model: Recommender = instantiate(
+        cfg.model, "model", **module.arguments_from(data), **parts, metrics=metrics
     )
+    return model
 
 
-def ranking_metrics(cfg: DictConfig) -> list[str]:
-    """The metrics asked for, and the monitored one: checkpoints and early stopping follow it."""
-    names: list[str] = plain(cfg.metrics)
+def ranking_metrics(cfg: DictConfig, default: list[str]) -> list[str]:
+    """Return the configured metrics and the monitored one: checkpoints and early stopping follow it."""
+    names: list[str] = default if cfg.metrics is None else plain(cfg.metrics)
     part, _, monitored = cfg.monitor.partition("/")
     is_metric = part == "val" and "@" in monitored
     return [*names, *([monitored] if is_metric and monitored not in names else [])]
 
 
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """The configured callbacks, without those that the trainer's or the logger's choice leaves nothing to do."""
+    """Build the configured callbacks, without those that need a logger or a progress bar that is not there."""
     idle: list[type[L.Callback]] = []
-    if spec(cfg.logger, "logger") is None:
+    if not logger_options(cfg):
         idle.append(LearningRateMonitor)
-    if not cfg.trainer.get("enable_progress_bar", True):
+    if cfg.trainer.get("enable_progress_bar") is False:
         idle.append(ProgressBar)
-    callbacks = make_all(cfg.callbacks, "callbacks")
+    callbacks = instantiate_all(cfg.callbacks, "callbacks")
     return [callback for callback in callbacks if not isinstance(callback, tuple(idle))]
 
 
-def callback_options(cfg: DictConfig) -> list[str]:
-    return [f"callbacks.{name}" for name in cfg.callbacks or {}]
+def logger_options(cfg: DictConfig) -> list[str]:
+    """Return the names of the logger nodes: ``logger``, or ``logger.<name>`` for each of several."""
+    if cfg.logger is None or cfg.logger.get("_target_", ...) is None:
+        return []
+    if "_target_" in cfg.logger:
+        return ["logger"]
+    return [f"logger.{name}" for name, node in cfg.logger.items() if node is not None]
 
 
-def logger_tags(cfg: DictConfig, data: RecommenderData[Any]) -> dict[str, Any]:
-    """Arguments only the W&B logger takes."""
-    if not str(cfg.logger.get("_target_")).endswith("wandb_logger"):
-        return {}
-    sweep = [cfg.sweep] if cfg.sweep else []
-    return {"tags": [*cfg.tags, *sweep, *(["generated"] if data.splits.generated else [])]}
+def make_loggers(
+    cfg: DictConfig, data: RecommenderData[Any], folder: Path, name: str
+) -> list[Logger]:
+    """Build the configured loggers; each is passed the folder, the run's name and tags as its class takes them."""
+    tags = [*cfg.tags, *([cfg.sweep] if cfg.sweep else [])]
+    tags += ["generated"] if data.splits.generated else []
+    given = {"save_dir": str(folder), "name": name, "run_name": name}
+    made = []
+    for option in logger_options(cfg):
+        node = OmegaConf.select(cfg, option)
+        target = import_target(node["_target_"], option)
+        taken: dict[str, Any] = {k: v for k, v in given.items() if takes(target, k)}
+        if target is wandb_logger:
+            taken["tags"] = tags
+        made.append(instantiate(node, option, **taken))
+    return made
 
 
-def finish(logger: Any, failed: bool) -> None:
-    """End the W&B run, whatever happened: the next job of a sweep must not write into it."""
-    if isinstance(logger, L.pytorch.loggers.WandbLogger):
-        import wandb
-
-        if wandb.run is not None:
-            wandb.finish(exit_code=int(failed))
+def make_trainer(
+    cfg: DictConfig, callbacks: list[L.Callback], loggers: list[Logger], **given: Any
+) -> L.Trainer:
+    """Build the configured trainer."""
+    trainer: L.Trainer = instantiate(
+        cfg.trainer, "trainer", callbacks=callbacks, logger=loggers or False, **given
+    )
+    return trainer
 
 
 def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
-    """Where a run goes on from; ``last`` is the checkpoint in its own folder.
+    """Return the checkpoint a run resumes from; ``last`` is the one in its own folder.
 
     Raises:
         UserError: There is no such file.
@@ -100,7 +143,7 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
 
 
 def check_writable(folder: Path, option: str = "output_dir") -> None:
-    """Make the folder that ``option`` names if it is not there; fail before the training, not after it."""
+    """Create the folder that ``option`` names and check that it can be written, before the training."""
     probe = folder / ".write_test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,15 +156,16 @@ def check_writable(folder: Path, option: str = "output_dir") -> None:
 
 
 def write_config(folder: Path, cfg: DictConfig, name: str) -> dict[str, Any]:
-    """``config.yaml``, what the run in ``folder`` is made of; returns the same."""
+    """Write ``config.yaml``, the run's full config, and return it."""
     config = {**plain(cfg), "name": name, "versions": versions()}
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
     return config
 
 
 def overrides() -> list[str]:
-    """What the command line changed, in its own words."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    """Return the overrides of the command line."""
+    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [each.removeprefix("++") for each in task]
 
 
 def describe(counts: dict[str, int]) -> str:
@@ -131,9 +175,9 @@ def describe(counts: dict[str, int]) -> str:
 def test_model(
     trainer: L.Trainer, model: Recommender, data: RecommenderData[Any]
 ) -> dict[str, Any]:
-    """Test metrics of the model as it is, and of what is simpler than it, on the same users.
+    """Test a model, and the baselines on the same users.
 
-    Who was recommended what goes to ``test_users.parquet`` and ``items.parquet`` in the trainer's folder.
+    Each test user's recommendations go to ``test_users.parquet`` and ``items.parquet`` in the trainer's folder.
     """
     trainer.test(model, datamodule=data, verbose=False)
     users = model.test_rankings.frame()
@@ -154,16 +198,16 @@ def test_model(
 def draw_curves(
     records: Sequence[dict[str, float]], folder: Path, cfg: DictConfig, title: str
 ) -> Path:
-    """``curves.png`` of a history."""
+    """Draw a training history as ``curves.png``."""
     return plot_curves(
         records, folder / "curves.png", monitor=cfg.monitor, mode=cfg.monitor_mode, title=title
     )
 
 
 def timed(records: list[dict[str, float]], cost: Cost) -> list[dict[str, float]]:
-    """A history with the time of each validation.
+    """Return a history with the time of each validation.
 
-    Beside the curves' values, not among them: these are the same for the same seed, times are not.
+    Times are added here since the history itself must be the same for the same seed.
     """
     return [
         record | {"seconds": seconds}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
@@ -149,25 +148,6 @@ class History(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records = state_dict["records"]
-
-
-class StepSeed(L.Callback):
-    """Random numbers of a step (dropout, negatives) follow from the seed and the step alone.
-
-    So a run that was stopped and goes on draws what it would have drawn; with several processes each draws its own.
-
-    Args:
-        seed: The run's.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        entropy = (self.seed, trainer.global_rank, trainer.fit_loop.epoch_loop.total_batch_idx)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
 
 class Cost(L.Callback):

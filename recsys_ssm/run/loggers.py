@@ -1,4 +1,4 @@
-"""Loggers as a run needs them: W&B that never asks and never waits, or CSV."""
+"""Make loggers for a run, and send them its results: W&B without prompts or waiting, CSV, or any of Lightning's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import matplotlib.image
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from recsys_ssm.errors import UserError
 
@@ -39,7 +40,7 @@ def wandb_logger(
     monitor: str | None = None,
     monitor_mode: Literal["min", "max"] = "max",
 ) -> WandbLogger:
-    """Lightning's W&B logger; the run's id is kept in ``save_dir``, so that a resumed run is the same W&B run.
+    """Make Lightning's W&B logger; ``save_dir`` keeps the run's id, so that a resumed run is the same W&B run.
 
     Args:
         save_dir: Where ``wandb/`` goes: the run's folder.
@@ -83,11 +84,11 @@ def wandb_logger(
 
 
 STEP = "trainer/global_step"
-"""What Lightning calls the training step: the axis of all curves."""
+"""Lightning's name of the training step: the axis of all curves."""
 
 
 def define_metrics(run: Any, monitor: str | None, monitor_mode: Literal["min", "max"]) -> None:
-    """Curves over the training step, and in the summary the best value of losses and of the monitored metric."""
+    """Draw curves over the training step; keep the best loss and monitored metric in the summary."""
     best = {"train/loss": "min", "val/loss": "min"} | ({monitor: monitor_mode} if monitor else {})
     for name in ("train/*", "val/*"):
         run.define_metric(name, step_metric=STEP)
@@ -104,13 +105,13 @@ GROUPS = {
     "parameters": "parameters",
     "latency": "latency",
 }
-"""What parts of ``metrics.json`` are called in a W&B summary; baselines have their own names."""
+"""Names of the parts of ``metrics.json`` in a W&B summary; baselines have their own."""
 
 _PLAIN = ("dataset", "generated", "seed", "steps", "train_seconds")
 
 
 def run_summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's results as W&B summary values: ``test/hr@10``, ``popularity/hr@10``, ``cost/seconds_per_step``."""
+    """Flatten a run's results to summary values: ``test/hr@10``, ``popularity/hr@10``, ``cost/seconds_per_step``."""
     groups = {GROUPS[part]: results.get(part) or {} for part in GROUPS}
     groups |= results.get("baselines") or {}
     flat = {f"{group}/{name}": v for group, values in groups.items() for name, v in values.items()}
@@ -118,7 +119,7 @@ def run_summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def results_of_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Back from :func:`run_summary`; what Lightning and W&B added is left out."""
+    """Invert :func:`run_summary`, without the values that Lightning and W&B added."""
     parts = {name: part for part, name in GROUPS.items()}
     results: dict[str, Any] = {name: summary[name] for name in _PLAIN if name in summary}
     for key, value in summary.items():
@@ -135,7 +136,7 @@ def results_of_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
-    """What ``auto`` comes to: see :func:`wandb_logger`."""
+    """Resolve the mode ``auto``: see :func:`wandb_logger`."""
     if wanted := os.environ.get("WANDB_MODE"):
         if wanted not in ("online", "offline", "disabled", "dryrun", "run"):
             raise UserError(f"WANDB_MODE={wanted}: expected online, offline or disabled")
@@ -158,14 +159,60 @@ def wandb_mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
 
 
 def _api_key() -> str | None:
-    """W&B's key from its variable, its settings or ``.netrc``.
+    """Return W&B's key from its variable, its settings or ``.netrc``.
 
-    Newer versions call this way of asking deprecated, on stderr; older ones have no other that never prompts.
+    Newer versions print on stderr that this property is deprecated; older ones have no other that never prompts.
     """
     with contextlib.redirect_stderr(io.StringIO()):
         return wandb.api.api_key
 
 
 def csv_logger(*, save_dir: str, name: str) -> CSVLogger:
-    """``csv/version_0/metrics.csv`` in the run's folder; a resumed run adds ``version_1``, nothing is overwritten."""
+    """Write ``csv/version_0/metrics.csv`` in the run's folder; a resumed run adds ``version_1``."""
     return CSVLogger(save_dir, name="csv")
+
+
+def log_results(
+    loggers: Sequence[Logger], results: Mapping[str, Any], pictures: Sequence[Path]
+) -> None:
+    """Send a run's results and pictures to every logger.
+
+    W&B gets them as summary values and images. Other loggers get the numbers as metrics; pictures go to those that can
+    show one (TensorBoard, MLflow, Comet, Neptune).
+    """
+    summary = run_summary(results)
+    numbers = {
+        name: float(value)
+        for name, value in summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(summary)
+        else:
+            logger.log_metrics(numbers, step=int(results.get("steps") or 0))
+        for picture in pictures:
+            _log_picture(logger, picture)
+        logger.save()
+
+
+def _log_picture(logger: Logger, path: Path) -> None:
+    """Send a PNG file to a logger that can show one."""
+    kind = type(logger).__name__
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_image"):  # W&B
+        logger.log_image(path.stem, [str(path)])
+    elif hasattr(experiment, "add_image"):  # TensorBoard
+        experiment.add_image(path.stem, matplotlib.image.imread(path)[..., :3], dataformats="HWC")
+    elif kind == "MLFlowLogger":
+        experiment.log_artifact(getattr(logger, "run_id", None), str(path))
+    elif hasattr(experiment, "log_image"):  # Comet
+        experiment.log_image(str(path), name=path.stem)
+    elif kind == "NeptuneLogger":
+        experiment[path.stem].upload(str(path))
+
+
+def finish(loggers: Sequence[Logger], failed: bool) -> None:
+    """End the W&B run in any case: the next job of a sweep must not write into it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers) and wandb.run is not None:
+        wandb.finish(exit_code=int(failed))

@@ -18,7 +18,7 @@ from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import per_user, rank_top_k
 from recsys_ssm.models.next_item import NextItem, later_targets
-from recsys_ssm.run.callbacks import StepSeed
+from recsys_ssm.models.training import StepSeed
 
 BACKBONES = "recsys_ssm.models.backbones"
 CAUSAL = {
@@ -80,6 +80,8 @@ def model_of(data: Interactions, backbone="mamba2", **options) -> NextItem:
     torch.manual_seed(0)
     spec = CAUSAL[backbone] if isinstance(backbone, str) else backbone
     adam = {"_target_": "torch.optim.Adam", "lr": 1e-2}
+    plain = {"norm": False, "dropout": 0.0}
+    options["tokenizer"] = plain | options.get("tokenizer", {})
     return NextItem.for_data(data, **{"backbone": spec, "optimizer": adam, **options})
 
 
@@ -129,20 +131,18 @@ def test_a_backbone_that_sees_the_future_is_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("backbone", CAUSAL)
-@pytest.mark.parametrize(
-    "head", [{"loss": "softmax"}, {"loss": "gbce"}, {"loss": "softmax", "temperature": 0.1}]
-)
-def test_no_loss_of_a_position_depends_on_later_items(file: Path, backbone: str, head) -> None:
+@pytest.mark.parametrize("parts", [{}, {"loss": {"kind": "gbce"}}, {"head": {"temperature": 0.1}}])
+def test_no_loss_of_a_position_depends_on_later_items(file: Path, backbone: str, parts) -> None:
     """Packed rows: two histories each; an item changes, no output before it or in the other history does."""
     data = data_of(file)
-    model = model_of(data, backbone, head=head).double().eval()
+    model = model_of(data, backbone, **parts).double().eval()
     item = torch.randint(N_ITEMS, (2, 8))
     seq_idx = torch.tensor([[0] * 3 + [1] * 5, [0] * 6 + [-1] * 2])
     position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]])
     item[seq_idx < 0] = -1
 
     def query(item: torch.Tensor) -> torch.Tensor:
-        return model._query(model(item, seq_idx, position))
+        return model.head.query(model(item, seq_idx, position))
 
     with torch.no_grad():
         before = query(item)
@@ -241,12 +241,12 @@ def test_a_second_test_begins_anew(file: Path, tmp_path: Path) -> None:
     assert model.test_rankings.frame().height == 60
 
 
-@pytest.mark.parametrize("head", [{}, {"loss": "sampled_softmax", "negatives": 5}])
+@pytest.mark.parametrize("loss", [{}, {"kind": "sampled_softmax", "negatives": 5}])
 def test_killed_in_the_middle_and_resumed_is_as_if_never_killed(
-    file: Path, tmp_path: Path, head
+    file: Path, tmp_path: Path, loss
 ) -> None:
     """Dropout and negatives are random: a step's random numbers follow from the seed and the step."""
-    options = {"head": head, "tokenizer": {"dropout": 0.3}}
+    options = {"loss": loss, "tokenizer": {"dropout": 0.3}}
 
     def run(ckpt: Path | None = None) -> NextItem:
         data = data_of(file)
@@ -364,12 +364,11 @@ def test_padding_row_is_never_trained(file: Path, tmp_path: Path) -> None:
 def test_options_are_checked(file: Path) -> None:
     data = data_of(file)
     for options, message in [
-        ({"head": {"los": "softmax"}}, "head.los: no such option; did you mean 'loss'?"),
-        ({"head": {"loss": "hinge"}}, "head.loss='hinge'"),
-        ({"head": {"temperature": -1.0}}, "head.temperature=-1.0"),
-        ({"head": {"filter_seen": 3}}, "head.filter_seen=3"),
-        ({"head": {"skip": 1.0}}, "head.skip=1.0: give a probability"),
-        ({"head": {"skip": -0.1}}, "head.skip=-0.1: give a probability"),
+        ({"loss": {"knd": "softmax"}}, "loss.knd: no such option; did you mean 'kind'?"),
+        ({"loss": {"kind": "hinge"}}, "loss.kind='hinge'"),
+        ({"head": {"temperature": -1.0}}, "head: temperature=-1.0: give a number above 0"),
+        ({"skip": 1.0}, "model.skip=1.0: give a probability"),
+        ({"skip": -0.1}, "model.skip=-0.1: give a probability"),
         ({"tokenizer": {"dropuot": 0.1}}, "tokenizer.dropuot: no such option"),
     ]:
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
@@ -409,7 +408,7 @@ def test_with_a_temperature_scores_are_cosines(file: Path) -> None:
 
 
 class TestLaterTargets:
-    """Of ``head.skip``: targets of the training from further ahead in the same sequence."""
+    """Of ``model.skip``: targets of the training from further ahead in the same sequence."""
 
     SEQ_IDX = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1], [3, 3, -1, -1, 3, 3, 3, 3]])
     TARGET = torch.tensor([[1, 2, 3, 4, 5, 6, -1, -1], [7, 8, -1, -1, -1, 9, 10, -1]])
@@ -444,7 +443,7 @@ class TestLaterTargets:
     def test_only_training_has_them(self, file: Path) -> None:
         data = data_of(file)
         data.setup("fit")
-        model = model_of(data, head={"skip": 0.9}, tokenizer={"dropout": 0.0}).eval()
+        model = model_of(data, skip=0.9, tokenizer={"dropout": 0.0}).eval()
         batch = next(iter(data.train_dataloader()))
         loss, _ = model._loss(batch)
         model.log = lambda *_, **__: None
@@ -454,5 +453,5 @@ class TestLaterTargets:
 
     def test_prefixes_have_one_target_only(self, file: Path) -> None:
         data = data_of(file, objective="last")
-        with pytest.raises(UserError, match=r"head\.skip=0\.5: with dataset\.objective=last"):
-            model_of(data, head={"skip": 0.5})
+        with pytest.raises(UserError, match=r"model\.skip=0\.5: with dataset\.objective=last"):
+            model_of(data, skip=0.5)

@@ -1,15 +1,26 @@
 import pytest
 import torch
 
-from recsys_ssm.features import Features
+from recsys_ssm.features import CategoricalField, Features, FeatureSchema, NumericField
 from recsys_ssm.models.tokenizers import FeatureTokenizer
 
 FEATURES = Features(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 0, 2]]))
 
 
+def schema(n_numeric: int, cardinalities: list[int]) -> FeatureSchema:
+    """A schema of so many numbers, and categories of so many codes (the missing one included)."""
+    return FeatureSchema(
+        numeric=tuple(NumericField(f"n{i}") for i in range(n_numeric)),
+        categorical=tuple(
+            CategoricalField(f"c{i}", tuple(str(code) for code in range(1, n)))
+            for i, n in enumerate(cardinalities)
+        ),
+    )
+
+
 def tokenizer(**options: object) -> FeatureTokenizer:
     torch.manual_seed(0)
-    return FeatureTokenizer(n_numeric=2, cardinalities=[2, 1, 3], d_model=4, **options)
+    return FeatureTokenizer(schema=schema(2, [2, 1, 3]), d_model=4, **options)
 
 
 def test_every_token_is_the_formula_and_cls_is_last() -> None:
@@ -48,7 +59,7 @@ def test_missing_has_a_row_of_its_own() -> None:
 )
 def test_initialisation(init: str, scale: float, std: float) -> None:
     torch.manual_seed(0)
-    t = FeatureTokenizer(n_numeric=50, cardinalities=[50], d_model=256, init=init, init_scale=scale)
+    t = FeatureTokenizer(schema=schema(50, [50]), d_model=256, init=init, init_scale=scale)
     for parameter in t.parameters():
         assert parameter.std().item() == pytest.approx(std, rel=0.05)
     if init == "uniform":
@@ -56,13 +67,13 @@ def test_initialisation(init: str, scale: float, std: float) -> None:
 
 
 def test_only_numbers_or_only_categories() -> None:
-    only_numbers = FeatureTokenizer(n_numeric=2, cardinalities=[], d_model=4)
+    only_numbers = FeatureTokenizer(schema=schema(2, []), d_model=4)
     assert only_numbers(Features(torch.ones(3, 2), torch.zeros(3, 0, dtype=torch.long))).shape == (
         3,
         3,
         4,
     )
-    only_categories = FeatureTokenizer(n_numeric=0, cardinalities=[5], d_model=4)
+    only_categories = FeatureTokenizer(schema=schema(0, [5]), d_model=4)
     assert only_categories(
         Features(torch.ones(3, 0), torch.zeros(3, 1, dtype=torch.long))
     ).shape == (3, 2, 4)

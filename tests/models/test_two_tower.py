@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.models.losses import BinaryCrossEntropy, InBatchSoftmax, MeanSquaredError
 from recsys_ssm.models.two_tower import TwoTower
 
 BACKBONE = {
@@ -73,9 +74,9 @@ def test_the_towers_share_no_parameter_and_start_apart(tiny_data) -> None:
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("loss", ["mse", "bce", "softmax"])
+@pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy, InBatchSoftmax])
 def test_it_learns(tiny_data, tmp_path: Path, loss: str) -> None:
-    model = model_of(tiny_data, head={"loss": loss})
+    model = model_of(tiny_data, loss=loss)
     before = model.predict(users_frame()).clone()
     trainer_in(tmp_path, max_steps=300, check_val_every_n_epoch=None, val_check_interval=100).fit(
         model, datamodule=tiny_data
@@ -103,7 +104,7 @@ def test_the_published_optimizer_spec_is_used(tiny_data) -> None:
 
 
 def test_a_checkpoint_is_complete_in_itself(tiny_data, tmp_path: Path) -> None:
-    model = model_of(tiny_data, head={"output": 8, "loss": "bce"})
+    model = model_of(tiny_data, head={"output": 8}, loss=BinaryCrossEntropy)
     trainer = trainer_in(tmp_path, max_steps=5, enable_checkpointing=False)
     trainer.fit(model, datamodule=tiny_data)
     path = tmp_path / "model.ckpt"
@@ -210,7 +211,8 @@ def test_bfloat16_keeps_the_recurrence_and_the_metrics_exact(tiny_data, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": {"loss": "hinge"}}, "head.loss='hinge': expected one of mse, bce, softmax"),
+        ({"loss": {"_target_": "torch.optim.Adam"}}, "not a PairLoss"),
+        ({"loss": 3}, "loss: int has no spec"),
         ({"head": {"hiden": 3}}, "head.hiden: no such option; did you mean 'hidden'"),
         (
             {"tokenizer": {"init": "zeros"}},

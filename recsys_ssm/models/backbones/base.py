@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_ssm.instantiate import Configurable
 from recsys_ssm.ops.dropout import Dropout
 
 Init = Literal["own", "normal", "xavier"]
@@ -46,7 +47,7 @@ def reinitialise(module: nn.Module, init: Init, std: float) -> None:
                 nn.init.zeros_(bias)
 
 
-class Backbone(nn.Module, abc.ABC):
+class Backbone(Configurable, nn.Module, abc.ABC):
     """Tokens in, tokens of the same shape out.
 
     A new architecture is one file here with a subclass, and one file in ``conf/backbone``.

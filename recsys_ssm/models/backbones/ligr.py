@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from recsys_ssm.models.backbones.attention import CausalAttention, attention_mask
-from recsys_ssm.models.backbones.base import Stack
+from recsys_ssm.models.backbones.base import Init, Stack
 
 
 class Ligr(Stack):
@@ -22,7 +22,7 @@ class Ligr(Stack):
         n_layers: How many.
         nhead: Attention heads.
         dropout: Of the attention weights and, as :class:`Stack`, of the sublayers.
-        stack: The other options of :class:`Stack`.
+        norm, residual, gated, ffn, ffn_activation, final_norm, init, stack: Options of :class:`Stack`.
 
     Raises:
         ValueError: ``d_model`` is no multiple of ``nhead``, or as :class:`Stack`.
@@ -37,17 +37,15 @@ class Ligr(Stack):
         n_layers: int = 1,
         nhead: int = 1,
         dropout: float = 0.2,
+        norm: Literal["post", "pre", "none"] = "pre",
+        residual: bool = True,
+        gated: bool = True,
+        ffn: int = 4,
+        ffn_activation: Literal["gelu", "swiglu"] = "swiglu",
+        final_norm: bool = False,
+        init: Init = "xavier",
         **stack: Any,
     ) -> None:
-        modern = {
-            "norm": "pre",
-            "residual": True,
-            "gated": True,
-            "ffn": 4,
-            "ffn_activation": "swiglu",
-            "final_norm": False,
-            "init": "xavier",
-        }
         super().__init__(
             *(
                 CausalAttention(d_model=d_model, nhead=nhead, dropout=dropout)
@@ -55,7 +53,14 @@ class Ligr(Stack):
             ),
             d_model=d_model,
             dropout=dropout,
-            **{**modern, **stack},
+            norm=norm,
+            residual=residual,
+            gated=gated,
+            ffn=ffn,
+            ffn_activation=ffn_activation,
+            final_norm=final_norm,
+            init=init,
+            **stack,
         )
 
     def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Tensor | None:

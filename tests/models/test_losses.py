@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from recsys_ssm.models.heads import NextItemLoss, TowerHead, bce, in_batch_softmax, mse
+from recsys_ssm.models.heads import TowerHead
+from recsys_ssm.models.losses import (
+    BinaryCrossEntropy,
+    InBatchSoftmax,
+    MeanSquaredError,
+    NextItemLoss,
+)
+
+bce, in_batch_softmax, mse = BinaryCrossEntropy(), InBatchSoftmax(), MeanSquaredError()
 
 USER = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
 ITEM = torch.tensor([[0.5, 0.0], [1.0, 1.0], [0.5, 0.0]])
@@ -63,9 +71,9 @@ def test_with_logq_the_sampled_sum_estimates_the_whole_one(sampling: str, shared
     options = {"n_items": 40, "item_counts": counts, "sampling": sampling, "shared": shared}
     whole = NextItemLoss(n_items=40)(x, weight, target)
     torch.manual_seed(0)
-    many = NextItemLoss(loss="sampled_softmax", negatives=200_000, **options)
+    many = NextItemLoss(kind="sampled_softmax", negatives=200_000, **options)
     assert many(x, weight, target).item() == pytest.approx(whole.item(), rel=0.01)
-    raw = NextItemLoss(loss="sampled_softmax", negatives=200_000, logq=False, **options)
+    raw = NextItemLoss(kind="sampled_softmax", negatives=200_000, logq=False, **options)
     assert raw(x, weight, target).item() > whole.item() + 1
 
 
@@ -73,7 +81,7 @@ def test_with_logq_the_sampled_sum_estimates_the_whole_one(sampling: str, shared
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_next_item_is_no_negative_of_itself(loss: str, shared: bool, monkeypatch) -> None:
     x, weight, target = next_item_inputs(P=3)
-    head = NextItemLoss(n_items=40, loss=loss, negatives=4, shared=shared, logq=False)
+    head = NextItemLoss(n_items=40, kind=loss, negatives=4, shared=shared, logq=False)
     others = torch.tensor([7, 11, int(target[0]), 3])
     drawn = others if shared else others.expand(3, 4)
     monkeypatch.setattr(head, "draw", lambda shape: drawn)

@@ -1,0 +1,190 @@
+"""Losses of pairs (two towers) and of next items.
+
+Legend: B pairs, S = size of the embedding that is compared; P positions with a next item, I items, D = d_model,
+K negatives.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys_ssm.instantiate import Configurable
+from recsys_ssm.ops.cross_entropy import linear_cross_entropy, multiplies_bfloat16
+
+
+class PairLoss(Configurable, nn.Module, abc.ABC):
+    """Define the contract of a two-tower loss."""
+
+    @abc.abstractmethod
+    def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            user: (B, S), embeddings of the users.
+            item: (B, S), embeddings of the items.
+            target: (B,) float.
+            item_index: (B,) int64, catalogue indices of the items.
+
+        Returns:
+            Scalar.
+        """
+
+
+class MeanSquaredError(PairLoss):
+    """Return the mean squared error of the inner product (FT-Mamba)."""
+
+    def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        return F.mse_loss((user * item).sum(-1), target)
+
+
+class BinaryCrossEntropy(PairLoss):
+    """Return the binary cross-entropy of the inner product as a logit; a target above 0 is a 1, any other a 0."""
+
+    def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        label = (target > 0).to(user.dtype)
+        return F.binary_cross_entropy_with_logits((user * item).sum(-1), label)
+
+
+class InBatchSoftmax(PairLoss):
+    """Return the cross-entropy of each positive pair's item among the items of the batch (Yi et al. 2019).
+
+    Pairs with a target of 0 or less only contribute their items. The same item in another pair is not a negative. A
+    batch without a positive pair has loss 0.
+    """
+
+    def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        positive = target > 0
+        logits_PB = user[positive] @ item.T
+        same_PB = item_index[positive].unsqueeze(1) == item_index.unsqueeze(0)
+        own_P = positive.nonzero().squeeze(1)
+        same_PB[torch.arange(own_P.numel(), device=own_P.device), own_P] = False
+        logits_PB = logits_PB.masked_fill(same_PB, -torch.inf)
+        # sum / max(count, 1) rather than the mean: the mean of no pair is NaN.
+        return (
+            F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel()
+            if own_P.numel()
+            else (user.sum() + item.sum()) * 0
+        )
+
+
+NextItemLossKind = Literal["softmax", "sampled_softmax", "bce", "gbce"]
+
+
+class NextItemLoss(Configurable, nn.Module):
+    """Compare the score of the next item with those of other items; a score is an inner product.
+
+    - ``softmax``: cross-entropy over the whole catalogue, exact, in chunks (:mod:`recsys_ssm.ops.cross_entropy`).
+    - ``sampled_softmax``: over the next item and K sampled ones. With ``logq`` a sampled item's score is lowered by
+      the logarithm of how often it is expected among the K, so that the sum estimates that of the whole catalogue
+      (Bengio and Senécal 2008); the next item is always there, so its score stays.
+    - ``bce``: binary cross-entropy of the next item against K sampled ones (SASRec has one).
+    - ``gbce``: the same with the next item's probability raised to β, which undoes the overconfidence negative
+      sampling brings (gSASRec, Petrov and Macdonald 2023, arXiv 2308.07192); ``t`` of 0 is ``bce``.
+
+    Negatives equal to the target are ignored.
+
+    Args:
+        n_items: I.
+        item_counts: (I,) training interactions of each item, for ``sampling=popularity``.
+        kind: One of the above.
+        negatives: K.
+        sampling: ``uniform``, or ``popularity``: in proportion to ``item_counts`` (plus one).
+        shared: Draw one set of K for the whole batch (one matrix product), not K for each position.
+        logq: Correct the sampled items' scores, as above.
+        gbce_t: t of ``gbce``, in [0, 1].
+        matmul: Type that ``softmax`` multiplies in: ``float32``; ``bfloat16``, two to three times faster on processors
+            that multiply it, with gradients off by about .3 % of their size; ``auto``: bfloat16 on such processors.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_items: int,
+        item_counts: Tensor | None = None,
+        kind: NextItemLossKind = "softmax",
+        negatives: int = 256,
+        sampling: Literal["uniform", "popularity"] = "uniform",
+        shared: bool = True,
+        logq: bool = True,
+        gbce_t: float = 0.75,
+        matmul: Literal["float32", "bfloat16", "auto"] = "float32",
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(NextItemLossKind):
+            raise ValueError(
+                f"kind={kind!r}: expected one of {', '.join(get_args(NextItemLossKind))}"
+            )
+        if negatives < 1:
+            raise ValueError(f"negatives={negatives}: expected at least 1")
+        if not 0 <= gbce_t <= 1:
+            raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
+        self.n_items, self.kind, self.negatives = n_items, kind, negatives
+        self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
+        self.matmul = matmul
+        counts = torch.ones(n_items, dtype=torch.int64)
+        if sampling == "popularity" and item_counts is not None:
+            counts += item_counts
+        # In the checkpoint, so that a model goes on training without the data's counts; integers, so that no cast
+        # to half precision blurs them.
+        self.register_buffer("cumulative", counts.cumsum(0))
+        self.cumulative: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over positions.
+
+        Args:
+            x: (P, D), the backbone's outputs where there is a next item.
+            weight: (I, D), the items.
+            target: (P,) int64, the next items.
+
+        Returns:
+            Scalar; 0 of no position.
+        """
+        if self.kind == "softmax":
+            fast = self.matmul == "bfloat16" or (
+                self.matmul == "auto" and multiplies_bfloat16(x.device)
+            )
+            return linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
+        if not target.numel():
+            return (x.sum() + weight.sum()) * 0
+        shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)
+        negative = self.draw(shape)
+        own_P = (x * weight[target]).sum(-1).float()
+        if self.shared:
+            others_PK = (x @ weight[negative].T).float()
+        else:
+            others_PK = torch.einsum("pd,pkd->pk", x, weight[negative]).float()
+        same_PK = negative == target.unsqueeze(1)
+        if self.kind == "sampled_softmax":
+            if self.logq:
+                others_PK = others_PK - self.log_expected(negative)
+            others_PK = others_PK.masked_fill(same_PK, -torch.inf)
+            return (torch.cat([own_P.unsqueeze(1), others_PK], 1).logsumexp(1) - own_P).mean()
+        beta = self.beta() if self.kind == "gbce" else 1.0
+        others = F.softplus(others_PK).masked_fill(same_PK, 0).sum(1)
+        return (beta * F.softplus(-own_P) + others).mean() / (self.negatives + 1)
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        """Sample items with replacement."""
+        ticket = torch.randint(int(self.cumulative[-1]), shape, device=self.cumulative.device)
+        if self.sampling == "uniform":
+            return ticket
+        return torch.searchsorted(self.cumulative, ticket, right=True)
+
+    def log_expected(self, item: Tensor) -> Tensor:
+        """Return the logarithm of the number of times an item is expected among K draws."""
+        counts = self.cumulative.diff(prepend=self.cumulative.new_zeros(1))
+        return (counts[item] * (self.negatives / self.cumulative[-1])).log()
+
+    def beta(self) -> float:
+        """Return the exponent of the next item's probability (gSASRec, equation 12)."""
+        share = min(1.0, self.negatives / max(self.n_items - 1, 1))
+        return share * (self.gbce_t * (1 - 1 / share) + 1 / share)
