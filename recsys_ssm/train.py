@@ -23,6 +23,7 @@ from recsys_ssm.run.callbacks import Cost, History
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.loggers import finish, log_results
+from recsys_ssm.run.resume import RunRecord, check_resume
 from recsys_ssm.run.table import print_results
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,22 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s: %s", data.name, note)
     model = assemble.make_model(cfg, data)
     log.info("%s: parameters %s", name, assemble.describe(model.parameter_counts()))
-    config = assemble.write_config(output, cfg, name)
+    config = assemble.full_config(cfg, name)
+    identity = data.identity()
     if ckpt_path is not None:
-        check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
+        checkpoint = read_checkpoint(ckpt_path)
+        check_fits(checkpoint, model, ckpt_path)
+        check_resume(checkpoint, config, identity, ckpt_path)
+    assemble.write_config(output, config)
 
     history, cost = History(every_n_steps=cfg.trainer.get("log_every_n_steps") or 50), Cost()
-    callbacks = [*assemble.make_callbacks(cfg), StepSeed(cfg.seed), history, cost]
+    callbacks = [
+        *assemble.make_callbacks(cfg),
+        StepSeed(cfg.seed),
+        RunRecord(config, identity),
+        history,
+        cost,
+    ]
     loggers: list[Any] = []
     failed = True
     try:

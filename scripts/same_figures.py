@@ -170,7 +170,9 @@ def differences(before: Any, after: Any, where: str) -> list[str]:
             for key in sorted(before.keys() | after.keys())
             for line in differences(before.get(key), after.get(key), f"{where} / {key}")
         ]
-    return [] if before == after else [f"{where}: {str(before)[:60]} before, {str(after)[:60]} after"]
+    return (
+        [] if before == after else [f"{where}: {str(before)[:60]} before, {str(after)[:60]} after"]
+    )
 
 
 def main() -> None:

@@ -6,13 +6,16 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli.errors import explain, is_users
@@ -67,6 +70,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             except Exception as error:
                 failures.append(error)
                 if is_users(error):
+                    discard_empty(Path(HydraConfig.get().runtime.output_dir))
                     return None  # reported below; raised here, Hydra would add lines of its own
                 raise
 
@@ -112,6 +116,20 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return main
 
     return decorate
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove the folder of a run that ended before it wrote anything: it holds Hydra's own files alone."""
+    if not (folder / ".hydra").is_dir() or folder.resolve() == Path.cwd():
+        return
+    names = {path.name for path in folder.iterdir() if path.suffix != ".log"}
+    if names != {".hydra"}:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in folder.parents[:2]:  # the run's name, output_root
+        with contextlib.suppress(OSError):  # not empty
+            if parent.resolve() != Path.cwd():
+                parent.rmdir()
 
 
 def complete(cfg: DictConfig) -> DictConfig:

@@ -12,7 +12,7 @@ import hydra
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import suggest
@@ -61,6 +61,8 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
         parent, _, name = path.rpartition(".")
         known = _known(config_name, parent) if config_name else []
         return f"{path}: no such option; {suggest(name, known)}"
+    if isinstance(error, InterpolationResolutionError):  # one of our own resolvers' messages
+        text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text.partition("\n")[0])
     text = re.sub(r"^In '[^']*': ", "", text.partition("Config search path:")[0])
     return "; ".join(line.strip() for line in text.splitlines() if line.strip()).replace(":;", ":")
 

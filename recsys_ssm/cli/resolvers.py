@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.sweeps.identity import cores, job_folder, processes_for
 from recsys_ssm.sweeps.progress import trials_left
 
@@ -54,13 +55,40 @@ def _is_int(value: Any) -> bool:
 
 @functools.cache  # one folder a run, however often Hydra and Lightning's launcher resolve it
 def run_folder(root: str, name: str, ckpt_path: str | None) -> str:
-    """Return a new folder for a run; for ``ckpt_path=last`` that of the newest run of this name with a checkpoint."""
-    folder = Path(root) / name
+    """Create a new folder for a run and return it; for ``ckpt_path=last`` return that of the newest run of this name.
+
+    Raises:
+        UserError: ``name`` is not the name of a folder.
+    """
+    folder = Path(root) / check_name(name, "name")
     if ckpt_path == "last":
-        # Folders are named after their time, so the last by name is the newest.
-        earlier = sorted(path.parent.parent for path in folder.glob("*/checkpoints/last.ckpt"))
-        if earlier:
+        # Folders are named after their time, so the last by name is the newest. A run that began has a config.yaml.
+        if earlier := sorted(path.parent for path in folder.glob("*/config.yaml")):
             return str(earlier[-1])
+        return str(folder / "none")
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    taken = (f"{stamp}{suffix}" for suffix in ("", *(f"_{i}" for i in range(1, 1000))))
-    return str(next(folder / name for name in taken if not (folder / name).exists()))
+    for suffix in ("", *(f"_{i}" for i in range(1, 1000))):
+        path = folder / f"{stamp}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # another run began in the same second
+            continue
+        except OSError:  # reported with the option's name, where the folder is checked
+            pass
+        return str(path)
+    raise UserError(f"{folder}: a thousand runs began within a second; try again")
+
+
+def check_name(name: str, option: str) -> str:
+    """Return a name if it is one of a file or folder, and not a path.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not name or name.strip(".") == "" or any(part in name for part in ("/", "\\", "\0")):
+        raise UserError(
+            f"{option}={name}: not the name of a folder; leave out slashes and dots alone"
+        )
+    if len(name.encode()) > 200:
+        raise UserError(f"{option}={name[:40]}…: {len(name)} characters; give at most 200")
+    return name

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import lightning as L
+import numpy as np
 from torch import Tensor
 
 Splits = TypeVar("Splits")
@@ -50,8 +52,28 @@ class RecommenderData(L.LightningDataModule, abc.ABC, Generic[Splits]):
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Test metrics of what is simpler than a model (or of an oracle), by its name."""
 
+    @abc.abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Return a hash of the items, of the users, and of the split, by name: a model fits data with the same ones."""
+
     def _shard(self) -> dict[str, int]:
         """Which of the processes that share the data this is."""
         if self.trainer is None:
             return {}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+
+def content_hash(*parts: Any) -> str:
+    """Return a hash of texts, sequences of texts, series, arrays and tensors, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.shape}{part.dtype.kind}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            texts = [part] if isinstance(part, str) else part
+            digest.update("\0".join(map(str, texts)).encode())
+        digest.update(b"\1")
+    return digest.hexdigest()[:16]

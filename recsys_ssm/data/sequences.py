@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.batches import NO_ITEM, HistoryBatch, Ragged, SequenceBatch
-from recsys_ssm.data.base import RecommenderData
+from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import ResumableLoader
 from recsys_ssm.data.packing import Layout, Rows, Windows, spread
 from recsys_ssm.errors import UserError
@@ -328,6 +328,17 @@ class SequenceData(RecommenderData[SequenceSplits]):
     def item_counts(self) -> Tensor:
         """(I,) int64, training events of each item."""
         return self.splits.item_counts
+
+    def identity(self) -> dict[str, str]:
+        """Return hashes of the items, of the users, and of the events with their split."""
+        splits = self.splits
+        return {
+            "items": content_hash(splits.item_ids),
+            "users": content_hash(splits.user_ids),
+            "split": content_hash(
+                splits.histories.events, splits.train_stop, *splits.val, *splits.test
+            ),
+        }
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Test metrics of the most popular items, and of a user's own, the latest first.

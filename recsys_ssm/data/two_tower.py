@@ -9,6 +9,7 @@ Legend: N pairs, B of them in a batch; U users to rank for; I items in the catal
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.batches import PairBatch, Ragged, RankingBatch
-from recsys_ssm.data.base import RecommenderData
+from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import ResumableLoader
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
@@ -208,6 +209,15 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         """(I,) int64, positive training pairs of each item."""
         train = self.splits.train
         return torch.bincount(train.item[train.target > 0], minlength=len(self.splits.item_ids))
+
+    def identity(self) -> dict[str, str]:
+        """Return hashes of the items, of the users' columns, and of the pairs that are trained on."""
+        splits = self.splits
+        return {
+            "items": content_hash(splits.item_ids, json.dumps(splits.item_schema.to_dict())),
+            "users": content_hash(json.dumps(splits.user_schema.to_dict())),
+            "split": content_hash(*splits.train, splits.test_ranking.user),
+        }
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""

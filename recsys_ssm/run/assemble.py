@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from recsys_ssm.instantiate import (
 )
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
+from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
+from recsys_ssm.run.checkpoints import newest_valid
 from recsys_ssm.run.curves import plot_curves
 from recsys_ssm.run.files import versions, write_table, write_text
 from recsys_ssm.run.loggers import wandb_logger
@@ -119,27 +121,39 @@ def make_trainer(
 ) -> L.Trainer:
     """Build the configured trainer."""
     trainer: L.Trainer = instantiate(
-        cfg.trainer, "trainer", callbacks=callbacks, logger=loggers or False, **given
+        cfg.trainer,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers or False,
+        **{"plugins": [AtomicCheckpointIO()], **given},
     )
     return trainer
 
 
 def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
-    """Return the checkpoint a run resumes from; ``last`` is the one in its own folder.
+    """Return the checkpoint a run resumes from; ``last`` is the newest valid one in its own folder.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or ``last`` was stopped before its first checkpoint.
     """
     if ckpt_path is None:
         return None
-    path = output / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
-    if not path.is_file():
+    if ckpt_path == "last":
+        folder = output / "checkpoints"
+        if (folder / "last.ckpt").is_file() or (folder / "best.ckpt").is_file():
+            return newest_valid(folder)
+        if (output / "config.yaml").is_file():
+            raise UserError(
+                f"ckpt_path=last: {output} stopped before its first checkpoint; run the command without ckpt_path, or "
+                "name the checkpoint of an older run: ckpt_path=<file>"
+            )
         raise UserError(
-            f"ckpt_path=last: no earlier run of this name left a checkpoint under {output.parent}"
-            if ckpt_path == "last"
-            else f"ckpt_path={ckpt_path}: no such file"
+            f"ckpt_path=last: no earlier run of this name under {output.parent}; check name= and output_root=, "
+            "or leave ckpt_path out"
         )
-    return path
+    if not Path(ckpt_path).is_file():
+        raise UserError(f"ckpt_path={ckpt_path}: no such file; give a .ckpt file, or last")
+    return Path(ckpt_path)
 
 
 def check_writable(folder: Path, option: str = "output_dir") -> None:
@@ -155,11 +169,14 @@ def check_writable(folder: Path, option: str = "output_dir") -> None:
         ) from error
 
 
-def write_config(folder: Path, cfg: DictConfig, name: str) -> dict[str, Any]:
-    """Write ``config.yaml``, the run's full config, and return it."""
-    config = {**plain(cfg), "name": name, "versions": versions()}
+def full_config(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """Return the run's full config as plain data, with its name and the versions of what it depends on."""
+    return {**plain(cfg), "name": name, "versions": versions()}
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.yaml``, the run's full config."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-    return config
 
 
 def overrides() -> list[str]:

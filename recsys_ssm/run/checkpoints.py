@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,59 @@ import torch
 from torch import nn
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.run.checkpoint_io import is_whole
+
+log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read without executing code in it.
+    """Read a Lightning checkpoint without executing code in it.
 
     Raises:
-        UserError: The file is no such checkpoint.
+        UserError: The file is not such a checkpoint, or is damaged.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        whole = is_whole(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
-        raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({_reason(error)}); give another one"
+        ) from error
+    if checkpoint is None:
+        raise UserError(
+            f"{path}: damaged, it differs from what was written; give another checkpoint"
+        )
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a Lightning checkpoint: it has no state_dict")
+        raise UserError(
+            f"{path}: not a Lightning checkpoint: it has no state_dict; give another file"
+        )
     return checkpoint
+
+
+def newest_valid(folder: Path, names: Sequence[str] = ("last.ckpt", "best.ckpt")) -> Path:
+    """Return the newest checkpoint of a folder that can be read; log the damaged ones that are passed over.
+
+    Args:
+        folder: A run's ``checkpoints``.
+        names: Files to consider, the preferred one first.
+
+    Raises:
+        UserError: None of them is there, or none can be read.
+    """
+    there = [folder / name for name in names if (folder / name).is_file()]
+    if not there:
+        raise UserError(f"{folder}: no checkpoint in it; give the folder of another run")
+    problems = []
+    for path in there:
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            log.warning("%s; %s is used", problem.partition(";")[0], path.name)
+        return path
+    raise UserError(problems[0])
 
 
 def check_fits(checkpoint: dict[str, Any], model: nn.Module, path: Path) -> None:
@@ -50,5 +90,7 @@ def _shape(tensor: torch.Tensor | None) -> str:
     return "absent" if tensor is None else str(tuple(tensor.shape))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, without PyTorch's advice to read a file unsafely."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "it holds more than plain data" if "weights_only" in text.lower() else text[:200]

@@ -23,7 +23,7 @@ _INCIDENTAL = re.compile(
 
 def settings(config: Mapping[str, Any]) -> Settings:
     """A run's config, flattened to dotted options, without names, places, logging and the seed."""
-    return {key: value for key, value in _flatten(config, "") if not _INCIDENTAL.fullmatch(key)}
+    return {key: value for key, value in flatten(config) if not _INCIDENTAL.fullmatch(key)}
 
 
 def read_settings(path: Path) -> Settings:
@@ -59,13 +59,14 @@ def differences(first: Settings, second: Settings) -> dict[str, tuple[Any, Any]]
     }
 
 
-def _flatten(node: Any, prefix: str) -> list[tuple[str, Any]]:
+def flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the values of nested mappings with their dotted names."""
     if not isinstance(node, Mapping):
         return [(prefix, node)]
     return [
         pair
         for key, value in node.items()
-        for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
     ]
 
 
