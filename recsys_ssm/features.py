@@ -217,3 +217,30 @@ def _standardise(name: str, values: np.ndarray) -> NumericField:
     # Not `std > 0`: the rounding of the mean gives a constant column a deviation of 1e-17 or so.
     std = float(known.std()) if known.min() < known.max() else 1.0
     return NumericField(name, float(known.mean()), std)
+
+
+def as_frame(table: Any, where: str) -> pl.DataFrame:
+    """Return a Polars data frame of a Polars, pandas or Arrow table.
+
+    Args:
+        table: The table.
+        where: Its name, for messages.
+
+    Raises:
+        UserError: It is not a table.
+    """
+    if isinstance(table, pl.DataFrame):
+        return table
+    if isinstance(table, pl.LazyFrame):
+        return table.collect()
+    try:
+        if type(table).__module__.partition(".")[0] == "pandas":
+            # Through columns, so that pyarrow is not needed.
+            return pl.DataFrame({str(name): table[name].to_list() for name in table.columns})
+        if hasattr(table, "__arrow_c_stream__"):
+            return pl.DataFrame(table)
+    except Exception as error:
+        raise UserError(f"{where}: not a readable table ({str(error).splitlines()[0]})") from error
+    raise UserError(
+        f"{where}: expected a Polars or pandas data frame, got {type(table).__name__}; make one of it"
+    )

@@ -153,9 +153,17 @@ def report(
         "checkpoint": results.get("checkpoint"),
     }
     print_results(results)
+    if advice := assemble.still_improving(history.records, cfg, results["steps"]):
+        log.warning(advice)
     for what, path in written.items():
         if path is not None:
             log.info("%-10s %s", what, path)
+    log.info("%-10s %s, after %s", "run", output, assemble.duration(results["train_seconds"]))
+    log.info(
+        "next       python -m recsys_ssm.recommend run=%s   # or evaluate; report %s",
+        output,
+        output.parent,
+    )
     return curves
 
 

@@ -89,7 +89,7 @@ def test_a_run_is_made_of_few_files_and_each_option_stands_in_one(
     assert len(files) <= at_most, files
     seen: dict[str, str] = {}
     for path in files:
-        for option in options_set_in(path) - {"scheduler"}:
+        for option in options_set_in(path):
             # An experiment has a name of its own, and other classes than the task's.
             is_choice = option.endswith("_target_") or option == "name"
             # A dataset built on another names itself and its files.

@@ -51,6 +51,8 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Early stopping ends it.
+    warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

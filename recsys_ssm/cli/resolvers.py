@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.run.assemble import check_name
 from recsys_ssm.sweeps.identity import cores, job_folder, processes_for
 from recsys_ssm.sweeps.progress import trials_left
 
@@ -17,6 +18,7 @@ from recsys_ssm.sweeps.progress import trials_left
 def register_resolvers() -> None:
     """Register them with OmegaConf."""
     OmegaConf.register_new_resolver("every", _every, replace=True)
+    OmegaConf.register_new_resolver("best_of", _best_of, replace=True)
     OmegaConf.register_new_resolver("unless", _unless, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -35,6 +37,11 @@ def _first(*values: Any) -> Any:
 def _if_none(given: Any, value: Any) -> Any:
     """Return ``value`` where ``given`` is null, else null."""
     return value if given is None else None
+
+
+def _best_of(monitor: str) -> str:
+    """Return the direction in which a metric is better: ``min`` for a loss, ``max`` for a ranking metric."""
+    return "min" if str(monitor).rpartition("/")[2].partition("@")[0].endswith("loss") else "max"
 
 
 def _unless(given: Any, value: Any, otherwise: Any) -> Any:
@@ -77,18 +84,3 @@ def run_folder(root: str, name: str, ckpt_path: str | None) -> str:
             pass
         return str(path)
     raise UserError(f"{folder}: a thousand runs began within a second; try again")
-
-
-def check_name(name: str, option: str) -> str:
-    """Return a name if it is one of a file or folder, and not a path.
-
-    Raises:
-        UserError: It is not.
-    """
-    if not name or name.strip(".") == "" or any(part in name for part in ("/", "\\", "\0")):
-        raise UserError(
-            f"{option}={name}: not the name of a folder; leave out slashes and dots alone"
-        )
-    if len(name.encode()) > 200:
-        raise UserError(f"{option}={name[:40]}…: {len(name)} characters; give at most 200")
-    return name

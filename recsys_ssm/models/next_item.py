@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from recsys_ssm.batches import NO_ITEM
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.instantiate import Configurable, Part, build, to_spec
@@ -44,6 +45,10 @@ DEFAULT_METRICS: tuple[str, ...] = (
 )
 
 
+COMMON_REPEATS = 0.1
+"""Share of validation targets seen before from which seen items are recommended again by default."""
+
+
 class NextItem(Recommender):
     """Rank the catalogue as the next item of a history: item embeddings, a backbone, inner products.
 
@@ -65,7 +70,9 @@ class NextItem(Recommender):
         tokenizer: A :class:`HistoryTokenizer`; None: :class:`ItemTokenizer`.
         head: A :class:`NextItemHead`; None: inner products.
         loss: A :class:`NextItemLoss`; None: the softmax over all items.
-        filter_seen: Leave out items that a user had already during validation (the test reports both).
+        filter_seen: Leave out items that a user had already, in validation, test and :meth:`recommend`: a target that
+            was seen before is then a miss. The test also reports the other choice. None: True, unless the dataset says
+            that users often repeat items.
         skip: Probability of replacing a training target by the following item (:func:`later_targets`).
         optimizer: Spec of a ``torch.optim`` optimizer; None: Adam with lr 1e-3.
         scheduler: Spec of a learning-rate scheduler, stepped each step; None: the rate stays.
@@ -99,7 +106,7 @@ class NextItem(Recommender):
         tokenizer: Part | None = None,
         head: Part | None = None,
         loss: Part | None = None,
-        filter_seen: bool = True,
+        filter_seen: bool | None = None,
         skip: float = 0.0,
         optimizer: Part | None = None,
         scheduler: Part | None = None,
@@ -117,7 +124,8 @@ class NextItem(Recommender):
         self.save_hyperparameters(ignore=["items", "item_counts", "trained"], logger=False)
         self.item_ids, self.max_length = list(item_ids), max_length
         n_items = len(self.item_ids)
-        self.filter_seen, self.skip = filter_seen, skip
+        self.filter_seen = True if filter_seen is None else filter_seen
+        self.skip = skip
         if not 0 <= skip < 1:
             raise UserError(f"model.skip={skip}: give a probability, from 0 to below 1")
         if skip and objective == "last":
@@ -191,6 +199,7 @@ class NextItem(Recommender):
             "item_schema": None if splits.item_schema is None else splits.item_schema.to_dict(),
             "items": splits.items,
             "item_counts": splits.item_counts,
+            "filter_seen": splits.repeat_share < COMMON_REPEATS,
         }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
@@ -199,7 +208,7 @@ class NextItem(Recommender):
         def made() -> RankingMetrics:
             return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
 
-        self.val_metrics, self.test_metrics, self.test_metrics_unfiltered = made(), made(), made()
+        self.val_metrics, self.test_metrics, self.test_metrics_other = made(), made(), made()
 
     @property
     def features(self) -> Features | None:
@@ -248,11 +257,8 @@ class NextItem(Recommender):
         if dataloader_idx == 0:
             self.val_loss.update(*self._loss(batch))  # type: ignore[arg-type]
             return
-        k, seen_too = self.val_metrics.max_k, not self.filter_seen
-        everything_UK, new_UK = self.top(batch, k, seen_too=seen_too)  # type: ignore[arg-type]
-        self.val_metrics.update_from_top(
-            new_UK if everything_UK is None else everything_UK, batch.target
-        )
+        all_UK, unseen_UK = self.top(batch, self.val_metrics.max_k, seen_too=not self.filter_seen)  # type: ignore[arg-type]
+        self.val_metrics.update_from_top(unseen_UK if all_UK is None else all_UK, batch.target)
 
     def on_validation_epoch_end(self) -> None:
         values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
@@ -265,13 +271,14 @@ class NextItem(Recommender):
     def on_test_epoch_start(self) -> None:
         self.test_rankings.clear()
         self.test_metrics.reset()
-        self.test_metrics_unfiltered.reset()
+        self.test_metrics_other.reset()
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
-        everything_UK, top_UK = self.top(batch, self.test_metrics.max_k)
-        assert everything_UK is not None
-        self.test_metrics_unfiltered.update_from_top(everything_UK, batch.target)
+        all_UK, unseen_UK = self.top(batch, self.test_metrics.max_k)
+        assert all_UK is not None
+        top_UK, other_UK = (unseen_UK, all_UK) if self.filter_seen else (all_UK, unseen_UK)
         self.test_metrics.update_from_top(top_UK, batch.target)
+        self.test_metrics_other.update_from_top(other_UK, batch.target)
         self.test_rankings.add(batch.user, top_UK, batch.target)
 
     def on_test_epoch_end(self) -> None:
@@ -284,13 +291,12 @@ class NextItem(Recommender):
     ) -> tuple[Tensor | None, Tensor]:
         """Return top-k catalogue indices (U, k): over all items (None unless ``seen_too``), and over unseen items.
 
-        The held-out item always stays in the ranking.
+        A target that was seen before is not among the unseen items: the same lists that :meth:`recommend` returns.
         """
         x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
         user = torch.arange(batch.target.numel(), device=self.device)
         user = user.repeat_interleave(batch.seen.lengths)
-        new = batch.seen.values != batch.target[user]
-        seen = (user[new], batch.seen.values[new])
+        seen = (user, batch.seen.values)
         return rank_products(self.head.query(x_UD), self._items(), k, seen, everything=seen_too)
 
     # For the commands
@@ -301,14 +307,18 @@ class NextItem(Recommender):
         return splits.item_schema == self.item_schema and splits.item_ids == self.item_ids
 
     def test_results(self) -> dict[str, dict[str, float]]:
-        """Return ``metrics`` (seen items left out) and ``metrics_unfiltered`` (seen items allowed)."""
-        return {
-            name: {key: float(value) for key, value in metric.compute().items()}
-            for name, metric in (
-                ("metrics", self.test_metrics),
-                ("metrics_unfiltered", self.test_metrics_unfiltered),
-            )
-        }
+        """Return ``metrics`` under the model's ``filter_seen``, and the same under the other choice.
+
+        ``metrics_unfiltered``: seen items allowed; ``metrics_filtered``: seen items left out.
+        """
+
+        def values(metrics: RankingMetrics) -> dict[str, float]:
+            return {name: float(value) for name, value in metrics.compute().items()}
+
+        headline, other = values(self.test_metrics), values(self.test_metrics_other)
+        if self.filter_seen:
+            return {"metrics": headline, "metrics_unfiltered": other}
+        return {"metrics": headline, "metrics_unfiltered": headline, "metrics_filtered": other}
 
     def parameter_counts(self) -> dict[str, int]:
         """Count all parameters, and those without the embeddings of items and positions, as the papers do."""
@@ -317,14 +327,12 @@ class NextItem(Recommender):
         embeddings = sum(table.weight.numel() for table in tables if table is not None)
         return {"total": total, "without_embeddings": total - embeddings}
 
-    @torch.no_grad()
     def latency(self, data: SequenceData, repeat: int = 20) -> dict[str, float]:
         """Measure the median seconds of a call that ranks the catalogue for 1 and for 256 users."""
-        self.eval()
         found = {}
         users = next(iter(data.test_dataloader()))
         histories = [
-            [self.item_ids[i] for i in users.seen.values[start:stop].tolist()]
+            users.seen.values[start:stop].tolist()
             for start, stop in zip(users.seen.offsets[:-1], users.seen.offsets[1:], strict=True)
         ]
         for n_users in (1, 256):
@@ -332,7 +340,7 @@ class NextItem(Recommender):
             times = []
             for _ in range(repeat):
                 start_s = time.perf_counter()
-                self._top(asked, 10, filter_seen=True)
+                self._top(asked, 10, self.filter_seen)
                 times.append(time.perf_counter() - start_s)
             found[f"users_{n_users}"] = sorted(times)[repeat // 2]
         return found
@@ -340,53 +348,66 @@ class NextItem(Recommender):
     # Use
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, filter_seen: bool = True
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        filter_seen: bool | None = None,
     ) -> pl.DataFrame:
-        """Return the ``k`` best items to follow each history.
+        """Return the ``k`` best items to follow each history. Safe to call from several threads.
 
         Args:
-            histories: Item ids, the latest last; ids that the catalogue does not have are ignored.
+            histories: Item ids, the latest last; ids that the catalogue does not have are ignored. A history without
+                a known item gets the most popular items.
             k: Number of items.
-            filter_seen: Leave out the items of the history.
+            filter_seen: Leave out the items of the history. None: as in the test.
 
         Returns:
-            Columns ``user`` (row number in ``histories``), ``rank`` (from 1), ``item``, ``score``.
+            Columns ``user`` (row number in ``histories``), ``rank`` (from 1), ``item``, ``score`` (null for the most
+            popular items).
 
         Raises:
-            UserError: A history has no item of the catalogue.
+            UserError: A history is not a list of item ids.
         """
-        training = self.training
-        self.eval()
-        top_UK, scores_UK = self._top(histories, k, filter_seen)
-        self.train(training)
-        return self.as_table(top_UK, scores_UK)
+        histories = list(histories)
+        for row, history in enumerate(histories):
+            if isinstance(history, str) or not isinstance(history, Iterable):
+                raise UserError(
+                    f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
+                )
+        filter_seen = self.filter_seen if filter_seen is None else filter_seen
+        index = self._index()
+        known = [[index[str(i)] for i in history if str(i) in index] for history in histories]
+        warm = [row for row, history in enumerate(known) if history]
+        k = min(k, len(self.item_ids))
+        top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
+        top_UK = top_UK.expand(len(known), -1).clone()
+        scores_UK = torch.full(top_UK.shape, torch.nan)
+        if warm:
+            top, scores = self._top([known[row] for row in warm], k, filter_seen)
+            top_UK[warm], scores_UK[warm] = top, scores
+        return self.as_table(top_UK, scores_UK).with_columns(pl.col("score").fill_nan(None))
 
-    @torch.no_grad()
     def _top(
-        self, histories: Sequence[Sequence[str]], k: int, filter_seen: bool
+        self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
         """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
-        index = self._index()
-        known = [[index[item] for item in history if item in index] for history in histories]
-        if empty := [row for row, history in enumerate(known) if not history]:
-            raise UserError(
-                f"history {empty[0]} has no item of the catalogue; remove it, or give at least one known item"
-            )
         latest = [torch.tensor(history[-self.max_length :]) for history in known]
         lengths_U = torch.tensor([history.numel() for history in latest])
-        item_UL = torch.nn.utils.rnn.pad_sequence(latest, batch_first=True, padding_value=-1)
+        item_UL = torch.nn.utils.rnn.pad_sequence(latest, batch_first=True, padding_value=NO_ITEM)
         position_UL = torch.arange(item_UL.shape[1]).expand_as(item_UL)
         seq_idx_UL = torch.where(item_UL >= 0, 0, -1)
         position_UL = position_UL.where(item_UL >= 0, 0)
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
-        x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
-        query_UD, items_ID = self.head.query(x_UD), self._items()
-        seen = None
-        if filter_seen:
-            user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
-            item = torch.tensor([*itertools.chain.from_iterable(known)])
-            seen = (user.to(self.device), item.to(self.device))
-        return self.best_items(query_UD, items_ID, k, seen)
+        with self.inference():
+            x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
+            query_UD, items_ID = self.head.query(x_UD), self._items()
+            seen = None
+            if filter_seen:
+                user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
+                item = torch.tensor([*itertools.chain.from_iterable(known)])
+                seen = (user.to(self.device), item.to(self.device))
+            return self.best_items(query_UD, items_ID, k, seen)
 
     def _index(self) -> dict[str, int]:
         if not hasattr(self, "_index_of"):

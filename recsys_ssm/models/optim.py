@@ -22,7 +22,7 @@ class WarmupCosine(LambdaLR):
 
     Args:
         optimizer: Whose rate it is.
-        warmup_steps: Steps until the full rate.
+        warmup_steps: Steps until the full rate; a tenth of ``total_steps`` if that is shorter.
         total_steps: Steps until the lowest. In a config -1 means all of the training's, by its steps or its epochs.
         min_factor: Lowest rate over full rate.
     """
@@ -34,16 +34,17 @@ class WarmupCosine(LambdaLR):
         total_steps: int = -1,
         min_factor: float = 0.0,
     ) -> None:
-        if total_steps <= warmup_steps:
+        if total_steps < 1:
             raise UserError(
-                f"scheduler.total_steps={total_steps} is not above scheduler.warmup_steps={warmup_steps}; "
-                "set trainer.max_steps or scheduler.total_steps"
+                f"scheduler.total_steps={total_steps}: give at least 1, or set trainer.max_steps or trainer.max_epochs"
             )
+        if warmup_steps >= total_steps:  # a short training warms up for a tenth of its steps
+            warmup_steps = total_steps // 10
 
         def factor(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / (warmup_steps + 1)
-            done = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+            done = min((step - warmup_steps) / max(1, total_steps - warmup_steps), 1.0)
             return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * done))
 
         super().__init__(optimizer, factor)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, Self
 
 import lightning as L
 import polars as pl
+import torch
 from torch import Tensor
 
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models import training
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
+
+_LOCK = threading.Lock()
+"""Held while a model changes its mode."""
 
 
 class Recommender(L.LightningModule, abc.ABC):
@@ -24,6 +31,36 @@ class Recommender(L.LightningModule, abc.ABC):
     test_metrics: RankingMetrics
     test_rankings: Rankings
     """Recommendations of the last test."""
+
+    _n_inferring = 0
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
+        """Load a model from a checkpoint, in evaluation mode: see :class:`lightning.LightningModule`."""
+        model: Self = super().load_from_checkpoint(*args, **kwargs)
+        model.eval()
+        return model
+
+    def on_fit_start(self) -> None:
+        """Train in training mode, also a model that was loaded for use."""
+        self.train()
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Put the model into evaluation mode without gradients; calls from several threads may overlap."""
+        with _LOCK:
+            if self._n_inferring == 0:
+                self._was_training = self.training
+                self.eval()
+            self._n_inferring += 1
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            with _LOCK:
+                self._n_inferring -= 1
+                if self._n_inferring == 0 and self._was_training:
+                    self.train()
 
     @classmethod
     @abc.abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.features import Features, FeatureSchema, as_frame
 from recsys_ssm.instantiate import Part, build, to_spec
 from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, over_all_users, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
@@ -254,13 +254,12 @@ class TwoTower(Recommender):
 
     # Use
 
-    @torch.no_grad()
-    def predict(self, users: pl.DataFrame, items: pl.DataFrame | None = None) -> Tensor:
+    def predict(self, users: Any, items: Any = None) -> Tensor:
         """Return the scores of every user for every item.
 
         Args:
-            users: One row a user, with the columns of ``user_schema``.
-            items: One row an item, with the columns of ``item_schema``, new ones included; none: the catalogue.
+            users: Polars or pandas data frame, one row a user, with the columns of ``user_schema``.
+            items: The same for items, with the columns of ``item_schema``, new items included. None: the catalogue.
 
         Returns:
             (U, I) float32 on the CPU.
@@ -268,17 +267,20 @@ class TwoTower(Recommender):
         Raises:
             UserError: A column is missing, or a numeric column holds a value that is not a number.
         """
-        user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
+        user_US = self._encode(
+            self.user_tower, self.user_schema.encode(as_frame(users, "users"), where="users")
+        )
         if items is None:
             item_IS = self.item_embeddings()
         else:
-            item_IS = self._encode(self.item_tower, self.item_schema.encode(items, where="items"))
+            item_IS = self._encode(
+                self.item_tower, self.item_schema.encode(as_frame(items, "items"), where="items")
+            )
         return (user_US @ item_IS.T).float().cpu()
 
-    @torch.no_grad()
     def recommend(
         self,
-        users: pl.DataFrame,
+        users: Any,
         k: int = 10,
         exclude: Tensor | None = None,
         *,
@@ -287,7 +289,7 @@ class TwoTower(Recommender):
         """Return the ``k`` best items of the catalogue for each user. Scores are computed in blocks of items.
 
         Args:
-            users: One row a user, with the columns of ``user_schema``.
+            users: Polars or pandas data frame, one row a user, with the columns of ``user_schema``.
             k: Number of items.
             exclude: (U, I) bool, items not to recommend.
             item_embeddings: Result of :meth:`item_embeddings`, to share it between calls.
@@ -298,7 +300,9 @@ class TwoTower(Recommender):
         Raises:
             UserError: As :meth:`predict`, or ``exclude`` has another shape.
         """
-        user_US = self._encode(self.user_tower, self.user_schema.encode(users, where="users"))
+        user_US = self._encode(
+            self.user_tower, self.user_schema.encode(as_frame(users, "users"), where="users")
+        )
         item_IS = self.item_embeddings() if item_embeddings is None else item_embeddings
         pairs = None
         if exclude is not None:
@@ -316,11 +320,8 @@ class TwoTower(Recommender):
 
     def _encode(self, tower: Tower, features: Features) -> Tensor:
         """Return a table's embeddings, without dropout."""
-        training = self.training
-        self.eval()
-        found = tower.encode(features.to(self.device))
-        self.train(training)
-        return found
+        with self.inference():
+            return tower.encode(features.to(self.device))
 
 
 def _tower(schema: FeatureSchema, tokenizer: Part, backbone: Part, head: Part) -> Tower:

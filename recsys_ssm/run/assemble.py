@@ -47,6 +47,43 @@ def check_config(cfg: DictConfig) -> None:
     check(cfg, "dataset", "model", *PARTS, "trainer", *callbacks, *logger_options(cfg))
     if cfg.test not in ("best", "last", None):
         raise UserError(f"test={cfg.test}: expected best, last or null")
+    if cfg.monitor_mode not in ("min", "max"):
+        raise UserError(f"monitor_mode={cfg.monitor_mode}: expected min or max")
+    if not (_is_int(cfg.seed) and 0 <= cfg.seed < 2**32):
+        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
+    accumulate = cfg.trainer.get("accumulate_grad_batches", 1)
+    if not (_is_int(accumulate) and accumulate >= 1):
+        raise UserError(f"trainer.accumulate_grad_batches={accumulate}: give at least 1")
+    check_name(str(cfg.name), "name")
+    if cfg.sweep is not None:
+        check_name(str(cfg.sweep), "sweep")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_name(name: str, option: str) -> str:
+    """Return a name if it is one of a file or folder, and not a path.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not name or name.strip(".") == "" or any(part in name for part in ("/", "\\", "\0")):
+        raise UserError(
+            f"{option}={name}: not the name of a folder; leave out slashes and dots alone"
+        )
+    if len(name.encode()) > 200:
+        raise UserError(f"{option}={name[:40]}…: {len(name)} characters; give at most 200")
+    return name
+
+
+def as_list(value: Any) -> list[str]:
+    """Return the texts of an option that takes a list; one word without brackets is a list of one."""
+    value = plain(value)
+    if value is None:
+        return []
+    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def make_data(cfg: DictConfig) -> RecommenderData[Any]:
@@ -62,7 +99,7 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
         UserError: An option is wrong, or model and dataset do not fit.
     """
     module: type[Recommender] = import_target(cfg.model["_target_"], "model")
-    parts = {name: spec(cfg[name], name) for name in PARTS}
+    parts = {name: spec(cfg.get(name), name) for name in PARTS}
     metrics = ranking_metrics(cfg, defaults_of(module)["metrics"])
     model: Recommender = instantiate(
         cfg.model, "model", **module.arguments_from(data), **parts, metrics=metrics
@@ -72,7 +109,7 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
 
 def ranking_metrics(cfg: DictConfig, default: list[str]) -> list[str]:
     """Return the configured metrics and the monitored one: checkpoints and early stopping follow it."""
-    names: list[str] = default if cfg.metrics is None else plain(cfg.metrics)
+    names = default if cfg.metrics is None else as_list(cfg.metrics)
     part, _, monitored = cfg.monitor.partition("/")
     is_metric = part == "val" and "@" in monitored
     return [*names, *([monitored] if is_metric and monitored not in names else [])]
@@ -102,7 +139,7 @@ def make_loggers(
     cfg: DictConfig, data: RecommenderData[Any], folder: Path, name: str
 ) -> list[Logger]:
     """Build the configured loggers; each is passed the folder, the run's name and tags as its class takes them."""
-    tags = [*cfg.tags, *([cfg.sweep] if cfg.sweep else [])]
+    tags = [*as_list(cfg.tags), *([str(cfg.sweep)] if cfg.sweep else [])]
     tags += ["generated"] if data.splits.generated else []
     given = {"save_dir": str(folder), "name": name, "run_name": name}
     made = []
@@ -119,15 +156,30 @@ def make_loggers(
 def make_trainer(
     cfg: DictConfig, callbacks: list[L.Callback], loggers: list[Logger], **given: Any
 ) -> L.Trainer:
-    """Build the configured trainer."""
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        "trainer",
-        callbacks=callbacks,
-        logger=loggers or False,
-        **{"plugins": [AtomicCheckpointIO()], **given},
-    )
+    """Build the configured trainer.
+
+    Raises:
+        UserError: Lightning refuses one of its options.
+    """
+    try:
+        trainer: L.Trainer = instantiate(
+            cfg.trainer,
+            "trainer",
+            callbacks=callbacks,
+            logger=loggers or False,
+            **{"plugins": [AtomicCheckpointIO()], **given},
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:  # a value Lightning refuses
+        raise UserError(
+            f"trainer: {_one_line(error)}; change the option, see Lightning's Trainer"
+        ) from error
     return trainer
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def find_checkpoint(ckpt_path: str | None, output: Path) -> Path | None:
@@ -207,6 +259,7 @@ def test_model(
         write_table(folder / "items.parquet", items)
     return {
         **model.test_results(),
+        "filter_seen": getattr(model, "filter_seen", None),
         "latency": model.latency(data),
         "baselines": data.baseline_metrics([str(name) for name in model.test_metrics.names]),
     }
@@ -219,6 +272,30 @@ def draw_curves(
     return plot_curves(
         records, folder / "curves.png", monitor=cfg.monitor, mode=cfg.monitor_mode, title=title
     )
+
+
+def still_improving(
+    records: Sequence[Mapping[str, float]], cfg: DictConfig, steps: int
+) -> str | None:
+    """Return advice if the last validation was the best one, so that a longer training may be better."""
+    values = [(record[cfg.monitor], record["step"]) for record in records if cfg.monitor in record]
+    if len(values) < 2:
+        return None
+    best = (min if cfg.monitor_mode == "min" else max)(values, key=lambda pair: pair[0])
+    if best[1] != values[-1][1] or best[0] == values[-2][0]:
+        return None
+    option = "trainer.max_steps" if cfg.trainer.get("max_steps", -1) > 0 else "trainer.max_epochs"
+    return (
+        f"{cfg.monitor} was still improving when the training ended, at step {steps}: "
+        f"resume it with ckpt_path=last and a larger {option}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people: ``12 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def timed(records: list[dict[str, float]], cost: Cost) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
@@ -53,6 +54,11 @@ def wandb_logger(
         monitor, monitor_mode: The metric whose best value stands in the run's summary, and what is best.
     """
     mode = wandb_mode(mode)
+    if bad := set(project) & set("/\\#?%:"):
+        raise UserError(
+            f"logger.project={project}: W&B allows no {' '.join(sorted(bad))} in it; give the name alone, "
+            "and the team with logger.entity"
+        )
     if log_model and mode != "online":
         raise UserError(
             f"logger.log_model=true needs W&B online, and it is {mode}: log in with `wandb login`, "
@@ -69,9 +75,9 @@ def wandb_logger(
         id=id_file.read_text(),
         project=env("WANDB_PROJECT", project),
         entity=env("WANDB_ENTITY", entity or "") or None,
-        group=env("WANDB_RUN_GROUP", group or "") or None,
+        group=env("WANDB_RUN_GROUP", "".join(_shortened([group or ""], 128))) or None,
         job_type=env("WANDB_JOB_TYPE", job_type or "") or None,
-        tags=env_tags.split(",") if env_tags else tags,
+        tags=env_tags.split(",") if env_tags else _shortened(tags or [], 64),
         log_model=log_model,
         mode=mode,
         resume="allow",
@@ -81,6 +87,17 @@ def wandb_logger(
     logger._wandb_init.pop("anonymous", None)
     define_metrics(logger.experiment, monitor, monitor_mode)
     return logger
+
+
+def _shortened(texts: Sequence[str], limit: int) -> list[str]:
+    """Cut texts to the length that W&B takes; a hash at the end keeps them different."""
+    cut = []
+    for text in texts:
+        if len(text) > limit:
+            log.info("W&B takes %d characters at most: %s is shortened", limit, text)
+            text = f"{text[: limit - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        cut.append(text)
+    return cut
 
 
 STEP = "trainer/global_step"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from small import TINY
 
-from recsys_ssm.cli.resolvers import check_name, run_folder
+from recsys_ssm.cli.resolvers import run_folder
 from recsys_ssm.errors import UserError
+from recsys_ssm.run.assemble import check_name
 
 QUICK = (*TINY, "backbone=mamba", "backbone.d_model=16", "backbone.n_layers=1", "logger=none")
 
