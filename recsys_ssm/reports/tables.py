@@ -68,7 +68,7 @@ def conditions(cells: Sequence[Cell], options: Options) -> str:
     seeds = sorted({cell.n for cell in cells})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "0"
     return (
-        f"Data: {data_of(runs)}. Protocol: {_protocol(runs)} Equal scores are ranked in catalogue order. "
+        f"Data: {data_of(runs)}. Protocol: {_protocol(runs)}. Equal scores are ranked in catalogue order. "
         f"Seeds: {count}; mean ± half of a {options.confidence:.0%} confidence interval (Student's t)."
     )
 
@@ -89,12 +89,20 @@ def data_of(runs: Iterable[Run]) -> str:
 
 
 def _protocol(runs: Sequence[Run]) -> str:
-    if not any(run.task.kind == "next_item" for run in runs):
-        return "items of a user's training data are left out of that user's ranking."
-    if any("metrics_unfiltered" in run.results for run in runs):
-        return "the whole catalogue is ranked; seen items allowed and left out stand in columns of their own."
-    words = "left out" if _filters(runs) else "allowed"
-    return f"the whole catalogue is ranked, seen items {words}."
+    next_item = [run for run in runs if run.task.kind == "next_item"]
+    parts = []
+    if len(next_item) < len(runs):
+        parts.append(
+            "two towers leave the items of a user's training data out of that user's ranking"
+        )
+    if any("metrics_unfiltered" in run.results for run in next_item):
+        parts.append(
+            "next-item models rank the whole catalogue, and figures leave seen items out unless they say otherwise"
+        )
+    elif next_item:
+        words = "left out" if _filters(next_item) else "allowed"
+        parts.append(f"next-item models rank the whole catalogue, seen items {words}")
+    return "; ".join(parts) or "none"
 
 
 def _filters(runs: Sequence[Run]) -> bool:
@@ -326,6 +334,8 @@ def paired(
         if n_tests
         else ". No pair has the three seeds that a test needs."
     )
+    compared = [cell for each in found for cell in (each.first, each.second)]
+    caption += f" {conditions(compared, options)}"
     head = ("data", "difference", "settings", "seeds", *metrics)
     return Table(caption, head, rows, n_labels=3, label="paired")
 
@@ -380,7 +390,7 @@ def settings_table(collection: Collection, options: Options) -> Table:
         )
     caption = (
         "Every setting that was run: the best score on validation, by which settings are compared, and test figures, "
-        "by which they are not compared."
+        f"by which they are not compared. {conditions(collection.cells, options)}"
     )
     head = (
         "data",
@@ -537,7 +547,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
     rows += _next_item_baselines(task, cells, options)
     caption = (
         f"{task.label}: the whole catalogue is ranked for each user's held-out item. The first three figures allow "
-        "items that the user had before; the two marked new leave them out. Latency: median time of a call for one user."
+        "items that the user had before; the two marked new leave them out. Latency: median time of a call for a user."
     )
     texts = [caption, conditions(cells, options), sources(published)]
     return Table(
