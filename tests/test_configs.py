@@ -235,9 +235,11 @@ def test_recipes_of_the_paper() -> None:
 
 
 def test_the_published_cell_follows_the_dataset() -> None:
-    row = published_for(plain(compose("dataset=vaccine", "dataset.k=50", "dataset.n_messages=100")))
+    row = published_for(
+        plain(compose("dataset=vaccine", "++dataset.k=50", "++dataset.n_messages=100"))
+    )
     assert row is not None and row.metrics["p@5"] == 0.0884 and row.metrics["hr@10"] == 0.4272
-    other = plain(compose("dataset=vaccine", "dataset.k=30", "dataset.n_messages=30"))
+    other = plain(compose("dataset=vaccine", "++dataset.k=30", "++dataset.n_messages=30"))
     assert published_for(other) is None
 
 

@@ -104,7 +104,7 @@ def through_training(
     drawn = [(cell, curves) for cell, curves in drawn if curves]
     if not drawn:
         return None
-    figure = _figure(10, 3.9, f"{task.label}: validation through training")
+    figure = _figure(10, 3.9 + 0.1 * len(drawn), f"{task.label}: validation through training")
     panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
     said = []
     for axes, metric in zip(panels, metrics, strict=True):
@@ -139,7 +139,8 @@ def through_training(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _finish(axes, "training step", "mean over users" if axes is panels[0] else "")
-    panels[0].legend(frameon=True, framealpha=0.9, edgecolor="none", loc="lower right", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     caption = (
         f"{task.label}: {', '.join(metrics)} of validation users through training, mean over the seeds; band: "
         f"{options.confidence:.0%} confidence interval of the mean."

@@ -1,15 +1,13 @@
-"""Fill in the defaults of a run's options from the signatures of its classes, without running any of its code."""
+"""Read the options of a run's config, defaults included, without running any of its code."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from recsys_ssm.instantiate import _parameters
+from recsys_ssm import instantiate
 
 _OURS = "recsys_ssm."
 
@@ -30,21 +28,12 @@ def known_class(target: object) -> type | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the default of every argument that a known class has and the config leaves out."""
-    filled = {
-        key: with_defaults(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-    }
-    target = known_class(config["_target_"]) if "_target_" in config else None
-    if target is not None:
-        filled = dict(_defaults(target)) | filled
+    """Return a run's config with the defaults of the classes that may be looked into (:func:`known_class`)."""
+    try:
+        filled: dict[str, Any] = instantiate.with_defaults(config, trust=instantiate.TRUSTED)
+    except (TypeError, ValueError):  # a path that names something without a signature
+        return dict(config)
     return filled
-
-
-@functools.cache
-def _defaults(target: type) -> dict[str, Any]:
-    parameters = _parameters(target)[0].items()
-    return {name: each.default for name, each in parameters if _is_plain(each.default)}
 
 
 def option(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -55,10 +44,3 @@ def option(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
             return default
         node = node[key]
     return node
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(each) for each in value)
-    is_scalar = value is None or isinstance(value, bool | int | float | str)
-    return is_scalar and value is not inspect.Parameter.empty

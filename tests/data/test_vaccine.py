@@ -316,7 +316,7 @@ def test_recipe_prints_the_published_cell(backbone: str) -> None:
         cfg = compose("train", ["dataset=vaccine", f"backbone={backbone}"])
     assert cfg.optimizer.lr == 1e-5
     for (k, n_messages), published in PUBLISHED[backbone].items():
-        cfg.dataset.k, cfg.dataset.n_messages = k, n_messages
+        OmegaConf.update(cfg, "dataset", {"k": k, "n_messages": n_messages}, force_add=True)
         row = published_for(OmegaConf.to_container(cfg))
         if published is None:
             assert row is None

@@ -353,6 +353,7 @@ def test_nothing_in_a_runs_folder_is_run_or_resolved(
         "dataset._target_": "os.system",
         "dataset.command": f"touch {marker}",
         "tags": "${oc.env:SECRET}",
+        "scheduler": {"_target_": "time.time"},  # without a signature
         "optimizer.lr": "${oc.env:SECRET}",
     }
     fake_run(runs, options=hostile, overrides=("experiment=../../../stranger",))

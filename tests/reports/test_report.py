@@ -164,7 +164,13 @@ def test_every_result_table_names_data_protocol_ties_and_interval(document: Docu
     ]
     assert len(captions) == 3
     for caption in captions:
-        for words in ("Data: ", "left out", "Equal scores", "Seeds: ", "Student's t"):
+        for words in (
+            "Data: ",
+            "out of that user's ranking",
+            "Equal scores",
+            "Seeds: ",
+            "Student's t",
+        ):
             assert words in caption, caption
     assert any("files generated from a fixed seed" in caption for caption in captions)
 

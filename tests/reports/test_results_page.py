@@ -31,7 +31,7 @@ def page(repository: Path) -> ModuleType:
 
 def test_parts_are_filled_and_words_stay(page: ModuleType, tmp_path: Path) -> None:
     for backbone in ("mamba", "transformer"):
-        for seed in range(2):
+        for seed in range(3):
             fake_run(tmp_path / "runs", backbone=backbone, seed=seed)
     write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "results")
     made = page.parts(tmp_path / "results")
@@ -45,10 +45,10 @@ def test_parts_are_filled_and_words_stay(page: ModuleType, tmp_path: Path) -> No
     assert page.fill(after, made) == after
     assert "| Spotify | FT-Transformer | paper | 100 | .803 |" in after
     assert (
-        "FT-Mamba, here (2 seeds)" in made["readme"]
+        "FT-Mamba, here (3 seeds)" in made["readme"]
         and "| FT-Mamba, paper | .952 |" in made["readme"]
     )
-    assert "'seed=range(2)'`" in made["commands"]
+    assert "'seed=range(3)'`" in made["commands"]
     assert "p-value" in made["differences"]
     assert all("Equal scores" in made[part] for part in ("spotify", "differences", "settings"))
 
