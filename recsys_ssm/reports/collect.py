@@ -178,6 +178,8 @@ def _unfinished(folder: Path) -> str:
     state = job_state(folder)
     if state == "running":
         return "still running"
+    if state == "pruned":
+        return "pruned by its search"
     if state == "failed":
         lines = str(read_status(folder).get("error") or "").strip().splitlines() or ["no message"]
         return f"failed: {lines[-1].removeprefix('error: ')}"

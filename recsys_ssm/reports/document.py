@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """A section's title."""
+    """Begin a section with its title."""
 
     text: str
     level: int = 2
@@ -31,21 +31,21 @@ class Heading:
 
 @dataclasses.dataclass(frozen=True)
 class Paragraph:
-    """Text; `code` between backticks."""
+    """Hold text; `code` stands between backticks."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Bullets:
-    """A list of texts."""
+    """List texts."""
 
     items: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells under one row of heads.
+    """Hold rows of cells under one row of heads.
 
     Attributes:
         caption: the contents of the table, and how to read them.
@@ -68,7 +68,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A PNG figure.
+    """Hold a PNG figure.
 
     Attributes:
         caption: the contents of the figure.
@@ -94,7 +94,7 @@ Block = Heading | Paragraph | Bullets | Table | Image
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A title and blocks."""
+    """Hold a title and blocks."""
 
     title: str
     blocks: Sequence[Block]

@@ -23,7 +23,7 @@ _LONGEST_VALUE = 40
 
 
 class Problem(NamedTuple):
-    """A folder that is left out, with the reason."""
+    """Name a folder that is left out, with the reason."""
 
     folder: Path
     what: str
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A dataset with the options that differ from the shipped ones.
+    """Describe a dataset by the options that differ from the shipped ones.
 
     Attributes:
         dataset: its name.
@@ -61,7 +61,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How a backbone was trained.
+    """Describe a training by the options that differ from the shipped ones.
 
     Attributes:
         changed: options that differ from the shipped ones, or from the experiment's.
@@ -89,7 +89,7 @@ class Setting:
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """A finished run: its config and its results."""
+    """Hold a finished run: its config and its results."""
 
     folder: Path
     results: dict[str, Any]
@@ -100,7 +100,7 @@ class Run:
     validation: float = math.nan
     """The best monitored value, by which settings are compared; NaN if unknown."""
     is_compared: bool = True
-    """Whether the setting was named by comparison with a shipped config."""
+    """True if the setting was named by comparison with a shipped config."""
     data_options: Changes = ()
     """All options of a dataset that is not shipped."""
 
@@ -131,7 +131,7 @@ class Run:
 
 @dataclasses.dataclass(eq=False)
 class Cell:
-    """The runs of one task, backbone and setting, ordered by seed."""
+    """Group the runs of one task, backbone and setting, ordered by seed."""
 
     task: Task
     backbone: str
@@ -162,7 +162,7 @@ class Cell:
 
 @dataclasses.dataclass
 class Collection:
-    """Everything that was found.
+    """Hold everything that was found.
 
     Attributes:
         cells: tested runs, grouped.

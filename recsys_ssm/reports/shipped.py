@@ -35,7 +35,7 @@ Grid = tuple[tuple[str, Any], ...]
 
 
 class Place(NamedTuple):
-    """The task and the setting of a run.
+    """Hold the task and the setting of a run.
 
     ``compared``: whether the setting was named by comparison with shipped options; otherwise it holds every option.
     ``data_options``: every option of a dataset that is not shipped. The runs of a report are then named by the options
@@ -144,7 +144,7 @@ def _dataset_of(target: str) -> str:
 
 
 class _Base(NamedTuple):
-    """Shipped options to compare with."""
+    """Hold shipped options to compare with."""
 
     settings: Settings
     is_published: bool

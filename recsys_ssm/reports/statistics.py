@@ -19,7 +19,7 @@ MIN_PAIRS = 3
 
 
 class Estimate(NamedTuple):
-    """A mean over ``n`` seeds with its confidence interval, ``mean ± half_width``."""
+    """Hold a mean over ``n`` seeds with its confidence interval, ``mean ± half_width``."""
 
     mean: float
     half_width: float
@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference over the ``n`` common seeds, and the two-sided p-value of the paired t-test."""
+    """Hold a mean difference over the ``n`` common seeds, and the two-sided p-value of the paired t-test."""
 
     mean: float
     half_width: float

@@ -23,7 +23,7 @@ _MOST_TRIALS = 20
 
 
 class Options(NamedTuple):
-    """How tables are made: a cell on fewer than ``min_seeds`` seeds says so."""
+    """Hold the options of tables: a cell on fewer than ``min_seeds`` seeds says so."""
 
     min_seeds: int = 10
     confidence: float = 0.95
@@ -274,7 +274,7 @@ def baseline(cells: Sequence[Cell], name: str, metric: str, options: Options) ->
 
 
 class Comparison(NamedTuple):
-    """Two cells of one task, and their differences by metric."""
+    """Hold two cells of one task, and their differences by metric."""
 
     first: Cell
     second: Cell

@@ -19,7 +19,7 @@ SeenItems = Literal["allowed", "left out", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a published table, with what one has to know to compare it.
+    """Hold a row of a published table, with the conditions to compare it under.
 
     Attributes:
         source: key of the source in ``published.yaml``.
@@ -31,12 +31,12 @@ class Row:
         backbone: class name of the backbone here in lower case; None where this project lacks the model.
         metrics: metric -> value.
         seeds: number of runs behind each value.
-        seen_items: whether items of a user's history may be ranked for that user.
+        seen_items: ``allowed`` if items of a user's history may be ranked for that user.
         max_length: longest history in events; None if unknown or not applicable.
         when: options that a run must have to be compared with the row.
         cost: latency and parameter counts as printed.
         printed_as: the dataset that the source prints, where it is another one.
-        shipped_recipe: whether the defaults of this project are the recipe of the source.
+        shipped_recipe: True if the defaults of this project are the recipe of the source.
         note: a remark on this row.
     """
 
@@ -59,13 +59,13 @@ class Row:
 
     @property
     def protocol(self) -> str:
-        """The protocol in words; empty where users have no history."""
+        """Return the protocol in words; empty where users have no history."""
         parts = [] if self.seen_items == "none" else [f"seen items {self.seen_items}"]
         return ", ".join(parts + [f"length {self.max_length}"] * (self.max_length is not None))
 
     @property
     def label(self) -> str:
-        """The head of the row's column in a run's table: ``published (seen items allowed)``."""
+        """Return the head of the row's column in a run's table: ``published (seen items allowed)``."""
         words = "published" if self.backbone else f"published, {self.model}"
         return words if self.seen_items == "none" else f"{words} (seen items {self.seen_items})"
 

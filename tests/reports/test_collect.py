@@ -388,6 +388,20 @@ def test_trials_of_a_search_are_listed_and_not_grouped(tmp_path: Path) -> None:
     assert all(math.isfinite(run.validation) for run in found.trials)
 
 
+def test_pruned_trials_and_the_files_of_loggers(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path)
+    for path in ("csv/version_0/metrics.csv", "lightning_logs/version_0/hparams.yaml"):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text("x")
+    (folder / "mlruns" / "0" / "artifacts").mkdir(parents=True)
+    pruned = tmp_path / "trial"
+    pruned.mkdir()
+    (pruned / "job_status.json").write_text('{"state": "pruned"}')
+    found = collect([tmp_path])
+    assert [cell.n for cell in found.cells] == [1]
+    assert found.problems == [(pruned, "pruned by its search")]
+
+
 def test_cells_of_the_first_version_stay_readable(tmp_path: Path) -> None:
     """Their task has a pair of numbers for its grid and no kind, their setting no name."""
     fake_run(tmp_path / "runs", "vaccine", cell=(25, 50))
