@@ -17,6 +17,7 @@ from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.assemble import check_writable, test_model
 from recsys_ssm.run.checkpoints import read_checkpoint
 from recsys_ssm.run.files import versions, write_json
+from recsys_ssm.run.published import published_results
 from recsys_ssm.run.table import print_results
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "versions": versions(),
         **test_model(trainer, model, data),
         "checkpoint": str(checkpoint),
-        "published": plain(trained.get("published")) or {},
+        **published_results(OmegaConf.to_container(trained)),  # type: ignore[arg-type]
     }
     path = write_json(output / "metrics.json", results)
     print_results(results)

@@ -1,4 +1,4 @@
-"""Tables and figures of finished runs: ``python -m recsys_ssm.report <folder> [<folder> …]``."""
+"""Make tables and figures of finished runs: ``python -m recsys_ssm.report <folder> [<folder> …]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from recsys_ssm.cli.command import command
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import plain
 from recsys_ssm.reports import archive, build, on_wandb
-from recsys_ssm.reports.collect import Collection, collect
+from recsys_ssm.reports.collect import collect
+from recsys_ssm.reports.runs import Collection
 from recsys_ssm.reports.tables import Options
 from recsys_ssm.run.files import write_bytes
 
@@ -22,17 +23,17 @@ FORMATS = ("md", "tex", "html")
 
 
 def report(cfg: DictConfig) -> Collection:
-    """The report ``cfg`` (``conf/report.yaml``) asks for; what it was made from is returned.
+    """Write the report that ``cfg`` (``conf/report.yaml``) describes, and return what it was made from.
 
     Raises:
-        UserError: A folder is not there, or holds no run at all, or an option makes no sense.
+        UserError: A folder does not exist or holds no run, or an option has an invalid value.
     """
     sources = [cfg.sweep] if isinstance(cfg.sweep, str) else plain(cfg.sweep)
     formats = [cfg.formats] if isinstance(cfg.formats, str) else plain(cfg.formats)
     if unknown := set(formats) - set(FORMATS):
-        raise UserError(f"formats={', '.join(sorted(unknown))}: expected of {', '.join(FORMATS)}")
+        raise UserError(f"formats={', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
     if not 0 < cfg.confidence < 1:
-        raise UserError(f"confidence={cfg.confidence}: expected between 0 and 1")
+        raise UserError(f"confidence={cfg.confidence}: choose a number between 0 and 1")
     options = Options(int(cfg.min_seeds), float(cfg.confidence))
 
     folders = [Path(source) for source in sources if not source.startswith(on_wandb.PREFIX)]
@@ -46,9 +47,11 @@ def report(cfg: DictConfig) -> Collection:
     collection.problems.extend(problems)
     for problem in collection.problems:
         log.info("left out  %s: %s", *problem)
-    if not collection.cells:
+    if not collection.cells and not collection.trials:
         where = ", ".join(map(str, sources))
-        raise UserError(f"sweep={where}: no finished run in it ({len(collection.problems)} others)")
+        raise UserError(
+            f"sweep={where}: no finished run in it ({len(collection.problems)} others); give a folder of runs"
+        )
     document = build.build(collection, str(cfg.title), options)
     output = Path(cfg.output or (folders[0] / "report" if folders else "report"))
     for path in build.write(document, output, formats):
@@ -66,7 +69,7 @@ def report(cfg: DictConfig) -> Collection:
 
 
 def folders_first(arguments: list[str]) -> list[str]:
-    """The command line with folders given as plain words turned into the option ``sweep``."""
+    """Turn the folders of a command line, given as plain words, into the option ``sweep``."""
     words = [each for each in arguments if not each.startswith("-") and "=" not in each]
     if not words:
         return arguments
@@ -74,12 +77,12 @@ def folders_first(arguments: list[str]) -> list[str]:
     return [f"sweep=[{quoted}]", *(each for each in arguments if each not in words)]
 
 
-_door = command("report")(report)
+_command = command("report")(report)
 
 
 def main() -> None:
     sys.argv[1:] = folders_first(sys.argv[1:])
-    _door()
+    _command()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from recsys_ssm.run.callbacks import Cost, History
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.loggers import finish, log_results
+from recsys_ssm.run.published import published_results
 from recsys_ssm.run.resume import RunRecord, check_resume
 from recsys_ssm.run.table import print_results
 
@@ -87,7 +88,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         }
         if cfg.test is not None:
             results |= test_checkpoint(trainer, model, data, cfg.test)
-            results["published"] = plain(cfg.published) or {}
+            results |= published_results(plain(cfg))
         if trainer.is_global_zero:
             curves = report(results, history, cost, output, cfg)
             log_results(loggers, results, [curves])

@@ -11,45 +11,45 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from recsys_ssm.reports import tables
 from recsys_ssm.reports.archive import file_name, read_cells
-from recsys_ssm.reports.collect import Cell, Collection
 from recsys_ssm.reports.document import Table, markdown_table
+from recsys_ssm.reports.names import model_name
+from recsys_ssm.reports.runs import Cell, Collection
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.run.files import write_text
+from recsys_ssm.run.published import best_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/results.md", "README.md")
 OPTIONS = tables.Options()
+WIDTH = 120
 
 
 def parts(folder: Path) -> dict[str, str]:
-    """Name -> Markdown of every generated part, from the cells in ``folder``."""
+    """Return the Markdown of every generated part by name, from the cells in ``folder``."""
     cells = read_cells(folder)
     collection = Collection(cells, [])
     made: dict[str, str] = {}
-    two_towers = [c.task for c in cells if not c.runs[0].is_next_item]
-    for name, dataset in (("spotify", "spotify"), ("hm", "hm"), ("vaccine", "vaccine")):
-        tasks = [task for task in dict.fromkeys(two_towers) if task.dataset == dataset]
-        if tasks:
-            wanted = tables.paper_tasks([dataset], tasks)
-            made[name] = shown(tables.performance(collection, wanted, OPTIONS, "", name))
+    two_towers = [task for task in collection.tasks if task.kind != "next_item"]
+    for dataset in dict.fromkeys(task.dataset for task in two_towers):
+        wanted = tables.with_published_tasks([dataset], two_towers)
+        made[dataset] = shown(tables.performance(collection, wanted, OPTIONS, "", dataset))
     compared = tables.comparisons(collection, OPTIONS)
     if compared:
-        table = tables.paired(compared, OPTIONS)
-        made["differences"] = f"{shown(table)}\n\n{table.caption}"
-    for task in dict.fromkeys(cell.task for cell in cells if cell.runs[0].is_next_item):
-        table = tables.next_item(collection, task, OPTIONS)
-        made[f"next-item {task.dataset}"] = f"{shown(table)}\n\n{table.caption}"
-    next_item = [text for name, text in made.items() if name.startswith("next-item ")]
+        made["differences"] = shown(tables.paired(compared, OPTIONS))
+    next_item = [task for task in collection.tasks if task.kind == "next_item"]
+    for task in next_item:
+        made[f"next-item {task.dataset}"] = shown(tables.next_item(collection, task, OPTIONS))
     if next_item:
-        made["next-item"] = "\n\n".join(next_item)
+        made["next-item"] = "\n\n".join(made[f"next-item {task.dataset}"] for task in next_item)
+        made["readme next-item"] = readme_next_item(collection)
     if cells:
-        cost = tables.cost(collection)
-        made["cost"] = f"{shown(cost)}\n\n{cost.caption}"
+        made["cost"] = shown(tables.cost(collection))
         made["settings"] = shown(tables.settings_table(collection, OPTIONS))
         made["commands"] = commands(folder, cells)
         made["readme"] = readme(cells)
@@ -63,11 +63,13 @@ def parts(folder: Path) -> dict[str, str]:
 
 
 def shown(table: Table) -> str:
-    return markdown_table(table)
+    """Return a table's rows in Markdown, with its caption below in lines of ``WIDTH`` characters."""
+    caption = textwrap.fill(table.caption, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{markdown_table(table)}\n\n{caption}"
 
 
 def commands(folder: Path, cells: Sequence[Cell]) -> str:
-    """Of each cell its file and the command that makes it."""
+    """Return a table of the cells' files with the command that makes each."""
     lines = []
     for cell in cells:
         name = f"{file_name(cell)}.json"
@@ -77,24 +79,24 @@ def commands(folder: Path, cells: Sequence[Cell]) -> str:
 
 
 def readme(cells: Sequence[Cell]) -> str:
-    """A few figures of Spotify: here, the paper's, and the ceiling."""
+    """Return a few figures of Spotify: here, the paper's, and the oracle's."""
     metrics = ("p@5", "p@10", "hr@1")
     rows = []
     spotify = [c for c in cells if c.task.dataset == "spotify" and not c.task.changed]
-    shipped = [
-        c for c in spotify if not c.setting.changed and c.backbone in ("mamba", "transformer")
-    ]
+    shipped = [c for c in spotify if c.setting.is_shipped]
     for cell in shipped:
-        name, paper = tables.model_name(cell), tables.published_figures(cell.task, cell.backbone)
         ours = [estimate(list(cell.values(m).values())) for m in metrics]
         seeds = f"{cell.n} seed{'s' * (cell.n > 1)}"
         rows.append(
             [
-                f"{name}, here ({seeds})",
+                f"{model_name(cell)}, here ({seeds})",
                 *(tables.show_estimate(e, 3, tables.Options(0)) for e in ours),
             ]
         )
-        rows.append([f"{name}, paper", *(tables.show(paper[m]) for m in metrics)])
+        for row in tables.published_rows(cell.task):
+            if row.backbone == cell.backbone:
+                figures = [tables.show(row.metrics[m]) for m in metrics]
+                rows.append([f"{row.model}, {row.source_label}", *figures])
     if shipped:
         widest = max(shipped, key=lambda cell: cell.n)
         ceiling = [estimate(list(widest.baseline("oracle", m).values())) for m in metrics]
@@ -102,8 +104,27 @@ def readme(cells: Sequence[Cell]) -> str:
     return markdown_table(Table("", ("", *metrics), rows))
 
 
+def readme_next_item(collection: Collection) -> str:
+    """Return the best setting of each next-item task beside the best published row on the same file."""
+    metrics = ("hr@10", "ndcg@10")
+    rows = []
+    for task in collection.tasks:
+        best = tables.best_setting(collection.of(task)) if task.kind == "next_item" else None
+        if best is None:
+            continue
+        ours = [estimate(list(best.values(m).values())) for m in metrics]
+        figures = [tables.show_estimate(e, 4, tables.Options(0)) for e in ours]
+        rows.append([f"{task.label}, `{best.setting.label}`, {best.n} seeds", *figures])
+        published = tables.published_rows(task)
+        row = best_of(row for row in published if row.seen_items == "left out")
+        if row is not None:
+            figures = [tables.show(row.metrics[m], 4) for m in metrics]
+            rows.append([f"{task.label}, best published: {row.model}", *figures])
+    return markdown_table(Table("", ("", *metrics), rows))
+
+
 def fill(page: str, made: dict[str, str]) -> str:
-    """The page with its generated parts made anew; parts there is nothing for stay as they are."""
+    """Return a page with its generated parts made anew; parts without results stay as they are."""
 
     def one(match: re.Match[str]) -> str:
         name = match["name"]

@@ -2,7 +2,7 @@
 
 python scripts/wandb_dashboard.py ENTITY/PROJECT [--sweep NAME] [--name TITLE]
 
-Needs `pip install "recsys-ssm[dashboard]"` and `wandb login`; prints the workspace's address.
+It needs `pip install "recsys-ssm[dashboard]"` and `wandb login`, and prints the workspace's address.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import wandb_workspaces.workspaces as ws
 
 from recsys_ssm.run.loggers import STEP
 
-# A class's path, the same in every run of it: what runs are put together by.
+# The path of the backbone's class groups the runs.
 BACKBONE = panels.Config("backbone._target_")
 CURVES = ("val/ndcg@10", "val/hr@1", "val/hr@5", "val/hr@10", "val/loss", "train/loss")
 FINAL = ("test/p@5", "test/p@10", "test/r@10", "test/ndcg@10", "test/hr@1", "test/hr@10")
@@ -47,7 +47,7 @@ def bars(metric: str) -> panels.BarPlot:
 
 
 def workspace(entity: str, project: str, sweep: str | None, name: str) -> ws.Workspace:
-    """The workspace, not saved yet."""
+    """Return the workspace; it is not saved yet."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -59,7 +59,7 @@ def workspace(entity: str, project: str, sweep: str | None, name: str) -> ws.Wor
             ws.Section(name="Cost", panels=[*map(bars, COST)], is_open=True),
             ws.Section(
                 name="Tables and figures of reports",
-                panels=[panels.MediaBrowser(media_keys=["figures/training-spotify", "curves"])],
+                panels=[panels.MediaBrowser(media_keys=["curves"])],
             ),
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=200),

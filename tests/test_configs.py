@@ -20,6 +20,7 @@ from recsys_ssm.features import FeatureSchema
 from recsys_ssm.instantiate import defaults_of, import_target, plain
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.run.assemble import check_config, make_model
+from recsys_ssm.run.published import published_for
 
 GROUPS = ("backbone", "callbacks", "dataset", "debug", "optimizer", "scheduler", "trainer")
 OPTIONS = [
@@ -121,7 +122,9 @@ def test_a_file_names_only_what_deviates_from_its_class(path: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_fits_its_classes(experiment: str) -> None:
-    check_config(compose(f"experiment={experiment}"))
+    cfg = compose(f"experiment={experiment}")
+    check_config(cfg)
+    assert published_for(plain(cfg)), "an experiment has published figures to compare with"
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -210,6 +213,7 @@ def test_a_recipe_is_found_by_its_name_and_wins_over_the_defaults(path: Path) ->
     dataset, _, backbone = path.stem.partition("_")
     recipe = OmegaConf.load(path)
     cfg = plain(compose(f"dataset={dataset}", f"backbone={backbone}"))
+    assert published_for(cfg), "a recipe is a published one"
     assert cfg["optimizer"]["lr"] == recipe.optimizer.lr
 
 
@@ -228,6 +232,15 @@ def test_recipes_of_the_paper() -> None:
                 "final_relu": False,
             }
             assert cfg["loss"] == {"_target_": "recsys_ssm.models.losses.MeanSquaredError"}
+
+
+def test_the_published_cell_follows_the_dataset() -> None:
+    row = published_for(
+        plain(compose("dataset=vaccine", "++dataset.k=50", "++dataset.n_messages=100"))
+    )
+    assert row is not None and row.metrics["p@5"] == 0.0884 and row.metrics["hr@10"] == 0.4272
+    other = plain(compose("dataset=vaccine", "++dataset.k=30", "++dataset.n_messages=30"))
+    assert published_for(other) is None
 
 
 def test_validations_are_spread_over_the_training() -> None:

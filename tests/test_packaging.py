@@ -84,6 +84,10 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path, repository: Path) 
     assert {f"recsys_ssm/{name}" for name in modules} <= names
     assets = _files(repository / "recsys_ssm", "*.csv")
     assert {f"recsys_ssm/{name}" for name in assets} <= names
+    templates = _files(repository / "recsys_ssm" / "reports" / "templates", "*")
+    assert {"report.html", "report.tex"} <= templates
+    assert {f"recsys_ssm/reports/templates/{name}" for name in templates} <= names
+    assert "recsys_ssm/run/published.yaml" in names
 
 
 def test_wheel_metadata(wheel: Path) -> None:

@@ -44,6 +44,7 @@ from recsys_ssm.run.assemble import (
 from recsys_ssm.run.callbacks import Cost, StepSeed
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.run.files import versions, write_bytes, write_json
+from recsys_ssm.run.published import published_results
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             "name": name,
             "seeds": model.seeds,
             "notes": first.data.splits.notes,
-            "published": plain(cfg.published) or {},
+            **published_results(plain(cfg)),
             **summarise(each),
         }
         write_json(output / "history.json", timed(histories.means(), cost))
@@ -305,7 +306,7 @@ def finish_seed(
     if part.cfg.test is not None:
         results |= {
             "checkpoint": str(part.folder / "checkpoints" / f"{part.cfg.test}.ckpt"),
-            "published": plain(part.cfg.published) or {},
+            **published_results(plain(part.cfg)),
             **test_seed(part, model, number),
         }
     write_json(part.folder / "history.json", records)
@@ -367,7 +368,7 @@ def print_seeds(results: dict[str, Any], console: Console | None = None) -> None
     columns: dict[str, dict[str, float]] = {
         f"mean of {len(seeds)}": results["metrics"],
         "± 95 %": results["half_widths"],
-        **({"published": results["published"]} if results["published"] else {}),
+        **({results["published_label"]: results["published"]} if results["published"] else {}),
         **results["baselines"],
     }
     for head in columns:

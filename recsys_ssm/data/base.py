@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,11 @@ class RecommenderData(L.LightningDataModule, abc.ABC, Generic[Splits]):
         name: What runs and results are called after.
         seed: Of everything that is sampled: users, pairs, splits, order.
     """
+
+    label: ClassVar[str | None] = None
+    """Display name in reports; None: the name."""
+    grid: ClassVar[tuple[str, ...]] = ()
+    """Options that span a grid of tasks in reports, ``("k", "n_messages")``; a report has a figure over the grid."""
 
     name: str
     seed: int

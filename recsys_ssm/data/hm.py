@@ -81,6 +81,8 @@ class HmData(TwoTowerData):
         **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
     """
 
+    label = "H&M"
+
     def __init__(
         self,
         *,

@@ -70,6 +70,8 @@ class SpotifyData(TwoTowerData):
         **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
     """
 
+    label = "Spotify"
+
     def __init__(
         self,
         *,

@@ -105,6 +105,9 @@ class VaccineData(TwoTowerData):
         **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
     """
 
+    label = "Vaccine"
+    grid = ("k", "n_messages")
+
     def __init__(
         self,
         *,

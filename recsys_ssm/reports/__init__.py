@@ -1,1 +1,1 @@
-"""The papers' tables and figures from folders of runs: collected, put together, drawn."""
+"""Make tables and figures from folders of runs."""

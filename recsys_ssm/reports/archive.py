@@ -1,4 +1,4 @@
-"""Finished cells as JSON files to keep: all that the tables are made from, without the run folders."""
+"""Keep finished cells as JSON files: everything that tables are made from, without the run folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.reports.collect import Cell, Run, Setting, Task, in_order, number, spell
+from recsys_ssm.reports.collect import in_order
+from recsys_ssm.reports.runs import Cell, Run, Setting, Task, number, spell
+from recsys_ssm.reports.shipped import display_name, grid_of, kind_of
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.run.files import write_json
 from recsys_ssm.run.settings import settings
@@ -21,31 +23,43 @@ _OF_A_SEED = (
     "metrics_unfiltered",
     "baselines",
     "cost",
+    "data",
     "latency",
     "parameters",
     "steps",
     "train_seconds",
     "versions",
 )
-# Where a run was kept and what it was called are of no use to a reader.
-_PLACES = ("output_root=", "name=", "logger=", "seed=", "sweep=", "launcher", "tags=", "hydra.")
+# A reader on another machine has no use for the folder, the name or the checkpoint of a run.
+_PLACES = (
+    "ckpt_path=",
+    "hydra.",
+    "launcher",
+    "logger=",
+    "name=",
+    "output_root=",
+    "seed=",
+    "sweep=",
+    "tags=",
+)
 
 
 _LONGEST = 120
-"""Characters of a file's name; what a longer one says in full is in the file."""
+"""Most characters of a file's name; the file holds the setting in full."""
 
 
 def write_cells(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """A file for each cell, named after it; returns them."""
+    """Write a file for each cell, named after it; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [write_json(folder / f"{file_name(cell)}.json", cell_record(cell)) for cell in cells]
 
 
 def file_name(cell: Cell) -> str:
-    """``vaccine-25-50_mamba``, and what the setting changes behind it."""
+    """Return ``vaccine-25-50_mamba``, with the options that the setting changes behind it."""
     task = cell.task
-    words = [task.dataset, *(map(str, task.cell or ())), *(value for _, value in task.changed)]
-    changed = spell(cell.setting.changed)
+    words = [task.dataset, *(str(value) for _, value in task.grid)]
+    words += [value for _, value in task.changed]
+    changed = "_".join(part for part in (cell.setting.name, spell(cell.setting.changed)) if part)
     parts = ["-".join(words) + "-generated" * task.generated, cell.backbone, changed]
     text = "_".join(part for part in parts if part)
     name = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in text)
@@ -55,7 +69,7 @@ def file_name(cell: Cell) -> str:
 
 
 def cell_record(cell: Cell) -> dict[str, Any]:
-    """What of a cell is kept: how it was made, means with intervals, and every seed's figures."""
+    """Return a cell as plain data: how it was made, means with intervals, and every seed's figures."""
     metrics = sorted({name for run in cell.runs for name in run.metrics})
     means = {}
     for metric in metrics:
@@ -65,7 +79,11 @@ def cell_record(cell: Cell) -> dict[str, Any]:
     return {
         "task": dataclasses.asdict(cell.task),
         "backbone": cell.backbone,
-        "setting": dataclasses.asdict(cell.setting),
+        "setting": {
+            "name": cell.setting.name,
+            "changed": cell.setting.changed,
+            "is_published": cell.setting.is_published,
+        },
         "command": command(cell),
         "seeds": [run.seed for run in cell.runs],
         "machines": sorted({_machine(run) for run in cell.runs}),
@@ -84,8 +102,8 @@ def cell_record(cell: Cell) -> dict[str, Any]:
 
 
 def command(cell: Cell) -> str | None:
-    """The command that makes all the seeds of a cell; None where no run kept its own."""
-    # Runs of a cell differ in their seed alone, however they were called: any one's options do.
+    """Return the command that makes all the seeds of a cell; None if no run kept its own."""
+    # The runs of a cell differ in their seed alone, so the options of any of them do.
     all_kept = (run.results.get("overrides") for run in cell.runs)
     overrides = next((each for each in all_kept if isinstance(each, list)), None)
     if overrides is None:
@@ -105,7 +123,7 @@ def _machine(run: Run) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: what a mean of a hundred users holds, and half the file."""
+    """Round to six significant digits: as many as a mean over a hundred users has, at half the size."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -114,10 +132,10 @@ def _rounded(value: Any) -> Any:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """The cells that :func:`write_cells` left in a folder, in the papers' order.
+    """Read the cells that :func:`write_cells` wrote to a folder, in the order of a report.
 
     Raises:
-        UserError: A file is no cell.
+        UserError: A file is not a cell.
     """
     cells = []
     for path in sorted(folder.glob("*.json")):
@@ -129,20 +147,10 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def _cell(record: dict[str, Any]) -> Cell:
-    task, setting = record["task"], record["setting"]
-    task = Task(
-        task["dataset"],
-        tuple(task["cell"]) if task["cell"] else None,
-        tuple((key, value) for key, value in task["changed"]),
-        task["generated"],
-    )
+    task, setting = _task(record), record["setting"]
     changed = tuple((key, value) for key, value in setting["changed"])
-    setting = Setting(changed, setting["is_published"])
-    config = {
-        "backbone": {"_target_": record["backbone"]},
-        "monitor": record["monitor"],
-        "monitor_mode": record["monitor_mode"],
-    }
+    setting = Setting(changed, setting["is_published"], setting.get("name", ""))
+    config = _config(record)
     runs = [
         Run(
             Path(),
@@ -155,3 +163,30 @@ def _cell(record: dict[str, Any]) -> Cell:
         for seed, figures in record["per_seed"].items()
     ]
     return Cell(task, record["backbone"], setting, sorted(runs, key=lambda run: run.seed))
+
+
+def _task(record: dict[str, Any]) -> Task:
+    """Return the task of a cell; older cells have no grid by option and no kind of task."""
+    task, config = record["task"], _config(record)
+    grid = tuple((key, value) for key, value in task.get("grid") or grid_of(config))
+    figures = next(iter(record["per_seed"].values()))
+    return Task(
+        task["dataset"],
+        task.get("kind") or kind_of(config, figures),
+        grid,
+        tuple((key, value) for key, value in task["changed"]),
+        task["generated"],
+        task.get("name") or display_name(config, task["dataset"], shipped=True),
+    )
+
+
+def _config(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's config again, from a cell's dotted options."""
+    config: dict[str, Any] = {}
+    for path, value in record["options"].items():
+        *parents, key = path.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+    return {**config, "monitor": record["monitor"], "monitor_mode": record["monitor_mode"]}

@@ -1,196 +1,52 @@
-"""Runs out of a tree of folders: what each is, what is wrong with the others, and which are seeds of one setting.
-
-A *task* is what there is to learn: a dataset with its options. A *setting* is everything a model was trained with,
-the seed aside; settings are named by what they change of the shipped recipe. Runs of one task, backbone and setting are
-the seeds of one cell of a table.
-"""
+"""Find finished runs under folders, report unusable ones, and group runs that differ only in their seed."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import hydra
-import polars as pl
-from hydra.core.global_hydra import GlobalHydra
-from hydra.initialize import get_gh_backup, restore_gh_from_backup
-from omegaconf import OmegaConf
+from typing import Any
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.settings import Settings, differences, read_config, settings
+from recsys_ssm.reports.runs import (
+    Cell,
+    Changes,
+    Collection,
+    Problem,
+    Run,
+    Setting,
+    Task,
+    number,
+    numbers,
+)
+from recsys_ssm.reports.shipped import place
+from recsys_ssm.run.published import all_rows
+from recsys_ssm.run.settings import read_config
 from recsys_ssm.sweeps.status import STATUS, job_state, read_status
 
 RUN_FILES = ("metrics.json", "config.yaml", STATUS, "history.json", "train.log")
-"""A folder with any of these is, or was to be, a run."""
+"""Files of a run: a folder with any of these is a run, finished or not."""
 
-_CELL_OPTIONS = ("dataset.k", "dataset.n_messages")
-"""Options that make a cell of the paper's second table, and so no other task than the published one."""
-
-_PARTS = ("baselines", "cost", "latency", "metrics_all_users", "metrics_unfiltered", "parameters")
-"""What of ``metrics.json`` is a table of its own, beside ``metrics``."""
-
-
-class Problem(NamedTuple):
-    """A folder that is left out, and why."""
-
-    folder: Path
-    what: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What there is to learn: ``dataset`` with the options that differ from the shipped ones."""
-
-    dataset: str
-    cell: tuple[int, int] | None = None
-    changed: tuple[tuple[str, str], ...] = ()
-    generated: bool = False
-
-    @property
-    def label(self) -> str:
-        name = {"spotify": "Spotify", "hm": "H&M", "vaccine": "Vaccine"}.get(
-            self.dataset, self.dataset
-        )
-        if self.cell is not None:
-            name += f" {self.cell[0]}/{self.cell[1]}"
-        if self.changed:
-            name += f" ({spell(self.changed)})"
-        return f"{name}, generated data" if self.generated else name
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How a backbone was trained: what differs from the shipped recipe; nothing where that was followed."""
-
-    changed: tuple[tuple[str, str], ...] = ()
-    is_published: bool = False
-
-    @property
-    def label(self) -> str:
-        if self.changed:
-            return spell(self.changed)
-        return "published setting" if self.is_published else "default setting"
-
-
-@dataclasses.dataclass(eq=False)
-class Run:
-    """A finished run: what it was made of and what it found."""
-
-    folder: Path
-    results: dict[str, Any]
-    config: dict[str, Any]
-    task: Task
-    setting: Setting
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    validation: float = math.nan
-    """The best monitored value: what a setting is chosen by. NaN where it is not known."""
-
-    @property
-    def seed(self) -> int:
-        return int(self.results["seed"])
-
-    @property
-    def backbone(self) -> str:
-        return backbone_of(self.config)
-
-    @property
-    def is_next_item(self) -> bool:
-        return "metrics_unfiltered" in self.results
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return numbers(self.results.get("metrics"))
-
-    def test_users(self) -> pl.DataFrame | None:
-        return _read_table(self.folder / "test_users.parquet")
-
-    def items(self) -> pl.DataFrame | None:
-        return _read_table(self.folder / "items.parquet")
-
-
-@dataclasses.dataclass(eq=False)
-class Cell:
-    """The seeds of one task, backbone and setting, by seed."""
-
-    task: Task
-    backbone: str
-    setting: Setting
-    runs: list[Run]
-
-    @property
-    def n(self) -> int:
-        return len(self.runs)
-
-    def values(self, metric: str, group: str = "metrics") -> dict[int, float]:
-        """A metric's value of each seed that has it; ``group`` names the part of ``metrics.json``."""
-        found = {run.seed: number((run.results.get(group) or {}).get(metric)) for run in self.runs}
-        return {seed: value for seed, value in found.items() if math.isfinite(value)}
-
-    def baseline(self, name: str, metric: str) -> dict[int, float]:
-        found = {
-            run.seed: number(((run.results.get("baselines") or {}).get(name) or {}).get(metric))
-            for run in self.runs
-        }
-        return {seed: value for seed, value in found.items() if math.isfinite(value)}
-
-    def validations(self) -> dict[int, float]:
-        """The best monitored value on validation of each seed that kept it."""
-        return {run.seed: run.validation for run in self.runs if math.isfinite(run.validation)}
-
-
-@dataclasses.dataclass
-class Collection:
-    """Everything found: cells in the order of the paper, and folders that are left out."""
-
-    cells: list[Cell]
-    problems: list[Problem]
-
-    @property
-    def tasks(self) -> list[Task]:
-        return list(dict.fromkeys(cell.task for cell in self.cells))
-
-    def of(self, task: Task, backbone: str | None = None) -> list[Cell]:
-        return [c for c in self.cells if c.task == task and backbone in (None, c.backbone)]
-
-
-def number(value: Any) -> float:
-    """A figure of a file as a float; NaN for what is none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
-
-
-def numbers(values: Any) -> dict[str, float]:
-    """The figures among a mapping's values."""
-    found = values.items() if isinstance(values, Mapping) else ()
-    return {str(name): number(value) for name, value in found if math.isfinite(number(value))}
-
-
-def spell(changed: Iterable[tuple[str, str]]) -> str:
-    """Changed options for people: ``optimizer.lr=0.0003 scheduler=WarmupCosine``."""
-    return " ".join(f"{key.removesuffix('._target_')}={value}" for key, value in changed)
-
-
-def backbone_of(config: Mapping[str, Any]) -> str:
-    """The backbone's name: that of its class, in lower case."""
-    target = (config.get("backbone") or {}).get("_target_")
-    return str(target).rpartition(".")[2].lower()
-
-
-# ---------------------------------------------------------------------------------------- collecting
+_PARTS = (
+    "baselines",
+    "cost",
+    "data",
+    "latency",
+    "metrics_all_users",
+    "metrics_unfiltered",
+    "parameters",
+)
+"""Parts of ``metrics.json`` that are mappings, beside ``metrics``."""
 
 
 def collect(folders: Sequence[Path], others: Iterable[Run] = ()) -> Collection:
-    """All runs below ``folders``, and ``others``, put together by what they are seeds of.
+    """Group all runs below ``folders``, and ``others``.
 
     Raises:
-        UserError: One of the folders is not there.
+        UserError: A folder does not exist.
     """
     runs = list(others)
     problems: list[Problem] = []
@@ -205,11 +61,14 @@ def collect(folders: Sequence[Path], others: Iterable[Run] = ()) -> Collection:
                 continue
             if run is not None:
                 runs.append(run)
-    return Collection(_cells(_without_repeats(runs, problems)), problems)
+    runs = _name_by_difference(_without_repeats(runs, problems))
+    tested = [run for run in runs if run.metrics]
+    trials = sorted((run for run in runs if not run.metrics), key=lambda run: str(run.folder))
+    return Collection(group(tested), problems, trials)
 
 
 def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
-    """Folders that are runs, or were to be; empty ones go to ``problems``."""
+    """Return the folders of runs, finished or not; empty folders go to ``problems``."""
     found = []
     pending = [root]
     while pending:
@@ -222,7 +81,7 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
         names = {entry.name for entry in entries}
         if not names.isdisjoint(RUN_FILES):
             found.append(folder)
-            # Seeds that were trained at once have a folder each within.
+            # Seeds of one batched training have a folder each within.
             pending += [
                 entry
                 for entry in entries
@@ -231,7 +90,7 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
             ]
         elif not names and folder != root:
             problems.append(Problem(folder, "empty"))
-        elif folder == root or "report.html" not in names:  # a report holds no runs
+        elif folder == root or "report.html" not in names:  # a report has no runs in it
             pending += [
                 entry
                 for entry in entries
@@ -241,10 +100,14 @@ def _run_folders(root: Path, problems: list[Problem]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run | None:
-    """A finished run; None for one of many seeds at once, each of which is a run in a folder within.
+    """Read a finished run. Nothing in the folder is executed, and interpolations stay text.
+
+    Returns:
+        The run; None for a batched training, whose seeds are runs in folders within. A run that was validated and not
+        tested has no metrics.
 
     Raises:
-        UserError: It is none: what is missing or broken in it.
+        UserError: A file is missing or broken.
     """
     path = folder / "metrics.json"
     if not path.is_file():
@@ -257,11 +120,12 @@ def read_run(folder: Path) -> Run | None:
         raise UserError("metrics.json is of another program: no name, dataset and versions")
     if "seed" not in results and isinstance(results.get("seeds"), list):
         return None
-    if not isinstance(results.get("metrics"), dict):
-        raise UserError("not tested (test=null)")
+    is_tested = isinstance(results.get("metrics"), dict)
     if not isinstance(results.get("seed"), int):
+        if not is_tested:
+            raise UserError("not tested (test=null)")
         raise UserError("an evaluation, not a training: metrics.json has no seed")
-    if not numbers(results["metrics"]):
+    if is_tested and not numbers(results["metrics"]):
         raise UserError("metrics.json has no finite figure")
     for part in _PARTS:
         if not isinstance(results.get(part) or {}, dict):
@@ -269,12 +133,17 @@ def read_run(folder: Path) -> Run | None:
     try:
         config = read_config(folder / "config.yaml")
     except UserError as error:
+        if not is_tested:
+            raise UserError("not tested (test=null)") from error
         raise UserError(str(error).replace(f"{folder}/", "")) from error
     for part, key in (("backbone", "_target_"), ("dataset", "name")):
         node = config.get(part)
         if not isinstance(node, dict) or not isinstance(node.get(key), str):
             raise UserError(f"config.yaml is of another program: no {part}.{key}")
-    return make_run(folder, results, config, _read_history(folder / "history.json"))
+    run = make_run(folder, results, config, _read_history(folder / "history.json"))
+    if not is_tested and not math.isfinite(run.validation):
+        raise UserError("not tested (test=null), and never validated")
+    return run
 
 
 def make_run(
@@ -283,32 +152,20 @@ def make_run(
     config: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> Run:
-    """A run out of its parts, its task and setting found by holding it against the shipped recipe."""
-    own = settings(config)
-    dataset = config["dataset"]
-    options = [dataset.get(key.partition(".")[2]) for key in _CELL_OPTIONS]
-    cell = (options[0], options[1]) if all(isinstance(value, int) for value in options) else None
-    shipped = _shipped(str(dataset.get("name")), backbone_of(config), cell)
-    base, is_published = shipped if shipped is not None else ({}, False)
-    changed = {
-        key: (old, new)
-        for key, (old, new) in differences(base, own).items()
-        if key not in _CELL_OPTIONS
-    }
-    if shipped is None:  # nothing to hold it against: every option counts
-        changed = {key: (None, value) for key, value in own.items()}
-    of_data = tuple((k, _show(new)) for k, (_, new) in changed.items() if k.startswith("dataset."))
-    of_model = tuple(
-        (k, _show(new)) for k, (_, new) in changed.items() if not k.startswith("dataset.")
+    """Return a run, its task and setting found by comparing its config with the shipped one."""
+    found = place(config, results)
+    validation = _best_monitored(config, history)
+    return Run(
+        folder,
+        results,
+        config,
+        found.task,
+        found.setting,
+        history,
+        validation,
+        is_compared=found.compared,
+        data_options=found.data_options,
     )
-    task = Task(
-        str(results["dataset"]),
-        cell,
-        of_data if shipped is not None else (),
-        bool(results.get("generated")),
-    )
-    setting = Setting(of_model, is_published)
-    return Run(folder, results, config, task, setting, history, _best_monitored(config, history))
 
 
 def _best_monitored(config: Mapping[str, Any], history: Iterable[Mapping[str, Any]]) -> float:
@@ -317,53 +174,12 @@ def _best_monitored(config: Mapping[str, Any], history: Iterable[Mapping[str, An
     return best((value for value in values if math.isfinite(value)), default=math.nan)
 
 
-def _show(value: Any) -> str:
-    text = str(value)
-    return text.rpartition(".")[2] if text.startswith(("recsys_ssm.", "torch.")) else text
-
-
-@functools.cache
-def _shipped(
-    dataset: str, backbone: str, cell: tuple[int, int] | None
-) -> tuple[Settings, bool] | None:
-    """Settings of the shipped recipe and whether it is a published one; None for a dataset of a user's own."""
-    cfg = compose_shipped(dataset, backbone, cell)
-    if cfg is None:
-        return None
-    return settings(cfg), bool(cfg.get("published"))
-
-
-@functools.cache
-def compose_shipped(
-    dataset: str, backbone: str, cell: tuple[int, int] | None = None
-) -> dict[str, Any] | None:
-    """The whole config of ``dataset=… backbone=…``; None where there is no such dataset or backbone."""
-    from recsys_ssm.cli.resolvers import register_resolvers
-
-    if not all(
-        (CONF_DIR / group / f"{name}.yaml").is_file()
-        for group, name in (("dataset", dataset), ("backbone", backbone))
-    ):
-        return None
-    overrides = [f"dataset={dataset}", f"backbone={backbone}", "output_dir=.", "name=shipped"]
-    if cell is not None:
-        overrides += [f"{key}={value}" for key, value in zip(_CELL_OPTIONS, cell, strict=True)]
-    register_resolvers()
-    running = get_gh_backup()  # the door's own Hydra, which knows nothing of the training's options
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = hydra.compose("train", overrides)
-            found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-            return found
-    finally:
-        restore_gh_from_backup(running)
-
-
 def _unfinished(folder: Path) -> str:
     state = job_state(folder)
     if state == "running":
         return "still running"
+    if state == "pruned":
+        return "pruned by its search"
     if state == "failed":
         lines = str(read_status(folder).get("error") or "").strip().splitlines() or ["no message"]
         return f"failed: {lines[-1].removeprefix('error: ')}"
@@ -371,7 +187,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:
-    """The records of ``history.json``; none where it is absent (older runs) or broken."""
+    """Read the records of ``history.json``; none where it is absent (older runs) or broken."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -381,18 +197,11 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and math.isfinite(number(r.get("step")))]
 
 
-def _read_table(path: Path) -> pl.DataFrame | None:
-    try:
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError):
-        return None
-
-
 def _without_repeats(runs: Iterable[Run], problems: list[Problem]) -> list[Run]:
-    """The newest of runs that are the same seed of the same setting."""
+    """Keep the newest of runs that are the same seed of the same setting."""
     newest: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=_written):
-        key = (run.task, run.backbone, run.setting, run.seed)
+        key = (run.task, run.data_options, run.backbone, run.setting, run.seed, bool(run.metrics))
         if key in newest:
             what = f"the same run again, newer: {run.folder}"
             problems.append(Problem(newest[key].folder, what))
@@ -407,7 +216,62 @@ def _written(run: Run) -> float:
         return 0.0
 
 
-def _cells(runs: Iterable[Run]) -> list[Cell]:
+# -------------------------------------------------------------------------------------------- naming
+
+
+def _name_by_difference(runs: Sequence[Run]) -> list[Run]:
+    """Name the tasks and settings of a user's own dataset or backbone by what differs among the runs of the report.
+
+    Without a shipped config to compare with, each option would count as changed.
+    """
+    by_dataset: dict[Task, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_dataset[run.task].append(run)
+    for members in by_dataset.values():
+        if any(run.data_options for run in members):
+            _keep_varying(members, lambda run: run.data_options, _set_task)
+    by_model: dict[tuple[Task, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        by_model[run.task, run.backbone].append(run)
+    for members in by_model.values():
+        own = [run for run in members if not run.is_compared]
+        _keep_varying(own, lambda run: run.setting.changed, _set_setting)
+        varying = _varying([run.setting.changed for run in members])
+        for run in members:
+            run.setting = dataclasses.replace(run.setting, first=tuple(sorted(varying)))
+    return list(runs)
+
+
+def _keep_varying(
+    runs: Sequence[Run], of: Callable[[Run], Changes], put: Callable[[Run, Changes], None]
+) -> None:
+    varying = _varying([of(run) for run in runs])
+    for run in runs:
+        put(run, tuple((key, value) for key, value in of(run) if key in varying))
+
+
+def _varying(options: Sequence[Changes]) -> set[str]:
+    """Return the options whose values are not the same in all of ``options``."""
+    if not options:
+        return set()
+    values = [dict(each) for each in options]
+    keys = {key for each in values for key in each}
+    return {key for key in keys if len({each.get(key) for each in values}) > 1}
+
+
+def _set_task(run: Run, changed: Changes) -> None:
+    run.task = dataclasses.replace(run.task, changed=run.task.changed + changed)
+
+
+def _set_setting(run: Run, changed: Changes) -> None:
+    run.setting = dataclasses.replace(run.setting, changed=changed)
+
+
+# ------------------------------------------------------------------------------------------ grouping
+
+
+def group(runs: Iterable[Run]) -> list[Cell]:
+    """Put runs that differ in their seed alone into one cell."""
     groups: dict[tuple[Task, str, Setting], list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.task, run.backbone, run.setting].append(run)
@@ -418,21 +282,22 @@ def _cells(runs: Iterable[Run]) -> list[Cell]:
 
 
 def in_order(cells: Iterable[Cell]) -> list[Cell]:
-    """The papers' order: datasets, then cells, then Mamba before the Transformer, shipped settings first."""
-    return sorted(cells, key=_place)
+    """Order cells: datasets as in ``published.yaml``, then by name, the shipped setting before others."""
+    datasets = list(dict.fromkeys(row.dataset for row in all_rows()))
 
+    def key(cell: Cell) -> tuple[Any, ...]:
+        task = cell.task
+        known = task.dataset in datasets
+        return (
+            datasets.index(task.dataset) if known else len(datasets),
+            task.dataset,
+            [(str(type(value)), value) for _, value in task.grid],
+            task.changed,
+            task.generated,
+            cell.backbone,
+            cell.setting.name,
+            len(cell.setting.changed),
+            cell.setting.changed,
+        )
 
-def _place(cell: Cell) -> tuple[Any, ...]:
-    datasets, backbones = ("spotify", "hm", "vaccine"), ("mamba", "transformer")
-    task = cell.task
-    return (
-        datasets.index(task.dataset) if task.dataset in datasets else len(datasets),
-        task.dataset,
-        task.cell or (0, 0),
-        task.changed,
-        task.generated,
-        backbones.index(cell.backbone) if cell.backbone in backbones else len(backbones),
-        cell.backbone,
-        len(cell.setting.changed),
-        cell.setting.changed,
-    )
+    return sorted(cells, key=key)

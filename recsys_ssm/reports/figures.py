@@ -1,4 +1,4 @@
-"""The paper's figures 4, 5 and 6 from finished runs: legible in grey, with units, legends and numbers of seeds."""
+"""Draw the figures of a report: legible in grey, with units, legends and numbers of seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,27 +17,51 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from recsys_ssm.reports.collect import Cell, Collection, Run, Task, number
 from recsys_ssm.reports.document import Image
+from recsys_ssm.reports.names import model_name
+from recsys_ssm.reports.runs import Cell, Collection, Run, Task, number
 from recsys_ssm.reports.statistics import estimate, half_widths
-from recsys_ssm.reports.tables import Options, model_name, published_figures
-
-# Told apart by dash, marker and hatch as well as by colour: a print in grey stays legible.
-_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0b3c5d", "linestyle": "-", "marker": "o"},
-    {"color": "#d55e00", "linestyle": "--", "marker": "s"},
-    {"color": "#009e73", "linestyle": "-.", "marker": "^"},
-    {"color": "#767676", "linestyle": ":", "marker": "D"},
+from recsys_ssm.reports.tables import (
+    Options,
+    chosen_cells,
+    published_rows,
 )
+
+Styles = Mapping[str, Mapping[str, Any]]
+"""``color``, ``linestyle`` and ``marker`` by backbone; see :func:`recsys_ssm.reports.names.styles`."""
+
 _HATCHES = ("", "///", "...", "xx")
 _BINS = 50
-"""Items in popularity bins where the catalogue is larger than a few times this."""
+"""Number of popularity bins for a catalogue of more than four times as many items."""
+_MOST_LINES = 8
 
 
-def style_of(backbone: str) -> dict[str, Any]:
-    """A backbone looks the same in every figure."""
-    order = ("mamba", "transformer", "mamba2", "hydra")
-    return _STYLES[order.index(backbone) if backbone in order else len(_STYLES) - 1]
+def drawn_cells(collection: Collection, task: Task) -> list[Cell]:
+    """Choose the cells to draw: of each backbone its shipped setting, and the best one where that is another."""
+    chosen = [
+        cell
+        for backbone in collection.backbones(task)
+        for cell in chosen_cells(collection.of(task, backbone))
+    ]
+    return chosen[:_MOST_LINES]
+
+
+def _line(cells: Sequence[Cell], cell: Cell, styles: Styles) -> dict[str, Any]:
+    """Return a cell's style; further settings of one backbone are thinner, with open markers."""
+    siblings = [each for each in cells if each.backbone == cell.backbone]
+    style = dict(styles[cell.backbone])
+    if siblings.index(cell) == 0:
+        return {"linewidth": 1.8, **style}
+    return {"linewidth": 1.1, "markerfacecolor": "white", "alpha": 0.8, **style}
+
+
+def _label(cells: Sequence[Cell], cell: Cell, n: int, options: Options) -> str:
+    """Return a cell's entry in a legend: its setting is named unless it is the only one and the shipped one."""
+    is_alone = sum(each.backbone == cell.backbone for each in cells) == 1
+    setting = "" if is_alone and cell.setting.is_shipped else f", {cell.setting.label}"
+    if len(setting) > 60:
+        setting = f"{setting[:59]}…"
+    return f"{model_name(cell)}{setting} ({_seeds(n, options)})"
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -65,21 +89,22 @@ def _seeds(n: int, options: Options) -> str:
     return f"n = {n}" + (", few seeds" if n < options.min_seeds else "")
 
 
-# ------------------------------------------------------------------------- figure 4: through training
+# ----------------------------------------------------------------------------------- through training
 
 
 def through_training(
     task: Task,
     cells: Sequence[Cell],
     options: Options,
+    styles: Styles,
     metrics: Sequence[str] = ("hr@1", "hr@5", "hr@10"),
 ) -> Image | None:
-    """Validation metrics over the training steps, mean and band; None where no run has a history."""
+    """Draw validation metrics over the training steps, mean and band; None where no run has a history."""
     drawn = [(cell, _curves(cell.runs, metrics)) for cell in cells]
     drawn = [(cell, curves) for cell, curves in drawn if curves]
     if not drawn:
         return None
-    figure = _figure(10, 3.9, f"{task.label}: validation through training")
+    figure = _figure(10, 3.9 + 0.1 * len(drawn), f"{task.label}: validation through training")
     panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
     said = []
     for axes, metric in zip(panels, metrics, strict=True):
@@ -87,13 +112,12 @@ def through_training(
             if metric not in curves:
                 continue
             steps, values = curves[metric]
-            style, mean = style_of(cell.backbone), values.mean(axis=0)
-            label = f"{model_name(cell)} ({_seeds(len(values), options)})"
+            style, mean = _line(cells, cell, styles), values.mean(axis=0)
+            label = _label(cells, cell, len(values), options)
             axes.plot(
                 steps,
                 mean,
                 label=label,
-                linewidth=1.8,
                 markersize=5,
                 markevery=max(1, len(steps) // 8),
                 **style,
@@ -115,10 +139,11 @@ def through_training(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _finish(axes, "training step", "mean over users" if axes is panels[0] else "")
-    panels[0].legend(frameon=True, framealpha=0.9, edgecolor="none", loc="lower right", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     caption = (
-        f"{task.label}: hit ratio of validation users through training, mean over the seeds; band: "
-        f"{options.confidence:.0%} confidence interval of the mean. As the paper's Figure 4."
+        f"{task.label}: {', '.join(metrics)} of validation users through training, mean over the seeds; band: "
+        f"{options.confidence:.0%} confidence interval of the mean."
     )
     return _image(figure, f"training-{_slug(task)}", caption, f"{caption} {'; '.join(said)}.")
 
@@ -142,11 +167,13 @@ def _curves(
     return curves
 
 
-# ---------------------------------------------------------------- figure 5: recommended minus liked
+# -------------------------------------------------------------------------- recommended minus liked
 
 
-def recommended_minus_liked(task: Task, cells: Sequence[Cell], options: Options) -> Image | None:
-    """How much oftener an item is recommended than liked, by popularity rank; None where no run kept rankings."""
+def recommended_minus_liked(
+    task: Task, cells: Sequence[Cell], options: Options, styles: Styles
+) -> Image | None:
+    """Draw how much oftener an item is recommended than liked, by popularity; None where no run kept rankings."""
     drawn = []
     for cell in cells:
         rows = [found for run in cell.runs if (found := rank_differences(run)) is not None]
@@ -160,20 +187,9 @@ def recommended_minus_liked(task: Task, cells: Sequence[Cell], options: Options)
     axes.axhline(0, color="black", linewidth=1)
     said = []
     for cell, table in drawn:
-        ranks, style, mean = (
-            np.arange(1, table.shape[1] + 1),
-            style_of(cell.backbone),
-            table.mean(0),
-        )
-        label = f"{model_name(cell)} ({_seeds(len(table), options)})"
-        axes.plot(
-            ranks,
-            mean,
-            label=label,
-            linewidth=1.4,
-            markersize=4,
-            **style,
-        )
+        ranks, mean = np.arange(1, table.shape[1] + 1), table.mean(0)
+        style, label = _line(cells, cell, styles), _label(cells, cell, len(table), options)
+        axes.plot(ranks, mean, label=label, markersize=4, **style)
         if len(table) > 1:
             half = half_widths(table.T, options.confidence)
             axes.fill_between(
@@ -193,16 +209,16 @@ def recommended_minus_liked(task: Task, cells: Sequence[Cell], options: Options)
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     caption = (
         f"{task.label}: how many test users an item is recommended to, less how many like it; each user is recommended "
-        "as many items as he likes; items ordered by their likes in each seed. Mean over the seeds, band: "
-        f"{options.confidence:.0%} confidence interval. Above zero: recommended too often. As the paper's Figure 5."
+        "as many items as they like; items are ordered by their likes in each seed. Mean over the seeds, band: "
+        f"{options.confidence:.0%} confidence interval. Above zero: recommended too often."
     )
     return _image(figure, f"popularity-{_slug(task)}", caption, f"{caption} {'; '.join(said)}.")
 
 
 def rank_differences(run: Run) -> NDArray[np.float64] | None:
-    """Recommended minus liked test users of each item, most liked first; of a large catalogue in bins by popularity.
+    """Return recommended minus liked test users of each item, most liked first, or of bins for a large catalogue.
 
-    None where the run kept no rankings, or shorter ones than some user has liked items.
+    None if the run kept no rankings, or if some user's ranking is shorter than their list of liked items.
     """
     users, items = run.test_users(), run.items()
     needed = {"n_relevant", "recommended", "relevant"}
@@ -231,49 +247,51 @@ def _n_items(cell: Cell) -> int:
     return max(items.height if (items := run.items()) is not None else 0 for run in cell.runs)
 
 
-# ------------------------------------------------------------- figure 6: over clusters and messages
+# ------------------------------------------------------------------------------------------ over a grid
 
 
-def over_cells(
-    collection: Collection, options: Options, metric: str = "hr@10", dataset: str = "vaccine"
+def over_grid(
+    collection: Collection, dataset: str, options: Options, styles: Styles, metric: str = "hr@10"
 ) -> Image | None:
-    """HR@10 of each cell of clusters × messages, here and as published; None where none was run."""
-    tasks = [t for t in collection.tasks if t.dataset == dataset and t.cell and not t.changed]
-    shipped = {
-        (task, cell.backbone): cell
-        for task in tasks
-        for cell in collection.of(task)
-        if not cell.setting.changed
-    }
-    if not shipped:
+    """Draw a metric over the grid of a dataset's options, here and as published; None where no task has a grid."""
+    tasks = [t for t in collection.tasks if t.dataset == dataset and t.grid and not t.changed]
+    if not tasks:
         return None
-    backbones = list(dict.fromkeys(backbone for _, backbone in shipped))
-    figure = _figure(10, 4.2, f"Vaccine messages: {metric.upper()} over clusters and messages")
+    shown = {
+        (task, backbone): chosen_cells(collection.of(task, backbone))[0]
+        for task in tasks
+        for backbone in collection.backbones(task)
+    }
+    backbones = list(dict.fromkeys(backbone for _, backbone in shown))
+    axis = " / ".join(key.rpartition(".")[2] for key, _ in tasks[0].grid)
+    name = tasks[0].name or dataset
+    figure = _figure(10, 4.2, f"{name}: {metric.upper()} over {axis}")
     axes = figure.subplots()
     width = 0.8 / len(backbones)
     said = []
+    labelled = set()
     for i, (backbone, hatch) in enumerate(zip(backbones, itertools.cycle(_HATCHES), strict=False)):
-        label: str | None = None
         for x, task in enumerate(tasks):
             place = x + (i - (len(backbones) - 1) / 2) * width
-            cell = shipped.get((task, backbone))
+            cell = shown.get((task, backbone))
             if cell is not None:
                 value = estimate(list(cell.values(metric).values()), options.confidence)
                 error = value.half_width if np.isfinite(value.half_width) else None
-                fresh = model_name(cell) + ", here, ± 95%"
+                setting = "" if cell.setting.is_shipped else f", {cell.setting.label}"
+                text = f"{model_name(cell)}{setting}, here, ± {options.confidence:.0%}"
                 axes.bar(
                     place,
                     value.mean,
                     width * 0.92,
-                    color=style_of(backbone)["color"],
+                    color=styles[backbone]["color"],
                     alpha=0.75,
                     edgecolor="white",
                     hatch=hatch,
                     yerr=error,
                     error_kw={"elinewidth": 1.4, "capsize": 3},
-                    label=None if label else fresh,
+                    label=None if text in labelled else text,
                 )
-                label = fresh
+                labelled.add(text)
                 axes.text(
                     place,
                     0.012,
@@ -285,31 +303,38 @@ def over_cells(
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                 )
                 said.append(f"{task.label} {model_name(cell)} (n = {value.n}) {value.mean:.3f}")
-            published = published_figures(task, backbone).get(metric)
-            if published is not None:
-                axes.plot(
-                    [place - width * 0.44, place + width * 0.44],
-                    [published, published],
-                    color="black",
-                    linewidth=2.2,
-                    linestyle="-",
-                    label="paper" if x == 0 and i == 0 else None,
-                )
-    axes.set_xticks(range(len(tasks)), [f"{t.cell[0]} / {t.cell[1]}" for t in tasks if t.cell])
+            for row in published_rows(task):
+                if row.backbone == backbone and metric in row.metrics:
+                    axes.plot(
+                        [place - width * 0.44, place + width * 0.44],
+                        [row.metrics[metric]] * 2,
+                        color="black",
+                        linewidth=2.2,
+                        linestyle="-",
+                        label=None if row.source_label in labelled else row.source_label,
+                    )
+                    labelled.add(row.source_label)
+    axes.set_xticks(
+        range(len(tasks)), [" / ".join(str(value) for _, value in task.grid) for task in tasks]
+    )
     axes.set_ylim(0, 1.02)
-    _finish(axes, "clusters / messages", f"{metric.upper()}, mean over test users")
+    _finish(axes, axis, f"{metric.upper()}, mean over test users")
     axes.legend(
         frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
     )
     caption = (
-        f"Vaccine messages: {metric.upper()} of the published setting for each number of clusters and messages; n is "
-        "the number of seeds, the bar across the paper's mean. As the paper's Figure 6."
+        f"{name}: {metric.upper()} over {axis}; n is the number of seeds, a bar across a column the published mean. "
+        "The setting is the shipped one where it was run, else the best on validation."
     )
-    return _image(figure, "vaccine-cells", caption, f"{caption} {'; '.join(said)}.")
+    return _image(figure, f"grid-{_clean(dataset)}", caption, f"{caption} {'; '.join(said)}.")
 
 
 def _slug(task: Task) -> str:
-    cell = f"-{task.cell[0]}-{task.cell[1]}" if task.cell else ""
-    extra = "".join(f"-{value}" for _, value in task.changed)
-    name = f"{task.dataset}{cell}{extra}" + ("-generated" if task.generated else "")
-    return re.sub(r"[^\w-]+", "-", name)
+    """Return a task's part of a file name."""
+    words = [task.dataset, *(str(value) for _, value in task.grid)]
+    words += [value for _, value in task.changed]
+    return _clean("-".join(words) + ("-generated" if task.generated else ""))[:100]
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^\w-]+", "-", text)

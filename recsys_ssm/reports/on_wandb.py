@@ -1,4 +1,4 @@
-"""Reports and W&B: runs read from its server, a report's tables and figures logged to it."""
+"""Read runs from W&B's server, and log a report's tables and figures to it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import wandb
 from matplotlib.image import imread
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.reports.collect import Problem, Run, make_run, number
+from recsys_ssm.reports.collect import make_run
 from recsys_ssm.reports.document import Document, Image, Table
+from recsys_ssm.reports.runs import Problem, Run, number
 from recsys_ssm.run.loggers import STEP, Mode, results_of_summary, wandb_mode
 
 PREFIX = "wandb:"
 
 
 def read_runs(source: str, api: Any = None) -> tuple[list[Run], list[Problem]]:
-    """Finished runs of a project on W&B's server.
+    """Read the finished runs of a project on W&B's server.
 
     Args:
         source: ``wandb:entity/project`` or ``wandb:entity/project/group``.
         api: a ``wandb.Api``; made if None.
 
     Raises:
-        UserError: there is no such project, or the server does not answer.
+        UserError: There is no such project, or the server does not answer.
     """
     entity, _, rest = source.removeprefix(PREFIX).partition("/")
     project, _, group = rest.partition("/")
@@ -39,7 +40,7 @@ def read_runs(source: str, api: Any = None) -> tuple[list[Run], list[Problem]]:
         for run in found:
             place = Path(f"{PREFIX}{entity}", project, run.id)
             if run.config.get("backbone") is None:
-                continue  # a report, or of another program
+                continue  # a report, or a run of another program
             results = results_of_summary(dict(run.summary))
             if run.state != "finished" or not results.get("metrics"):
                 problems.append(Problem(place, f"not finished: {run.state}"))
@@ -53,7 +54,7 @@ def read_runs(source: str, api: Any = None) -> tuple[list[Run], list[Problem]]:
 
 
 def _history(run: Any) -> list[dict[str, Any]]:
-    """Validation metrics by step."""
+    """Return validation metrics by step."""
     records = []
     for row in run.scan_history():
         values = {name: value for name, value in row.items() if name.startswith("val/")}
@@ -63,13 +64,13 @@ def _history(run: Any) -> list[dict[str, Any]]:
 
 
 def log_report(document: Document, project: str, folder: Path, mode: Mode = "auto") -> None:
-    """A W&B run of its own with the report's tables as W&B tables and its figures as images.
+    """Log the report's tables as W&B tables and its figures as images, in a W&B run of its own.
 
     Args:
         document: the report.
         project: ``project`` or ``entity/project``.
         folder: where ``wandb/`` goes.
-        mode: as for a training's logger: offline where there is no key or no network.
+        mode: as for the logger of a training: offline without a key or a network.
     """
     entity, _, name = project.rpartition("/")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Means over seeds with their uncertainty, and differences between models that shared the seeds.
+"""Estimate means over seeds with intervals, and test differences between models on the same seeds.
 
-What varies from seed to seed is the training *and* the test users, so two models that saw the same
-seeds are compared seed by seed: what makes a seed easy or hard for both drops out.
+The training *and* the test users vary from seed to seed. Two models with the same seeds are compared seed by seed, so
+that the effect of a seed on both models cancels.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+MIN_PAIRS = 3
+"""Fewest common seeds that a test is made on: the spread of two differences says next to nothing."""
+
 
 class Estimate(NamedTuple):
-    """A mean over ``n`` seeds and its confidence interval, ``mean ± half_width``."""
+    """Hold a mean over ``n`` seeds with its confidence interval, ``mean ± half_width``."""
 
     mean: float
     half_width: float
@@ -31,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference over the ``n`` seeds both have, and the paired t-test's two-sided p-value."""
+    """Hold a mean difference over the ``n`` common seeds, and the two-sided p-value of the paired t-test."""
 
     mean: float
     half_width: float
@@ -40,10 +44,10 @@ class Difference(NamedTuple):
 
 
 def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Mean and Student's t interval of one value a seed.
+    """Return the mean of one value for each seed, with Student's t interval.
 
     Args:
-        values: ``(n,)``; those that are not finite (a run without that metric) are left out.
+        values: ``(n,)``; values that are not finite (a run without that metric) are left out.
         confidence: coverage of the interval.
 
     Returns:
@@ -56,26 +60,25 @@ def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
 
 
 def half_widths(x: NDArray[np.float64], confidence: float = 0.95) -> NDArray[np.float64]:
-    """Half the width of the t interval of the mean over the last axis; NaN for fewer than two values."""
+    """Return half the width of the t interval of the mean over the last axis; NaN for fewer than two values."""
     n = x.shape[-1]
     if n < 2:
         return np.full(x.shape[:-1], np.nan)
-    quantile = stats.t.ppf((1 + confidence) / 2, n - 1)
-    result: NDArray[np.float64] = quantile * x.std(axis=-1, ddof=1) / np.sqrt(n)
+    result: NDArray[np.float64] = stats.t.ppf((1 + confidence) / 2, n - 1) * stats.sem(x, axis=-1)
     return result
 
 
 def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float], confidence: float = 0.95
 ) -> Difference:
-    """``first - second`` over the seeds that both have.
+    """Return ``first - second`` over the common seeds.
 
     Args:
-        first, second: one value a seed, by seed.
+        first, second: one value for each seed, by seed.
         confidence: coverage of the interval of the mean difference.
 
     Returns:
-        ``p_value`` is NaN with fewer than two common seeds, and 1 where the two never differ.
+        ``p_value`` is that of :func:`paired_p_values`.
     """
     seeds = sorted(first.keys() & second.keys())
     differences = _finite([first[seed] - second[seed] for seed in seeds])
@@ -84,21 +87,28 @@ def paired_difference(
 
 
 def paired_p_values(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Two-sided p-values of the paired t-test over the last axis; NaN for fewer than two differences."""
-    n = differences.shape[-1]
-    if n < 2:
+    """Return two-sided p-values of the paired t-test over the last axis.
+
+    A value is 1 where all differences are zero. It is NaN, no test, for fewer than ``MIN_PAIRS`` differences and where
+    the differences are equal up to rounding: without spread the t-test is undefined.
+    """
+    if differences.shape[-1] < MIN_PAIRS:
         return np.full(differences.shape[:-1], np.nan)
-    error = differences.std(axis=-1, ddof=1) / np.sqrt(n)
-    mean = differences.mean(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p: NDArray[np.float64] = 2 * stats.t.sf(np.abs(mean / error), n - 1)
-    return np.where((mean == 0) & (error == 0), 1.0, p)
+    largest = np.abs(differences).max(axis=-1)
+    spread = np.ptp(differences, axis=-1)
+    with (
+        warnings.catch_warnings()
+    ):  # SciPy warns of differences without spread, which are answered below
+        warnings.simplefilter("ignore", RuntimeWarning)
+        p = np.asarray(stats.ttest_1samp(differences, 0.0, axis=-1).pvalue)
+    p = np.where(spread <= 1e-9 * largest, np.nan, p)
+    return np.where(largest == 0, 1.0, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for the number of comparisons (Holm, 1979): compare them with the level itself.
+    """Return p-values adjusted for the number of comparisons (Holm, 1979), to be compared with the level itself.
 
-    NaN is no comparison: it stays NaN and is not counted.
+    NaN is not a comparison: it stays NaN and is not counted.
     """
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p.shape, np.nan)

@@ -1,63 +1,39 @@
-"""The papers' tables, each cell with what it takes to believe it: interval, few seeds, generated data."""
+"""Make the tables of a report; each cell says its interval, few seeds and generated data."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from recsys_ssm.reports.collect import (
-    Cell,
-    Collection,
-    Task,
-    compose_shipped,
-    number,
-    numbers,
-)
 from recsys_ssm.reports.document import Table
-from recsys_ssm.reports.published import NEXT_ITEM
+from recsys_ssm.reports.names import model_name, name_of_run
+from recsys_ssm.reports.runs import Cell, Collection, Run, Task, number, numbers
 from recsys_ssm.reports.statistics import Difference, Estimate, estimate, holm, paired_difference
+from recsys_ssm.run.defaults import option
+from recsys_ssm.run.published import Row, rows_of
 
 METRICS = ("p@5", "p@10", "r@5", "r@10", "mrr@5", "mrr@10", "hr@1", "hr@5", "hr@10")
-"""The columns of the first paper's tables."""
+"""The columns of a table of two towers."""
 
-VACCINE_CELLS = ((25, 25), (25, 50), (25, 100), (50, 50), (50, 100), (100, 100))
-_BASELINES = ("oracle", "age_band", "popularity", "random")
-_PAPER_SEEDS = 100
+_ORACLE = "oracle"
+_MOST_TRIALS = 20
 
 
 class Options(NamedTuple):
-    """How tables are made: fewer than ``min_seeds`` seeds are said in the cell."""
+    """Hold the options of tables: a cell on fewer than ``min_seeds`` seeds says so."""
 
     min_seeds: int = 10
     confidence: float = 0.95
-
-
-def model_name(cell: Cell) -> str:
-    """A model's name as the papers have it."""
-    return _name(cell.backbone, cell.runs[0].is_next_item)
-
-
-def _name(backbone: str, is_next_item: bool) -> str:
-    if is_next_item:
-        known = {
-            "mamba": "Mamba4Rec",
-            "mamba2": "2Mamba4Rec",
-            "hydra": "Hydra4Rec",
-            "transformer": "SASRec",
-        }
-        return known.get(backbone, backbone)
-    return f"FT-{backbone.capitalize()}"
 
 
 # -------------------------------------------------------------------------------------------- cells
 
 
 def show(value: float, digits: int = 3) -> str:
-    """A figure below one without its leading zero, as the papers print it: ``.952``."""
+    """Write a figure below one without its leading zero, as papers print it: ``.952``."""
     if not math.isfinite(value):
         return "–"
     text = f"{value:.{digits}f}"
@@ -65,14 +41,14 @@ def show(value: float, digits: int = 3) -> str:
 
 
 def show_exact(value: float) -> str:
-    """A published figure with the digits it was published with."""
+    """Write a published figure with the digits that it was published with."""
     return f"{value:g}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:g}"
 
 
 def show_estimate(
     value: Estimate, digits: int, options: Options, *, generated: bool = False, n_max: int = 0
 ) -> str:
-    """``.963 ± .029``; few seeds, fewer than the row's, and generated data are said in the cell."""
+    """Write ``.963 ± .029``, with a remark on few seeds, fewer than the row's, and generated data."""
     if value.n == 0:
         return "–"
     text = show(value.mean, digits)
@@ -83,11 +59,80 @@ def show_estimate(
     return f"{text} ({', '.join(remarks)})" if remarks else text
 
 
-# ---------------------------------------------------------------------------- the first paper's tables
+# ------------------------------------------------------------------------------------ how to read them
+
+
+def conditions(cells: Sequence[Cell], options: Options) -> str:
+    """Write what the figures of a table depend on: data, protocol, ties, seeds and interval."""
+    runs = [run for cell in cells for run in cell.runs]
+    seeds = sorted({cell.n for cell in cells})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "0"
+    return (
+        f"Data: {data_of(runs)}. Protocol: {_protocol(runs)}. Equal scores are ranked in catalogue order. "
+        f"Seeds: {count}; mean ± half of a {options.confidence:.0%} confidence interval (Student's t)."
+    )
+
+
+def data_of(runs: Iterable[Run]) -> str:
+    """Write the input files of runs with the beginning of their SHA-256; sampled and generated data are named so."""
+    found = []
+    for run in runs:
+        if run.task.generated:
+            found.append("files generated from a fixed seed")
+        elif run.data is None:
+            found.append("hash not recorded")
+        elif not run.data:
+            found.append("sampled from the seed")
+        else:
+            found += [f"{name} (SHA-256 {digest[:12]}…)" for name, digest in run.data.items()]
+    return "; ".join(dict.fromkeys(found)) or "none"
+
+
+def _protocol(runs: Sequence[Run]) -> str:
+    next_item = [run for run in runs if run.task.kind == "next_item"]
+    parts = []
+    if len(next_item) < len(runs):
+        parts.append(
+            "two towers leave the items of a user's training data out of that user's ranking"
+        )
+    if any("metrics_unfiltered" in run.results for run in next_item):
+        parts.append(
+            "next-item models rank the whole catalogue, and figures leave seen items out unless they say otherwise"
+        )
+    elif next_item:
+        words = "left out" if _filters(next_item) else "allowed"
+        parts.append(f"next-item models rank the whole catalogue, seen items {words}")
+    return "; ".join(parts) or "none"
+
+
+def _filters(runs: Sequence[Run]) -> bool:
+    paths = ("model.filter_seen", "head.filter_seen")
+    return all(option(run.config, path, True) for run in runs for path in paths)
+
+
+def sources(rows: Iterable[Row]) -> str:
+    """Write the references of published rows, with their protocol and errata."""
+    by_reference: dict[str, list[Row]] = {}
+    for row in rows:
+        by_reference.setdefault(row.reference, []).append(row)
+    parts = []
+    for reference, members in by_reference.items():
+        first = members[0]
+        text = f"Rows marked {first.source_label}: {reference}"
+        text += "" if first.seen_items == "none" else f"; seen items {first.seen_items}"
+        notes = dict.fromkeys(note for row in members for note in row.notes)
+        parts.append(" ".join([f"{text}; seeds: {first.seeds}.", *notes]))
+    return " ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------ two towers
 
 
 def best_setting(cells: Sequence[Cell]) -> Cell | None:
-    """Of one backbone's settings the one that is best on validation, on the seeds they share; None if none is known."""
+    """Return the setting with the best validation score on the shared seeds, or None.
+
+    Settings without a common seed are compared by their own means.
+    """
     known = [(cell, cell.validations()) for cell in cells]
     known = [(cell, values) for cell, values in known if values]
     if not known:
@@ -98,51 +143,75 @@ def best_setting(cells: Sequence[Cell]) -> Cell | None:
     return known[means.index((min if mode == "min" else max)(means))][0]
 
 
-def published_figures(task: Task, backbone: str) -> dict[str, float]:
-    """What the paper reports for a backbone on a task; empty where it reports nothing, or of other data."""
-    if task.changed:
-        return {}
-    cfg = compose_shipped(task.dataset, backbone, task.cell)
-    return numbers((cfg or {}).get("published"))
+def published_rows(task: Task) -> list[Row]:
+    """Return the published rows of a task; none for data with other options than the shipped ones."""
+    return [] if task.changed else rows_of(task.dataset, dict(task.grid))
 
 
 def performance(
     collection: Collection, tasks: Iterable[Task], options: Options, caption: str, label: str
 ) -> Table:
-    """Rows as in the paper's Tables I and II: of each task and backbone its figures and ours, then baselines."""
+    """Make a table with the figures of each task and backbone, published and here, and of the baselines."""
     rows: list[list[str]] = []
+    tasks = list(tasks)
+    cited: list[Row] = []
     for task in tasks:
-        digits = 3 if task.dataset == "spotify" else 4
-        found = list(dict.fromkeys(cell.backbone for cell in collection.of(task)))
-        for backbone in dict.fromkeys(["mamba", "transformer", *found]):
-            published = published_figures(task, backbone)
-            name = _name(backbone, is_next_item=False)
-            if published:
-                figures = [show(published.get(m, math.nan), digits) for m in METRICS]
-                real = dataclasses.replace(task, generated=False)
-                rows.append([real.label, name, "paper", str(_PAPER_SEEDS), *figures])
+        published = published_rows(task)
+        cited += published
+        digits = digits_of(published)
+        names = [row.backbone or row.model for row in published]
+        for backbone in dict.fromkeys([*names, *collection.backbones(task)]):
+            for row in published:
+                if backbone == (row.backbone or row.model):
+                    figures = [show(row.metrics.get(m, math.nan), digits) for m in METRICS]
+                    label_of_paper = label_without_generation(task)
+                    rows.append(
+                        [label_of_paper, row.model, row.source_label, str(row.seeds), *figures]
+                    )
             for cell in chosen_cells(collection.of(task, backbone)):
-                rows += _own_rows(cell, name, _role(cell, collection), digits, options)
+                role = _role(cell, collection)
+                rows += _own_rows(cell, model_name(cell), role, digits, options)
         rows += _baseline_rows(task, collection.of(task), digits, options)
+    cells = [cell for task in tasks for cell in collection.of(task)]
+    texts = [caption, conditions(cells, options), sources(cited)]
     return Table(
-        caption, ("data", "model", "setting", "seeds", *METRICS), rows, n_labels=3, label=label
+        " ".join(text for text in texts if text),
+        ("data", "model", "setting", "seeds", *METRICS),
+        rows,
+        n_labels=3,
+        label=label,
     )
 
 
+def digits_of(published: Sequence[Row]) -> int:
+    """Return the most decimals of published figures; four where nothing was published."""
+    values = [value for row in published for value in row.metrics.values()]
+    decimals = [len(str(value).partition(".")[2]) for value in values]
+    return max(decimals, default=4)
+
+
+def label_without_generation(task: Task) -> str:
+    """Return the label of a task on the real data."""
+    return task.label.removesuffix(", generated data")
+
+
 def chosen_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """Of one backbone on one task: the shipped setting, and the best on validation where it is another."""
-    shipped = [cell for cell in cells if not cell.setting.changed]
+    """Choose the settings of one backbone to show: the shipped one, and the best on validation if it is another.
+
+    Without a shipped setting and a validation score nothing tells the settings apart, and all are shown.
+    """
+    shipped = [cell for cell in cells if cell.setting.is_shipped]
     best = best_setting(cells)
     if best is not None and best not in shipped:
         return [*shipped, best]
-    return shipped or list(cells[:1])
+    return shipped or list(cells)
 
 
 def _role(cell: Cell, collection: Collection) -> str:
     siblings = collection.of(cell.task, cell.backbone)
     known = [sibling for sibling in siblings if sibling.validations()]
     is_best = len(known) > 1 and best_setting(siblings) is cell
-    if not cell.setting.changed:
+    if cell.setting.is_shipped:
         return cell.setting.label + (", also best" if is_best else "")
     return f"best: {cell.setting.label}" if is_best else cell.setting.label
 
@@ -168,60 +237,66 @@ def _own_rows(cell: Cell, name: str, role: str, digits: int, options: Options) -
 def _baseline_rows(
     task: Task, cells: Sequence[Cell], digits: int, options: Options
 ) -> list[list[str]]:
-    """What is simpler, on the same users; each seed once, whichever run saw it."""
-    names = {
-        name for cell in cells for run in cell.runs for name in run.results.get("baselines") or {}
-    }
+    """Make the rows of the baselines on the same users; each seed counts once, whichever run has it."""
     rows = []
-    for name in [*(n for n in _BASELINES if n in names), *sorted(names - set(_BASELINES))]:
-        by_metric: list[dict[int, float]] = []
-        for metric in METRICS:
-            by_seed: dict[int, float] = {}
-            for cell in cells:
-                by_seed |= cell.baseline(name, metric)
-            by_metric.append(by_seed)
-        n = max(map(len, by_metric))
+    for name in baseline_names(cells):
+        found = [baseline(cells, name, metric, options) for metric in METRICS]
+        n = max(each.n for each in found)
         figures = [
-            show_estimate(
-                estimate(list(values.values()), options.confidence),
-                digits,
-                options,
-                generated=task.generated,
-                n_max=n,
-            )
-            for values in by_metric
+            show_estimate(each, digits, options, generated=task.generated, n_max=n)
+            for each in found
         ]
         rows.append([task.label, name.replace("_", "-"), "same users", str(n), *figures])
     return rows
+
+
+def baseline_names(cells: Sequence[Cell]) -> list[str]:
+    """Return the names of the baselines that runs have: the oracle, then by their first metric, the best first."""
+    names = {name for c in cells for run in c.runs for name in run.results.get("baselines") or {}}
+    options = Options()
+
+    def key(name: str) -> tuple[bool, float, str]:
+        found = baseline(cells, name, "hr@10", options)
+        return name != _ORACLE, -found.mean if found.n else math.inf, name
+
+    return sorted(names, key=key)
+
+
+def baseline(cells: Sequence[Cell], name: str, metric: str, options: Options) -> Estimate:
+    """Return a baseline's mean over the seeds of cells."""
+    by_seed: dict[int, float] = {}
+    for cell in cells:
+        by_seed |= cell.baseline(name, metric)
+    return estimate(list(by_seed.values()), options.confidence)
 
 
 # ------------------------------------------------------------------------------- paired differences
 
 
 class Comparison(NamedTuple):
-    """Two cells of one task and what lies between them, by metric."""
+    """Hold two cells of one task, and their differences by metric."""
 
     first: Cell
     second: Cell
-    what: str
+    settings: str
     differences: dict[str, Difference]
 
 
 def comparisons(
     collection: Collection, options: Options, metrics: Sequence[str] = METRICS
 ) -> list[Comparison]:
-    """Every two backbones of a task, at their shipped settings and, where that is another choice, at their best."""
+    """Compare every two backbones of a task, at their shipped settings and, if these are others, at their best ones."""
     found = []
     for task in collection.tasks:
-        backbones = list(dict.fromkeys(cell.backbone for cell in collection.of(task)))
+        backbones = collection.backbones(task)
         for pair in itertools.combinations(backbones, 2):
             cells = [collection.of(task, backbone) for backbone in pair]
-            shipped = [next((c for c in each if not c.setting.changed), None) for each in cells]
+            shipped = [next((c for c in each if c.setting.is_shipped), None) for each in cells]
             best = [best_setting(each) for each in cells]
             choices = {"shipped settings": shipped} | (
                 {"best settings": best} if best != shipped else {}
             )
-            for said, (first, second) in choices.items():
+            for settings, (first, second) in choices.items():
                 if first is None or second is None:
                     continue
                 differences = {
@@ -229,14 +304,14 @@ def comparisons(
                     for m in metrics
                 }
                 if any(d.n for d in differences.values()):
-                    found.append(Comparison(first, second, said, differences))
+                    found.append(Comparison(first, second, settings, differences))
     return found
 
 
 def paired(
     found: Sequence[Comparison], options: Options, metrics: Sequence[str] = METRICS
 ) -> Table:
-    """Differences between backbones on the same seeds; p-values corrected over the whole table."""
+    """Make the table of differences between backbones on the same seeds; p-values are corrected over the table."""
     flat = [comparison.differences[m].p_value for comparison in found for m in metrics]
     n_tests = sum(not math.isnan(p) for p in flat)
     adjusted = iter(holm(flat))
@@ -249,16 +324,18 @@ def paired(
             cells.append(_show_difference(d, p, options, comparison.first.task.generated))
         first, second = model_name(comparison.first), model_name(comparison.second)
         task = comparison.first.task.label
-        rows.append([task, f"{first} − {second}", comparison.what, str(n), *cells])
+        rows.append([task, f"{first} − {second}", comparison.settings, str(n), *cells])
     caption = (
         f"Paired differences: mean over the seeds that both models have, {options.confidence:.0%} confidence interval "
         "(Student's t)"
     ) + (
         f", and the p-value of the paired t-test after Holm's correction for the {n_tests} tests of this table. Bold: "
-        "p < .05."
+        "p < .05. Differences on fewer than three seeds, or equal on all of them, are not tested."
         if n_tests
-        else ". No pair has the two seeds a test needs."
+        else ". No pair has the three seeds that a test needs."
     )
+    compared = [cell for each in found for cell in (each.first, each.second)]
+    caption += f" {conditions(compared, options)}"
     head = ("data", "difference", "settings", "seeds", *metrics)
     return Table(caption, head, rows, n_labels=3, label="paired")
 
@@ -267,24 +344,27 @@ def _show_difference(d: Difference, p: float, options: Options, generated: bool)
     if d.n == 0:
         return "–"
     text = ("+" if d.mean > 0 else "") + show(d.mean).replace("-", "−")
+    if math.isfinite(d.half_width):
+        text += f" ± {show(d.half_width)}"
     if not math.isnan(p):
-        text += f" ± {show(d.half_width)}, p {show_p(p)}"
+        text += f", p {show_p(p)}"
     remarks = [f"n = {d.n}"] * (d.n < options.min_seeds) + ["generated"] * generated
     text += f" ({', '.join(remarks)})" if remarks else ""
     return f"**{text}**" if p < 0.05 else text
 
 
 def show_p(p: float) -> str:
+    """Write a p-value."""
     if p < 0.001:
         return "< .001"
     return show(p, 3 if p < 0.1 else 2)
 
 
-# -------------------------------------------------------------------------------------------- other
+# ------------------------------------------------------------------------------- settings, cost, trials
 
 
 def settings_table(collection: Collection, options: Options) -> Table:
-    """All that was tried: each setting's best value on validation, by which the best is chosen, and test figures."""
+    """Make the table of all settings: the best validation score, by which settings are chosen, and test figures."""
     shown = ("ndcg@10", "p@5", "p@10", "hr@1", "hr@10")
     rows = []
     for cell in collection.cells:
@@ -309,8 +389,8 @@ def settings_table(collection: Collection, options: Options) -> Table:
             ]
         )
     caption = (
-        "Every setting that was run: the best value on validation, by which settings are compared, and test figures, "
-        "by which they are not."
+        "Every setting that was run: the best score on validation, by which settings are compared, and test figures, "
+        f"by which they are not compared. {conditions(collection.cells, options)}"
     )
     head = (
         "data",
@@ -324,7 +404,7 @@ def settings_table(collection: Collection, options: Options) -> Table:
 
 
 def cost(collection: Collection) -> Table:
-    """What training takes, by task, backbone and machine."""
+    """Make the table of the cost of training, by task, backbone and machine."""
     rows = []
     for cell in collection.cells:
         by_machine: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
@@ -355,9 +435,10 @@ def cost(collection: Collection) -> Table:
             )
     caption = (
         "Cost of training: medians over the runs. Time of a step with its data, without validation; wall time of the "
-        "whole training, validation included; peak memory of the process (of the device on a GPU); parameters "
-        "in all, and of one tower's backbone (two towers) or without embeddings (next item). Times of runs that shared "
-        "their machine with others are upper bounds; seeds trained at once: time and memory of all together."
+        "whole training, validation included; peak memory of the process (of the device on a GPU); total number of "
+        "parameters, and that of one tower's backbone (two towers) or without embeddings (next item). Times of runs "
+        "that shared their machine with others are upper bounds. For seeds trained at once, time and memory are of all "
+        "together."
     )
     head = (
         "data",
@@ -374,6 +455,33 @@ def cost(collection: Collection) -> Table:
     return Table(caption, head, rows, n_labels=3, label="cost")
 
 
+def trials(collection: Collection) -> Table:
+    """Make the table of the runs that were validated and not tested, the best of each task first."""
+    runs = collection.trials
+
+    def key(run: Run) -> tuple[str, float]:
+        is_loss = run.config.get("monitor_mode") == "min"
+        return run.task.label, run.validation if is_loss else -run.validation
+
+    rows = [
+        [
+            run.task.label,
+            name_of_run(run),
+            run.setting.label,
+            str(run.seed),
+            f"{run.config.get('monitor')} {show(run.validation, 4)}",
+        ]
+        for run in sorted(runs, key=key)[:_MOST_TRIALS]
+    ]
+    caption = (
+        "Runs that were validated and not tested, such as the trials of a search; the best first."
+    )
+    if len(runs) > _MOST_TRIALS:
+        caption += f" {_MOST_TRIALS} of {len(runs)} are shown."
+    head = ("data", "model", "setting", "seed", "best on validation")
+    return Table(caption, head, rows, n_labels=3, label="trials")
+
+
 def _show_median(runs: Sequence[Mapping[str, object]], key: str, factor: float, digits: int) -> str:
     values = [number(run.get(key)) for run in runs]
     values = [value for value in values if math.isfinite(value)]
@@ -384,13 +492,35 @@ def _show_count(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "–"
 
 
+# ------------------------------------------------------------------------------------------- next item
+
+_NEXT_ITEM_HEAD = (
+    "model",
+    "setting",
+    "seeds",
+    "HR@10",
+    "NDCG@10",
+    "MRR@10",
+    "HR@10, new",
+    "NDCG@10, new",
+    "latency",
+    "parameters",
+    "without embeddings",
+)
+_ALLOWED = (
+    ("hr@10", "metrics_unfiltered"),
+    ("ndcg@10", "metrics_unfiltered"),
+    ("mrr@10", "metrics_unfiltered"),
+)
+_LEFT_OUT = (("hr@10", "metrics"), ("ndcg@10", "metrics"))
+
+
 def next_item(collection: Collection, task: Task, options: Options) -> Table:
-    """A table of the second paper: HR, NDCG and MRR at 10, latency and parameters, as published and here."""
-    rows = []
-    for row in NEXT_ITEM.get(task.dataset, ()):
-        figures = [show_exact(v) if v is not None else "–" for v in row[1:5]]
-        rows.append([row.model, "paper", "1", *figures[:3], "–", "–", figures[3], *row[5:]])
-    for cell in collection.of(task):
+    """Make the table of a next-item task: HR, NDCG and MRR at 10, latency and parameters, published and here."""
+    published = published_rows(task)
+    rows = [_published_next_item(row) for row in published]
+    cells = collection.of(task)
+    for cell in cells:
         estimates = [
             show_estimate(
                 estimate(list(cell.values(m, group).values()), options.confidence),
@@ -398,13 +528,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
                 options,
                 generated=task.generated,
             )
-            for m, group in (
-                ("hr@10", "metrics_unfiltered"),
-                ("ndcg@10", "metrics_unfiltered"),
-                ("mrr@10", "metrics_unfiltered"),
-                ("hr@10", "metrics"),
-                ("ndcg@10", "metrics"),
-            )
+            for m, group in (*_ALLOWED, *_LEFT_OUT)
         ]
         counts = numbers(cell.runs[0].results.get("parameters"))
         latencies = [numbers(run.results.get("latency")) for run in cell.runs]
@@ -420,48 +544,70 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
                 _show_count(counts.get("without_embeddings", math.nan)),
             ]
         )
-    for name in _baseline_names(collection.of(task)):
-        values = []
-        for metric in ("hr@10", "ndcg@10"):
-            by_seed: dict[int, float] = {}
-            for cell in collection.of(task):
-                by_seed |= cell.baseline(name, metric)
-            found = estimate(list(by_seed.values()), options.confidence)
-            values.append(show_estimate(found, 4, options, generated=task.generated))
-        rows.append([name, "same users", "–", "–", "–", "–", *values, "–", "–", "–"])
+    rows += _next_item_baselines(task, cells, options)
     caption = (
-        f"{task.label}: the whole catalogue ranked for each user's held-out item. First figures: items the user "
-        "had before may be recommended again, as in the paper's evaluation; new: they are left out. Latency: median "
-        "time of a call for one user; the paper gives no unit."
+        f"{task.label}: the whole catalogue is ranked for each user's held-out item. The first three figures allow "
+        "items that the user had before; the two marked new leave them out. Latency: median time of a call for a user."
     )
-    head = (
-        "model",
-        "setting",
-        "seeds",
-        "HR@10",
-        "NDCG@10",
-        "MRR@10",
-        "HR@10, new",
-        "NDCG@10, new",
-        "latency",
-        "parameters",
-        "without embeddings",
+    texts = [caption, conditions(cells, options), sources(published)]
+    return Table(
+        " ".join(text for text in texts if text),
+        _NEXT_ITEM_HEAD,
+        rows,
+        n_labels=2,
+        label=f"next-item-{task.dataset}",
     )
-    return Table(caption, head, rows, n_labels=2, label=f"next-item-{task.dataset}")
 
 
-def _baseline_names(cells: Sequence[Cell]) -> list[str]:
-    names = {name for c in cells for run in c.runs for name in run.results.get("baselines") or {}}
-    return sorted(names)
+def _published_next_item(row: Row) -> list[str]:
+    def figure(metric: str, seen_items: str) -> str:
+        value = row.metrics.get(metric)
+        return show_exact(value) if value is not None and row.seen_items == seen_items else "–"
+
+    latency = row.cost.get("latency")
+    setting = row.source_label + (f", length {row.max_length}" if row.max_length else "")
+    return [
+        row.model,
+        setting,
+        str(row.seeds),
+        *(figure(metric, "allowed") for metric, _ in _ALLOWED),
+        *(figure(metric, "left out") for metric, _ in _LEFT_OUT),
+        show_exact(latency) if latency is not None else "–",
+        str(row.cost.get("parameters", "–")),
+        str(row.cost.get("without_embeddings", "–")),
+    ]
 
 
-def paper_tasks(datasets: Sequence[str], found: Iterable[Task]) -> list[Task]:
-    """The paper's tasks of these datasets, run here or not, and other runs on them."""
+_UNFILTERED = "_unfiltered"
+
+
+def _next_item_baselines(task: Task, cells: Sequence[Cell], options: Options) -> list[list[str]]:
+    """Make the rows of the baselines, those with seen items allowed and left out of one name in one row."""
+    names = dict.fromkeys(name.removesuffix(_UNFILTERED) for name in baseline_names(cells))
+    rows = []
+    for name in names:
+        found = [baseline(cells, name + _UNFILTERED, metric, options) for metric, _ in _ALLOWED]
+        found += [baseline(cells, name, metric, options) for metric, _ in _LEFT_OUT]
+        figures = [show_estimate(each, 4, options, generated=task.generated) for each in found]
+        n = max(each.n for each in found)
+        rows.append([name.replace("_", "-"), "same users", str(n), *figures, "–", "–", "–"])
+    return rows
+
+
+def with_published_tasks(datasets: Sequence[str], found: Iterable[Task]) -> list[Task]:
+    """Return the tasks of datasets that were published, run here or not, and the other tasks found on them."""
     found = [task for task in found if task.dataset in datasets]
-    tasks = []
+    tasks: list[Task] = []
     for dataset in datasets:
-        cells = VACCINE_CELLS if dataset == "vaccine" else (None,)
-        for cell in cells:
-            own = [task for task in found if task.dataset == dataset and task.cell == cell]
-            tasks += own or [Task(dataset, cell)]
-    return tasks + [task for task in found if task not in tasks]
+        own = [task for task in found if task.dataset == dataset]
+        like = own[0] if own else Task(dataset)
+        grids = {
+            tuple((key, value) for key, value in row.when.items() if key.startswith("dataset."))
+            for row in rows_of(dataset)
+        }
+        for grid in sorted(grids, key=lambda grid: [value for _, value in grid]):
+            tasks += [task for task in own if task.grid == grid] or [
+                Task(dataset, like.kind, grid, name=like.name)
+            ]
+        tasks += [task for task in own if task not in tasks]
+    return tasks

@@ -13,6 +13,8 @@ from recsys_ssm.errors import UserError
 
 Settings = dict[str, Any]
 
+_MOST_VALUES = 100_000
+
 _INCIDENTAL = re.compile(
     r"(name|seed|sweep|tags|versions|published|published_by_cell|published_by_dataset|output_\w+|ckpt_path|test|debug"
     r"|logger|launcher|search|callbacks|metrics|dataset\.(seed|root|cache_dir|eval_batch_size)"
@@ -47,7 +49,24 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the options of a run")
+    if _size(config, _MOST_VALUES) > _MOST_VALUES:
+        raise UserError(
+            f"{path}: more than {_MOST_VALUES:,} options; it is not the config of a run"
+        )
     return config
+
+
+def _size(node: Any, limit: int) -> int:
+    """Count the values of a config, up to just above ``limit``; a value that YAML aliases repeat counts each time."""
+    pending, count = [node], 0
+    while pending and count <= limit:
+        each = pending.pop()
+        count += 1
+        if isinstance(each, Mapping):
+            pending += each.values()
+        elif isinstance(each, list):
+            pending += each
+    return count
 
 
 def differences(first: Settings, second: Settings) -> dict[str, tuple[Any, Any]]:

@@ -21,21 +21,21 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
         results: ``name``, ``metrics`` (this run's, name -> value), and where there are such
             ``generated`` (True marks the title), ``metrics_all_users`` (the same with zeros for
             users without a relevant item; shown if there are such users), ``metrics_unfiltered``
-            (items a user has seen may be recommended too), ``published`` and ``baselines``
-            (name -> its metrics).
+            (items a user has seen may be recommended too), ``published`` (with the head of its column,
+            ``published_label``) and ``baselines`` (name -> its metrics).
         width: columns of the terminal; headers are broken at spaces where it does not fit.
 
     Returns:
         A table whose columns are as wide as their numbers, also if it then is wider than ``width``.
     """
-    metrics = results["metrics"]
+    metrics, label = results["metrics"], results.get("published_label", "published")
     columns: dict[str, Mapping[str, Any]] = {"this run": metrics}
     if metrics.get("n_users_without_relevant") and results.get("metrics_all_users"):
         columns["all users"] = results["metrics_all_users"]
     if results.get("metrics_unfiltered"):
         columns["seen items allowed"] = results["metrics_unfiltered"]
     if results.get("published"):
-        columns["published"] = results["published"]
+        columns[label] = results["published"]
     columns |= results.get("baselines") or {}
 
     title = str(results.get("name", "results"))
@@ -44,7 +44,7 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     names = [name for name in metrics if name not in COUNTS]
     cells = {"metric": list(map(str, names))}
     for head, values in columns.items():
-        numbers = [format_number(values.get(name), exact=head == "published") for name in names]
+        numbers = [format_number(values.get(name), exact=head == label) for name in names]
         digits = max(map(len, numbers), default=0)
         cells[head] = [number.rjust(digits) for number in numbers]
 

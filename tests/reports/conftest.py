@@ -1,4 +1,4 @@
-"""A sweep's folder as it is after a bad night, for the tests of all that is made from it."""
+"""Make the folder of a sweep after a bad night."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders as finished runs leave them, made up in milliseconds: figures are drawn, nothing is trained."""
+"""Make run folders like those of finished runs in milliseconds: figures are drawn at random, nothing is trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from recsys_ssm.reports.collect import compose_shipped
+from recsys_ssm.reports.shipped import compose_shipped
 from recsys_ssm.run.files import write_json, write_table, write_text
 
 LEVELS = {"mamba": 0.9, "transformer": 0.8, "mamba2": 0.85, "hydra": 0.7}
@@ -26,23 +26,27 @@ def fake_run(
     generated: bool = False,
     options: dict[str, object] | None = None,
     n_items: int = 50,
+    overrides: tuple[str, ...] = (),
+    data: dict[str, str] | None = None,
 ) -> Path:
-    """A run's folder with everything a run writes but its checkpoints; ``level``: what its figures lie around."""
+    """Make a run's folder with everything but checkpoints; its figures lie around ``level``."""
     random = np.random.default_rng([seed, len(backbone), *(cell or ())])
     level = LEVELS[backbone] if level is None else level
-    config = copy.deepcopy(compose_shipped(dataset, backbone, cell))
+    grid = zip(("dataset.k", "dataset.n_messages"), cell or (), strict=False)
+    config = copy.deepcopy(compose_shipped(dataset, backbone, tuple(grid)))
+    is_next_item = config["dataset"]["_target_"].endswith("Interactions")
     for key, value in {"seed": seed, **(options or {})}.items():
         *path, last = key.split(".")
         node = config
         for part in path:
-            node = node[part]
+            node = node.setdefault(part, {})
         node[last] = value
     name = f"{dataset}-{backbone}-seed{seed}"
     folder = root / f"{name}-{abs(hash((cell, str(options)))) % 10**6}"
     folder.mkdir(parents=True)
     write_text(folder / "config.yaml", yaml.safe_dump(config))
 
-    # What a seed is like for all models, and each model's own luck.
+    # One part that all models of a seed share, and one of each model.
     shared = np.random.default_rng(seed).normal(0, 0.02)
     draw = lambda: float(np.clip(level + shared + random.normal(0, 0.005), 0, 1))  # noqa: E731
     metrics = {metric: draw() for metric in METRICS}
@@ -67,7 +71,13 @@ def fake_run(
             "device": "cpu",
             "machine": "A Processor",
         },
-        "overrides": [f"dataset={dataset}", f"backbone={backbone}", f"seed={seed}", "logger=none"],
+        "overrides": [
+            f"dataset={dataset}",
+            f"backbone={backbone}",
+            f"seed={seed}",
+            "logger=none",
+            *overrides,
+        ],
         "versions": {"recsys-ssm": "0.1.0", "torch": "2.13.0"},
         "notes": [],
         "published": {},
@@ -75,6 +85,12 @@ def fake_run(
         "metrics_all_users": {m: v * 0.98 for m, v in metrics.items()} | counts,
         "baselines": baselines,
     }
+    if data is not None:
+        results["data"] = data
+    if is_next_item:
+        results["metrics_unfiltered"] = results.pop("metrics_all_users")
+        results["parameters"] = {"without_embeddings": 72256, "total": 290944}
+        results["latency"] = {"users_1": 0.002}
     write_json(folder / "metrics.json", results)
     history = [{"step": 1, "train/loss": 1.0}]
     for step in range(250, 5001, 250):

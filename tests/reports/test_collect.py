@@ -1,4 +1,4 @@
-"""What is a run, what is none and why, and which runs are seeds of one setting."""
+"""Finding runs, naming the others with the reason, and grouping the seeds of one setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.reports import archive
-from recsys_ssm.reports.collect import Cell, Setting, Task, collect
+from recsys_ssm.reports.collect import collect
+from recsys_ssm.reports.names import model_name, styles
+from recsys_ssm.reports.runs import Cell, Setting, Task
 from recsys_ssm.reports.tables import best_setting, cost
 from reports.fake import fake_run
 
@@ -93,8 +95,8 @@ def test_a_broken_run_is_named_and_the_others_reported(
 
 
 def test_options_of_a_vaccine_cell_that_are_no_numbers(tmp_path: Path) -> None:
-    fake_run(tmp_path, options={"dataset.k": [3]})
-    assert [cell.task.cell for cell in collect([tmp_path]).cells] == [None]
+    fake_run(tmp_path, "vaccine", options={"dataset.k": [3]})
+    assert [cell.task.grid for cell in collect([tmp_path]).cells] == [()]
 
 
 def test_a_report_written_into_the_sweep_itself_does_not_hide_it(tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_data_with_other_options_is_another_task_and_logging_is_no_option(tmp_pa
         "Vaccine 25/25 (dataset.p_same=0.9)": [1],
         "Vaccine 25/30": [3],
     }
-    # The paper has no cell of 25 clusters and 30 messages.
+    # The paper does not have a cell of 25 clusters and 30 messages.
     published = {cell.task.label: cell.setting.is_published for cell in found.cells}
     assert published["Vaccine 25/25"] and not published["Vaccine 25/30"]
 
@@ -185,6 +187,9 @@ def test_runs_of_a_users_own_dataset_and_of_older_versions(tmp_path: Path) -> No
     found = collect([tmp_path])
     assert sorted(cell.n for cell in found.cells) == [1, 2] and not found.problems
     assert {cell.task.label for cell in found.cells} == {"mine"}
+    # Named by comparison with the shipped dataset of the same class.
+    labels = {cell.setting.label for cell in found.cells}
+    assert labels == {"optimizer.lr=0.1", "optimizer.lr=0.2"}
 
 
 def test_the_best_setting_is_chosen_on_validation_over_the_seeds_all_have(night: Path) -> None:
@@ -239,3 +244,183 @@ def test_a_cell_without_figures() -> None:
     cell = Cell(Task("spotify"), "mamba", Setting(), [])
     assert cell.values("p@5") == {} and cell.validations() == {}
     assert math.isnan(float("nan"))
+
+
+# ------------------------------------------------------------------------------------ a stranger's code
+
+GRU = {"backbone._target_": "my_models.gru.GRU", "backbone.layers": 2}
+SHOP = {
+    "dataset": {
+        "_target_": "my_data.Shop",
+        "name": "shop",
+        "files": [f"part-{i}.parquet" for i in range(200)],
+        **{f"option_{i}": i for i in range(40)},
+    }
+}
+
+
+def test_a_strangers_dataset_and_backbone_have_short_labels(tmp_path: Path) -> None:
+    for seed in range(2):
+        for lr in (0.1, 0.2):
+            options = SHOP | GRU | {"optimizer.lr": lr}
+            fake_run(tmp_path, seed=seed, options=options)
+    for path in tmp_path.glob("*/metrics.json"):
+        path.write_text(path.read_text().replace('"dataset": "spotify"', '"dataset": "shop"'))
+    found = collect([tmp_path])
+    labels = {(cell.task.label, model_name(cell), cell.setting.label) for cell in found.cells}
+    assert labels == {("shop", "GRU", "optimizer.lr=0.1"), ("shop", "GRU", "optimizer.lr=0.2")}
+    assert [cell.n for cell in found.cells] == [2, 2]
+
+
+def test_a_strangers_dataset_with_other_options_is_another_task(tmp_path: Path) -> None:
+    for k_core in (5, 10):
+        shop = {"dataset": {**SHOP["dataset"], "k_core": k_core}}
+        fake_run(tmp_path, options=shop)
+    labels = [cell.task.changed for cell in collect([tmp_path]).cells]
+    assert labels == [(("dataset.k_core", "10"),), (("dataset.k_core", "5"),)]
+
+
+def test_a_strangers_backbone_shares_the_task_of_the_shipped_ones(tmp_path: Path) -> None:
+    fake_run(tmp_path, "ml_1m", "mamba")
+    fake_run(tmp_path, "ml_1m", "mamba2", options=GRU)
+    found = collect([tmp_path])
+    assert {cell.task.label for cell in found.cells} == {"ml_1m"}
+    assert {cell.task.kind for cell in found.cells} == {"next_item"}
+    assert {model_name(cell) for cell in found.cells} == {"GRU", "Mamba4Rec"}
+
+
+def test_every_backbone_has_a_style_of_its_own(tmp_path: Path) -> None:
+    names = [f"Model{i}" for i in range(12)]
+    for name in names:
+        fake_run(tmp_path, options={"backbone._target_": f"my_models.{name}"})
+    for backbone in ("mamba", "transformer", "mamba2", "hydra"):
+        fake_run(tmp_path, backbone=backbone)
+    looks = styles(collect([tmp_path]).cells)
+    assert len(looks) == 16
+    assert len({tuple(sorted(style.items())) for style in looks.values()}) == 16
+    assert looks["mamba"] == {"color": "#0b3c5d", "linestyle": "-", "marker": "o"}
+
+
+def test_a_subclass_does_not_take_the_name_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    from types import ModuleType
+
+    from recsys_ssm.models.backbones.mamba import Mamba
+
+    module = ModuleType("my_models")
+    module.Better = type("Better", (Mamba,), {"__module__": "my_models"})
+    monkeypatch.setitem(sys.modules, "my_models", module)
+    fake_run(tmp_path, options={"backbone._target_": "my_models.Better"})
+    fake_run(tmp_path)
+    found = collect([tmp_path]).cells
+    assert {model_name(cell) for cell in found} == {"Better", "FT-Mamba"}
+    assert len({str(style) for style in styles(found).values()}) == 2
+
+
+def test_a_run_of_an_experiment_is_named_after_it(tmp_path: Path) -> None:
+    from recsys_ssm.reports.shipped import compose_shipped
+
+    best = compose_shipped("amazon_beauty_2014", "mamba2", (), "next_item/best")
+    for seed, lr in ((0, best["optimizer"]["lr"]), (1, 1e-3)):
+        options = {key: value for key, value in best.items() if key not in ("seed", "name")}
+        options["optimizer"] = {**best["optimizer"], "lr": lr}
+        fake_run(
+            tmp_path,
+            "amazon_beauty_2014",
+            "mamba2",
+            seed,
+            options=options,
+            overrides=("experiment=next_item/best",),
+        )
+    labels = {cell.setting.label for cell in collect([tmp_path]).cells}
+    assert labels == {"next_item/best", "next_item/best optimizer.lr=0.001"}
+
+
+def test_nothing_in_a_runs_folder_is_run_or_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    marker = tmp_path / "marker"
+    code = tmp_path / "stranger"
+    code.mkdir()
+    (code / "evil_module.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.syspath_prepend(code)
+    runs = tmp_path / "runs"
+    hostile = {
+        "backbone._target_": "evil_module.Model",
+        "dataset._target_": "os.system",
+        "dataset.command": f"touch {marker}",
+        "tags": "${oc.env:SECRET}",
+        "scheduler": {"_target_": "time.time"},  # without a signature
+        "optimizer.lr": "${oc.env:SECRET}",
+    }
+    fake_run(runs, options=hostile, overrides=("experiment=../../../stranger",))
+    found = collect([runs])
+    assert [cell.n for cell in found.cells] == [1] and not marker.exists()
+    archive.write_cells(found.cells, tmp_path / "kept")
+    assert all("hunter2" not in path.read_text() for path in (tmp_path / "kept").iterdir())
+    python_yaml = fake_run(runs, seed=1) / "config.yaml"
+    python_yaml.write_text(f'a: !!python/object/apply:os.system ["touch {marker}"]')
+    bomb = fake_run(runs, seed=2) / "config.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    bomb.write_text("\n".join(lines))
+    problems = {problem.folder.name[:19]: problem.what for problem in collect([runs]).problems}
+    assert problems["spotify-mamba-seed1"].startswith("config.yaml: cannot be read")
+    assert "more than 100,000 options" in problems["spotify-mamba-seed2"]
+    assert not marker.exists()
+
+
+def test_trials_of_a_search_are_listed_and_not_grouped(tmp_path: Path) -> None:
+    fake_run(tmp_path, seed=0)
+    for trial in range(3):
+        folder = fake_run(tmp_path / "search", options={"optimizer.lr": 1e-3 * (trial + 1)})
+        results = json.loads((folder / "metrics.json").read_text())
+        for part in ("metrics", "metrics_all_users", "baselines", "published"):
+            del results[part]
+        (folder / "metrics.json").write_text(json.dumps(results))
+    found = collect([tmp_path])
+    assert [cell.n for cell in found.cells] == [1] and not found.problems
+    labels = {run.setting.label for run in found.trials}
+    assert labels == {"optimizer.lr=0.001", "optimizer.lr=0.002", "optimizer.lr=0.003"}
+    assert all(math.isfinite(run.validation) for run in found.trials)
+
+
+def test_pruned_trials_and_the_files_of_loggers(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path)
+    for path in ("csv/version_0/metrics.csv", "lightning_logs/version_0/hparams.yaml"):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text("x")
+    (folder / "mlruns" / "0" / "artifacts").mkdir(parents=True)
+    pruned = tmp_path / "trial"
+    pruned.mkdir()
+    (pruned / "job_status.json").write_text('{"state": "pruned"}')
+    found = collect([tmp_path])
+    assert [cell.n for cell in found.cells] == [1]
+    assert found.problems == [(pruned, "pruned by its search")]
+
+
+def test_cells_of_the_first_version_stay_readable(tmp_path: Path) -> None:
+    """Their task has a pair of numbers for its grid and no kind, their setting no name."""
+    fake_run(tmp_path / "runs", "vaccine", cell=(25, 50))
+    fake_run(tmp_path / "runs", "ml_1m", "hydra")
+    for path in archive.write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "cells"):
+        record = json.loads(path.read_text())
+        grid = [value for _, value in record["task"].pop("grid")]
+        record["task"]["cell"] = grid or None
+        del record["task"]["kind"], record["task"]["name"], record["setting"]["name"]
+        path.write_text(json.dumps(record))
+    vaccine, movies = archive.read_cells(tmp_path / "cells")
+    assert vaccine.task.label == "Vaccine 25/50" and vaccine.task.kind == "two_tower"
+    assert vaccine.task.grid == (("dataset.k", 25), ("dataset.n_messages", 50))
+    assert movies.task.kind == "next_item" and model_name(movies) == "Hydra4Rec"
+    assert movies.runs[0].data is None
+
+
+def test_the_hashes_of_the_data_are_kept(tmp_path: Path) -> None:
+    fake_run(tmp_path / "runs", "ml_1m", data={"ratings.dat": "ab" * 32})
+    archive.write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "cells")
+    [cell] = archive.read_cells(tmp_path / "cells")
+    assert cell.runs[0].data == {"ratings.dat": "ab" * 32}

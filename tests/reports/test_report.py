@@ -1,8 +1,9 @@
-"""The report itself: what its cells say, that its three forms are whole, that its figures show what they claim."""
+"""The report itself: its cells, its three forms, and its figures."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from recsys_ssm.reports import figures, tables
 from recsys_ssm.reports.build import build
-from recsys_ssm.reports.collect import Collection, collect
+from recsys_ssm.reports.collect import collect
 from recsys_ssm.reports.document import (
     Document,
     Heading,
@@ -25,6 +26,8 @@ from recsys_ssm.reports.document import (
     to_latex,
     to_markdown,
 )
+from recsys_ssm.reports.names import styles
+from recsys_ssm.reports.runs import Collection
 from recsys_ssm.reports.tables import METRICS, Options
 from recsys_ssm.run.files import write_table
 from reports.fake import fake_run
@@ -53,15 +56,15 @@ def rows(document: Document, label: str, **wanted: str) -> list[dict[str, str]]:
 
 
 def test_published_figures_stand_beside_ours_as_they_were_printed(document: Document) -> None:
-    paper, ours, *_ = rows(document, "I", data="Spotify", model="FT-Mamba")
+    paper, ours, *_ = rows(document, "results-spotify", data="Spotify", model="FT-Mamba")
     assert [paper[m] for m in METRICS] == (
         [".952", ".906", ".374", ".671", ".985", ".985", ".977", ".996", ".998"]
     )
     assert paper["setting"] == "paper" and paper["seeds"] == "100"
     assert ours["setting"] == "published setting" and ours["seeds"] == "14"
     assert re.fullmatch(r"\*\*\.\d{3} ± \.\d{3}\*\*", ours["p@5"])
-    # All six cells of Table II are there, run or not.
-    published = rows(document, "II", setting="paper", model="FT-Transformer")
+    # All six published cells are there, run or not.
+    published = rows(document, "results-vaccine", setting="paper", model="FT-Transformer")
     assert [row["hr@10"] for row in published] == [
         ".9119", ".7241", ".5664", ".4629", ".3354", ".1595",
     ]  # fmt: skip
@@ -69,26 +72,33 @@ def test_published_figures_stand_beside_ours_as_they_were_printed(document: Docu
 
 def test_few_seeds_and_generated_data_are_said_in_the_cell(document: Document) -> None:
     [vaccine] = rows(
-        document, "II", data="Vaccine 25/50", model="FT-Mamba", setting="published setting"
+        document,
+        "results-vaccine",
+        data="Vaccine 25/50",
+        model="FT-Mamba",
+        setting="published setting",
     )
     assert all(vaccine[m].endswith("(n = 3)**") for m in METRICS)
-    [hm] = rows(document, "I", data="H&M, generated data", model="FT-Mamba")
+    [hm] = rows(document, "results-hm", data="H&M, generated data", model="FT-Mamba")
     assert all(hm[m].endswith("(n = 3, generated)**") for m in METRICS)
-    [real] = rows(document, "I", data="H&M", model="FT-Mamba")
+    [real] = rows(document, "results-hm", data="H&M", model="FT-Mamba")
     assert real["setting"] == "paper" and real["p@5"] == ".1566"
-    [baseline] = rows(document, "I", data="H&M, generated data", model="popularity")
+    [baseline] = rows(document, "results-hm", data="H&M, generated data", model="popularity")
     assert "generated" in baseline["p@5"]
 
 
 def test_published_and_best_setting_side_by_side(document: Document) -> None:
-    settings = [row["setting"] for row in rows(document, "I", data="Spotify", model="FT-Mamba")]
+    settings = [
+        row["setting"]
+        for row in rows(document, "results-spotify", data="Spotify", model="FT-Mamba")
+    ]
     assert settings == [
         "paper", "published setting", "… all users", "best: optimizer.lr=0.0003", "… all users",
     ]  # fmt: skip
 
 
 def test_baselines_count_each_seed_once(document: Document) -> None:
-    [oracle] = rows(document, "I", data="Spotify", model="oracle")
+    [oracle] = rows(document, "results-spotify", data="Spotify", model="oracle")
     assert oracle["seeds"] == "14" and oracle["p@5"] == "1.000 ± .000"
 
 
@@ -122,23 +132,69 @@ def test_cost_and_settings(document: Document) -> None:
     assert [row["setting"] for row in tried] == ["published setting", "optimizer.lr=0.0003"]
 
 
-def test_next_item_tables_have_the_second_papers_rows(tmp_path: Path) -> None:
-    folder = fake_run(tmp_path, seed=0)
-    for name in ("config.yaml", "metrics.json"):
-        text = (folder / name).read_text().replace("name: spotify", "name: ml_1m")
-        text = text.replace('"dataset": "spotify"', '"dataset": "ml_1m"')
-        text = text.replace('"metrics_all_users"', '"metrics_unfiltered"')
-        text = text.replace('"backbone_per_tower": 1000', '"without_embeddings": 72256')
-        (folder / name).write_text(
-            text.replace('"steps"', '"latency": {"users_1": 0.002}, "steps"')
-        )
+def test_next_item_tables_have_published_rows_with_their_protocol(tmp_path: Path) -> None:
+    fake_run(tmp_path, "ml_1m", data={"ratings.dat": "0123456789abcdef" * 4})
     document = build(collect([tmp_path]), "x", Options())
     found = table(document, "next-item-ml_1m")
     assert [row["model"] for row in found[:2]] == ["SASRec", "Mamba4Rec"]
+    assert found[0]["setting"] == "paper, length 50"
     assert found[1]["HR@10"] == ".306" and found[1]["without embeddings"] == "78,624"
-    [ours] = [row for row in found if row["setting"] != "paper" and row["model"] == "Mamba4Rec"]
+    [wearec, _] = [row for row in found if row["model"] == "WEARec"]
+    assert wearec["HR@10"] == "–" and wearec["HR@10, new"] == ".3334", "seen items are left out"
+    [ours] = [row for row in found if row["setting"] == "default setting"]
+    assert ours["model"] == "Mamba4Rec"
     assert ours["without embeddings"] == "72,256" and ours["latency"] == "0.0020 s"
     assert "(n = 1)" in ours["HR@10"]
+    [caption] = [b.caption for b in document.blocks if getattr(b, "label", "") == "next-item-ml_1m"]
+    for words in (
+        "ratings.dat (SHA-256 0123456789ab…)",
+        "Equal scores are ranked in catalogue order",
+        "seen items allowed",
+        "Seeds: 1;",
+        "95% confidence interval",
+    ):
+        assert words in caption
+
+
+def test_every_result_table_names_data_protocol_ties_and_interval(document: Document) -> None:
+    captions = [
+        block.caption
+        for block in document.blocks
+        if isinstance(block, Table) and block.label.startswith("results-")
+    ]
+    assert len(captions) == 3
+    for caption in captions:
+        for words in (
+            "Data: ",
+            "out of that user's ranking",
+            "Equal scores",
+            "Seeds: ",
+            "Student's t",
+        ):
+            assert words in caption, caption
+    assert any("files generated from a fixed seed" in caption for caption in captions)
+
+
+def test_two_equal_differences_are_not_a_finding(tmp_path: Path) -> None:
+    """At n = 2 the interval ± .000 and p < .001 stood in bold."""
+    for seed in range(2):
+        for backbone, value in (("mamba", 0.8), ("transformer", 0.7)):
+            path = fake_run(tmp_path, backbone=backbone, seed=seed) / "metrics.json"
+            results = json.loads(path.read_text())
+            results["metrics"] |= dict.fromkeys(METRICS, value + seed * 1e-7)
+            path.write_text(json.dumps(results))
+    [row] = rows(build(collect([tmp_path]), "x", Options()), "paired")
+    assert row["hr@10"] == "+.100 ± .000 (n = 2)"
+
+
+def test_the_trials_of_a_search_have_a_table(tmp_path: Path) -> None:
+    for lr in (1e-3, 2e-3):
+        path = fake_run(tmp_path, options={"optimizer.lr": lr}, level=lr * 100) / "metrics.json"
+        results = json.loads(path.read_text())
+        del results["metrics"]
+        path.write_text(json.dumps(results))
+    found = table(build(collect([tmp_path]), "x", Options()), "trials")
+    assert [row["setting"] for row in found] == ["optimizer.lr=0.002", "optimizer.lr=0.001"]
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -183,9 +239,11 @@ def test_a_large_catalogue_is_drawn_in_bins(tmp_path: Path) -> None:
     assert abs(difference.sum()) < 1e-9  # as many recommended as liked
 
 
-def test_figures_are_there_and_legible_in_grey(document: Document, tmp_path: Path) -> None:
+def test_figures_are_there_and_legible_in_grey(
+    document: Document, collection: Collection, tmp_path: Path
+) -> None:
     names = [image.name for image in document.images]
-    assert {"training-spotify", "popularity-spotify", "vaccine-cells"} <= set(names)
+    assert {"training-spotify", "popularity-spotify", "grid-vaccine"} <= set(names)
     assert "training-hm-generated" in names and len(names) == len(set(names))
     for image in document.images:
         path = tmp_path / "figure.png"
@@ -195,9 +253,36 @@ def test_figures_are_there_and_legible_in_grey(document: Document, tmp_path: Pat
             grey = np.asarray(picture.convert("L"))
         assert grey.min() < 60 and (grey > 250).mean() > 0.5  # dark lines on white
         assert "(n = " in image.alt
-    for first, second in zip(("mamba", "mamba"), ("transformer", "hydra"), strict=True):
-        one, other = figures.style_of(first), figures.style_of(second)
-        assert one["linestyle"] != other["linestyle"] and one["marker"] != other["marker"]
+    one, other = styles(collection.cells).values()
+    assert one["linestyle"] != other["linestyle"] and one["marker"] != other["marker"]
+
+
+def test_both_backbones_are_drawn_when_an_option_is_not_the_published_one(tmp_path: Path) -> None:
+    fake_run(tmp_path, backbone="mamba")
+    fake_run(tmp_path, backbone="transformer", options={"optimizer.lr": 3e-4})
+    [training, *_] = build(collect([tmp_path]), "x", Options()).images
+    assert "FT-Mamba (n = 1" in training.alt
+    assert "FT-Transformer, optimizer.lr=0.0003 (n = 1" in training.alt
+
+
+def test_the_better_of_two_runs_is_drawn(tmp_path: Path) -> None:
+    fake_run(tmp_path, level=0.3, options={"optimizer.lr": 1e-5})
+    fake_run(tmp_path, level=0.9, options={"optimizer.lr": 3e-4})
+    found = collect([tmp_path])
+    [cell] = figures.drawn_cells(found, found.tasks[0])
+    assert cell.setting.label == "optimizer.lr=0.0003"
+    fake_run(tmp_path, level=0.6)  # the shipped setting is drawn beside the best
+    found = collect([tmp_path])
+    labels = [cell.setting.label for cell in figures.drawn_cells(found, found.tasks[0])]
+    assert labels == ["published setting", "optimizer.lr=0.0003"]
+
+
+def test_a_grid_is_drawn_with_both_backbones_whatever_their_setting(tmp_path: Path) -> None:
+    for cell in ((25, 25), (25, 50)):
+        fake_run(tmp_path, "vaccine", "mamba", cell=cell)
+        fake_run(tmp_path, "vaccine", "transformer", cell=cell, options={"optimizer.lr": 3e-4})
+    [grid] = [i for i in build(collect([tmp_path]), "x", Options()).images if "grid" in i.name]
+    assert grid.alt.count("FT-Mamba (n = 1)") == grid.alt.count("FT-Transformer (n = 1)") == 2
 
 
 def test_curves_stand_on_steps_all_seeds_have(collection: Collection) -> None:
@@ -248,7 +333,7 @@ def test_the_page_needs_nothing_else(document: Document) -> None:
     links = {str(a["href"])[1:] for tag, a in page.tags if tag == "a"}
     assert links == anchors - {a for a in anchors if a not in links} and links
     assert "<title>A night &amp; a half</title>" in text and 'lang="en"' in text
-    assert text.count("<table>") == text.count("<caption>") == 5
+    assert text.count("<table>") == text.count("<caption>") == 6
 
 
 def test_what_is_written_in_a_file_cannot_become_code() -> None:
@@ -290,7 +375,7 @@ def test_markdown_tables_are_rectangular(document: Document) -> None:
 # ----------------------------------------------------------------------------------------- the command
 
 
-def test_the_door(cli, night: Path, tmp_path: Path) -> None:
+def test_the_command(cli, night: Path, tmp_path: Path) -> None:
     outcome = cli("report", str(night), f"output={tmp_path / 'out'}", f"results={tmp_path / 'r'}")
     assert outcome.code == 0, outcome.text
     assert (tmp_path / "out" / "report.md").read_text().startswith("# Recommenders")
@@ -309,8 +394,8 @@ def test_the_door(cli, night: Path, tmp_path: Path) -> None:
         (["nowhere"], "nowhere: no such folder"),
         (["."], "no finished run in it"),
         ([], "sweep"),
-        ([".", "formats=[pdf]"], "formats=pdf: expected of md, tex, html"),
-        ([".", "confidence=95"], "confidence=95: expected between 0 and 1"),
+        ([".", "formats=[pdf]"], "formats=pdf: choose from md, tex, html"),
+        ([".", "confidence=95"], "confidence=95: choose a number between 0 and 1"),
         ([".", "min_seed=3"], "min_seed: no such option; did you mean 'min_seeds'"),
     ],
 )

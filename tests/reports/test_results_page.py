@@ -1,13 +1,19 @@
-"""The pages' generated parts: made from the cells, the words around them left alone, and never out of date."""
+"""The generated parts of pages: made from the cells, the words around them kept, never out of date."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import shlex
 from pathlib import Path
 from types import ModuleType
 
+import hydra
 import pytest
 
+from recsys_ssm.cli.command import open_options
+from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.reports.archive import write_cells
 from recsys_ssm.reports.collect import collect
 from reports.fake import fake_run
@@ -25,7 +31,7 @@ def page(repository: Path) -> ModuleType:
 
 def test_parts_are_filled_and_words_stay(page: ModuleType, tmp_path: Path) -> None:
     for backbone in ("mamba", "transformer"):
-        for seed in range(2):
+        for seed in range(3):
             fake_run(tmp_path / "runs", backbone=backbone, seed=seed)
     write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "results")
     made = page.parts(tmp_path / "results")
@@ -39,11 +45,21 @@ def test_parts_are_filled_and_words_stay(page: ModuleType, tmp_path: Path) -> No
     assert page.fill(after, made) == after
     assert "| Spotify | FT-Transformer | paper | 100 | .803 |" in after
     assert (
-        "FT-Mamba, here (2 seeds)" in made["readme"]
+        "FT-Mamba, here (3 seeds)" in made["readme"]
         and "| FT-Mamba, paper | .952 |" in made["readme"]
     )
-    assert "'seed=range(2)'`" in made["commands"]
+    assert "'seed=range(3)'`" in made["commands"]
     assert "p-value" in made["differences"]
+    assert all("Equal scores" in made[part] for part in ("spotify", "differences", "settings"))
+
+
+def test_next_item_figures_stand_beside_the_best_on_the_file(
+    page: ModuleType, tmp_path: Path
+) -> None:
+    fake_run(tmp_path / "runs", "amazon_beauty_2014", "mamba2")
+    write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "results")
+    made = page.parts(tmp_path / "results")["readme next-item"]
+    assert "| amazon_beauty_2014, best published: WEARec | .1041 | .0614 |" in made
 
 
 def test_the_pages_are_what_the_results_say(page: ModuleType, repository: Path) -> None:
@@ -51,3 +67,31 @@ def test_the_pages_are_what_the_results_say(page: ModuleType, repository: Path) 
     for name in page.PAGES:
         text = (repository / name).read_text(encoding="utf-8")
         assert page.fill(text, made) == text, f"{name} is out of date: run `make results`"
+
+
+def test_prose_has_short_lines(repository: Path) -> None:
+    text = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long
+
+
+CELLS = sorted((Path(__file__).parents[2] / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_every_cell_has_a_command_for_a_fresh_machine_and_its_data(path: Path) -> None:
+    record = json.loads(path.read_text())
+    *_, program, multirun = shlex.split(record["command"])[:4]
+    assert (program, multirun) == ("recsys_ssm.train", "--multirun")
+    overrides = shlex.split(record["command"])[4:]
+    assert not any(each.startswith(("ckpt_path", "output", "name")) for each in overrides)
+    assert overrides[-1] == f"seed=range({len(record['seeds'])})"
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        arguments = open_options(overrides[:-1])
+        cfg = hydra.compose("train", [*arguments, "output_dir=.", "name=x"])
+    assert cfg.dataset.name == record["task"]["dataset"]
+    for figures in record["per_seed"].values():
+        assert all(len(digest) == 64 for digest in figures["data"].values())
+    is_file = record["task"]["kind"] == "next_item"
+    assert bool(figures["data"]) == is_file

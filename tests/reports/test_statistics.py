@@ -69,7 +69,14 @@ def test_differences_without_spread() -> None:
     same = dict.fromkeys(range(5), 1.0)
     assert paired_difference(same, same).p_value == 1
     apart = paired_difference(dict.fromkeys(range(5), 2.0), same)
-    assert apart.mean == 1 and apart.half_width == 0 and apart.p_value == 0
+    assert apart.mean == 1 and apart.half_width == 0
+    assert math.isnan(apart.p_value), "a t-test needs some spread"
+    rounding = paired_difference({0: 0.3, 1: 0.3, 2: 0.3}, {0: 0.1, 1: 0.1 + 1e-17, 2: 0.1})
+    assert math.isnan(rounding.p_value)
+    two = paired_difference({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.5 - 1e-6})
+    assert two.n == 2 and two.half_width < 1e-4 and math.isnan(two.p_value), (
+        "two seeds are not a test"
+    )
     none = paired_difference({0: 1.0}, {0: 0.5, 1: 3.0})
     assert none.mean == 0.5 and none.n == 1 and math.isnan(none.p_value)
 

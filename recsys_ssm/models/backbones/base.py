@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -58,6 +58,11 @@ class Backbone(Configurable, nn.Module, abc.ABC):
     or of the instance where an option decides."""
     pooling: ClassVar[Literal["last", "mean"]] = "last"
     """Which output stands for the whole row: the last token's, or the mean where tokens are not mixed."""
+
+    labels: ClassVar[Mapping[str, str]] = {}
+    """Display names in reports by task (``two_tower``, ``next_item``). A subclass does not inherit them."""
+    style: ClassVar[Mapping[str, str]] = {}
+    """``color``, ``linestyle`` and ``marker`` in figures. A subclass does not inherit them."""
 
     d_model: int
 

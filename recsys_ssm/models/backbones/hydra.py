@@ -10,7 +10,8 @@ that share B and C, N = d_state, W = d_conv, X = E + 4·G·N channels that are c
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,8 @@ class Hydra(Stack):
     """
 
     causal = False
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-Hydra", "next_item": "Hydra4Rec"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#767676", "linestyle": ":", "marker": "D"}
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -13,6 +14,8 @@ class Identity(Backbone):
     """Tokens as they are; a row is then represented by their mean, since the last one has seen no other."""
 
     causal = True
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "no backbone", "next_item": "no backbone"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#000000", "linestyle": ":", "marker": "x"}
     pooling: ClassVar[Literal["last", "mean"]] = "mean"
 
     def __init__(self, *, d_model: int = 128) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Ligr(Stack):
     """
 
     causal = True
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-LiGR", "next_item": "eSASRec"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#cc79a7", "linestyle": "--", "marker": "v"}
 
     def __init__(
         self,

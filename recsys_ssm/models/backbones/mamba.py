@@ -6,7 +6,8 @@ Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, N = d_state
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,8 @@ class Mamba(Stack):
     """
 
     causal = True
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-Mamba", "next_item": "Mamba4Rec"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#0b3c5d", "linestyle": "-", "marker": "o"}
 
     def __init__(
         self,

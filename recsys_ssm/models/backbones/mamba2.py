@@ -7,7 +7,8 @@ that share B and C, N = d_state, W = d_conv, X = E + 2·G·N channels that are c
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +211,8 @@ class Mamba2(Stack):
     """
 
     causal = True
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-Mamba2", "next_item": "2Mamba4Rec"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#009e73", "linestyle": "-.", "marker": "^"}
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -47,6 +47,8 @@ class Transformer(Backbone):
     """
 
     causal = False
+    labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-Transformer", "next_item": "SASRec"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#d55e00", "linestyle": "--", "marker": "s"}
 
     def __init__(
         self,

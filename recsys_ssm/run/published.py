@@ -1,0 +1,157 @@
+"""Look up published figures: ``published.yaml`` is their one home, read by a run's table and by reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from recsys_ssm.run.defaults import option, with_defaults
+
+FILE = Path(__file__).with_suffix(".yaml")
+
+SeenItems = Literal["allowed", "left out", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Hold a row of a published table, with the conditions to compare it under.
+
+    Attributes:
+        source: key of the source in ``published.yaml``.
+        source_label: the word that marks the source's rows in a table.
+        reference: the source in full.
+        notes: errata of the source.
+        dataset: name of the dataset here.
+        model: name of the model in print.
+        backbone: class name of the backbone here in lower case; None where this project lacks the model.
+        metrics: metric -> value.
+        seeds: number of runs behind each value.
+        seen_items: ``allowed`` if items of a user's history may be ranked for that user.
+        max_length: longest history in events; None if unknown or not applicable.
+        when: options that a run must have to be compared with the row.
+        cost: latency and parameter counts as printed.
+        printed_as: the dataset that the source prints, where it is another one.
+        shipped_recipe: True if the defaults of this project are the recipe of the source.
+        note: a remark on this row.
+    """
+
+    source: str
+    source_label: str
+    reference: str
+    notes: tuple[str, ...]
+    dataset: str
+    model: str
+    metrics: Mapping[str, float]
+    seeds: int
+    seen_items: SeenItems
+    shipped_recipe: bool
+    backbone: str | None = None
+    max_length: int | None = None
+    when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    printed_as: str | None = None
+    note: str | None = None
+
+    @property
+    def protocol(self) -> str:
+        """Return the protocol in words; empty where users have no history."""
+        parts = [] if self.seen_items == "none" else [f"seen items {self.seen_items}"]
+        return ", ".join(parts + [f"length {self.max_length}"] * (self.max_length is not None))
+
+    @property
+    def label(self) -> str:
+        """Return the head of the row's column in a run's table: ``published (seen items allowed)``."""
+        words = "published" if self.backbone else f"published, {self.model}"
+        return words if self.seen_items == "none" else f"{words} (seen items {self.seen_items})"
+
+    def applies_to(self, options: Mapping[str, Any]) -> bool:
+        """Return True if ``options`` (dotted option -> value) agree with ``when``; absent ones are not held."""
+        return all(options.get(key, value) == value for key, value in self.when.items())
+
+
+@functools.cache
+def all_rows() -> tuple[Row, ...]:
+    """Return every published row, in the order of the file."""
+    sources = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    rows = []
+    for key, source in sources.items():
+        shared = {
+            "source": key,
+            "source_label": source["label"],
+            "reference": source["reference"],
+            "seeds": source["seeds"],
+            "seen_items": source["seen_items"],
+            "shipped_recipe": source["shipped_recipe"],
+        }
+        for dataset, entries in source["rows"].items():
+            notes = tuple(_notes(source["notes"], dataset))
+            rows += [Row(**shared, dataset=dataset, notes=notes, **entry) for entry in entries]
+    return tuple(rows)
+
+
+def _notes(notes: Iterable[str | Mapping[str, Any]], dataset: str) -> Iterator[str]:
+    """Yield the notes of a source that are about a dataset."""
+    for note in notes:
+        if isinstance(note, str):
+            yield note
+        elif dataset in note["of"]:
+            yield note["text"]
+
+
+def rows_of(dataset: str, options: Mapping[str, Any] | None = None) -> list[Row]:
+    """Return the published rows of a dataset, also those that their source prints under its name.
+
+    Args:
+        dataset: Name of the dataset.
+        options: Dotted option -> value; rows with other conditions are left out.
+    """
+    return [
+        row
+        for row in all_rows()
+        if dataset in (row.dataset, row.printed_as) and row.applies_to(options or {})
+    ]
+
+
+def published_for(config: Mapping[str, Any]) -> Row | None:
+    """Return the published row to show beside a run, or None.
+
+    The row is that of the run's own model on its dataset; else the best row of the field on the same data file, by
+    ndcg@10; seen items are left out in it, as in the headline of a run.
+
+    Args:
+        config: A run's config as plain data; options that it leaves out have the defaults of their classes.
+    """
+    filled = with_defaults(config)
+    dataset = option(filled, "dataset.name")
+    backbone = backbone_name(filled)
+    rows = [row for row in all_rows() if row.dataset == dataset and _holds(row, filled)]
+    own = [row for row in rows if row.backbone == backbone]
+    return own[0] if own else best_of(row for row in rows if row.seen_items == "left out")
+
+
+def published_results(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a run's results that hold its published row: the figures and the head of their column."""
+    row = published_for(config)
+    if row is None:
+        return {"published": {}}
+    return {"published": dict(row.metrics), "published_label": row.label}
+
+
+def best_of(rows: Iterable[Row]) -> Row | None:
+    """Return the row with the highest ndcg@10; None where no row has one."""
+    known = [row for row in rows if "ndcg@10" in row.metrics]
+    return max(known, key=lambda row: row.metrics["ndcg@10"], default=None)
+
+
+def backbone_name(config: Mapping[str, Any]) -> str:
+    """Return the class name of a config's backbone in lower case."""
+    return str(option(config, "backbone._target_", "")).rpartition(".")[2].lower()
+
+
+def _holds(row: Row, config: Mapping[str, Any]) -> bool:
+    return all(option(config, key) == value for key, value in row.when.items())
