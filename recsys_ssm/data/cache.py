@@ -1,13 +1,16 @@
-"""Prepared arrays on disk, memory-mapped, never stale.
+"""Keep prepared arrays on disk, memory-mapped, and never serve stale ones.
 
-    prepared = load_or_make(folder, "ml_1m", [Path("ratings.dat")], {"k_core": 5}, make)
+    prepared = load_or_make(folder, "ml_1m", sources, {"k_core": 5}, make)
 
-An entry is found by a fingerprint of the *contents* of the files it was made of, their names, the
-settings and :data:`VERSION`; so a file that was edited, or replaced with its old date, is another
-entry. It is a folder of ``.npy`` files (never pickled), and becomes visible by one atomic rename of
-a small index file that names it and the checksum of each of its files. Whoever finds an entry
-damaged makes a new folder and points the index there; two processes that make the same entry at
-once each make their own, and the later one finds the earlier one's.
+The name of an entry contains a fingerprint of the *contents* of its inputs, their names, the settings and
+:data:`VERSION`. An entry is a folder of ``.npy`` and Parquet files (never pickled). It becomes visible by the atomic
+rename of a small index file with the folder's name and the size, date and checksum of each of its files. A process that
+finds a damaged entry makes a new folder and points the index to it. Two processes that make the same entry at once each
+write their own folder; the later one discards its own.
+
+Large files are not read again at every start. The hash of an input file is kept with the file's size, dates and inode
+and computed again only when one of these changes. A file of an entry is checked by its size and date, and by its
+checksum only when the date differs.
 """
 
 from __future__ import annotations
@@ -19,23 +22,28 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import platformdirs
 import polars as pl
 
 from recsys_ssm.errors import UserError
 
-VERSION = 1
-"""Of what is stored and of how it is prepared: raise it when either changes."""
+VERSION = 2
+"""Version of what is stored and of how it is prepared: raise it when either changes."""
+
+_SETTLED = 2 * 10**9
+"""Nanoseconds after which a further change of a file also changes its date, whatever the file system's resolution."""
 
 
 @dataclass
 class Prepared:
-    """What an entry holds."""
+    """Contents of an entry."""
 
     arrays: dict[str, np.ndarray]
     texts: dict[str, pl.Series]
@@ -43,81 +51,149 @@ class Prepared:
 
 
 def cache_folder(option: str | Path | None = None) -> Path:
-    """Where entries are: ``option``, else ``$RECSYS_SSM_CACHE``, else the user's cache folder."""
+    """Return the cache folder: ``option``, else ``$RECSYS_SSM_CACHE``, else the user's cache folder."""
     if option is not None:
         return Path(option).expanduser()
     if named := os.environ.get("RECSYS_SSM_CACHE"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "recsys_ssm"
+    return platformdirs.user_cache_path("recsys_ssm", appauthor=False)
+
+
+def hash_file(path: Path, folder: Path) -> str:
+    """Return the sha256 of a file's content.
+
+    The hash is kept in the cache and computed again only when the file's size, dates or inode have changed.
+
+    Args:
+        path: The file.
+        folder: Cache folder. If it cannot be written, the hash is not kept.
+
+    Raises:
+        UserError: The file is not readable.
+    """
+    kept = folder / "hashes" / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()}.json"
+    try:
+        state = _state(path)
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+            if content["state"] == state:
+                return str(content["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not hashed yet, or the record is damaged
+        now = time.time_ns()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file that has just been written may be written again without another date.
+        settled = _state(path) == state and max(state[1:3]) + _SETTLED < now
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from error
+    if settled:
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            content = {"path": str(path.absolute()), "state": state, "sha256": digest}
+            beside = _write_json(kept.with_suffix(f".{os.getpid()}.tmp"), content)
+            beside.replace(kept)
+    return digest
+
+
+def _state(path: Path) -> list[int]:
+    """Return what changes when a file is changed or replaced: size, dates, inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def hash_frame(frame: pl.DataFrame) -> str:
+    """Return the sha256 of a data frame's names, types and cells."""
+    digest = hashlib.sha256(str(frame.schema).encode())
+    # The physical layout of categories and of text depends on how they were made: write them as plain text.
+    plain = frame.with_columns(
+        pl.col(name).cast(pl.String)
+        for name, kind in frame.schema.items()
+        if isinstance(kind, pl.Categorical | pl.Enum)
+    )
+    plain.rechunk().write_ipc(
+        _Digest(digest),  # type: ignore[call-overload]
+        compression="uncompressed",
+        compat_level=pl.CompatLevel.oldest(),
+    )
+    return digest.hexdigest()
+
+
+class _Digest:
+    """A file object that hashes what is written to it."""
+
+    def __init__(self, digest: Any) -> None:
+        self.digest = digest
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None: ...
+
+
+def hash_values(values: Any) -> str:
+    """Return the sha256 of plain values (numbers, texts, lists and mappings of them)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_or_make(
     folder: Path,
     name: str,
-    inputs: Sequence[Path],
+    inputs: Callable[[], Mapping[str, str]],
     settings: Mapping[str, Any],
     make: Callable[[], Prepared],
 ) -> Prepared:
-    """The entry for these inputs and settings, made if it is not there or is damaged.
+    """Return the entry for these inputs and settings; make it if it is absent or damaged.
 
     Args:
-        folder: Of the cache.
-        name: What the entry's files are called after, for people.
-        inputs: Files it is made of.
-        settings: Whatever else it depends on, plain values.
-        make: Makes it.
+        folder: Folder of the entries.
+        name: Beginning of the names of the entry's files, for people.
+        inputs: Returns the hash of each input by its name. It is called before and after ``make``.
+        settings: All else that the entry depends on, as plain values.
+        make: Makes the entry.
 
     Returns:
         The entry as it is on disk: arrays are memory-mapped, read-only.
 
     Raises:
-        UserError: An input is not readable, or changed while it was read; or the cache folder
-            cannot be written.
+        UserError: An input changed while it was read, or the cache folder cannot be written.
     """
-    fingerprint = _fingerprint(inputs, settings)
+    sources = dict(inputs())
+    fingerprint = hash_values({"version": VERSION, "inputs": sources, "settings": settings})
     path = folder / f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)}-{fingerprint[:20]}.json"
     if (entry := _load(_Index.read(path))) is not None:
         return entry
     made = make()
-    if _fingerprint(inputs, settings) != fingerprint:
-        raise UserError(f"{inputs[0]}: changed while it was being read; run again")
+    if dict(inputs()) != sources:
+        raise UserError(f"{next(iter(sources))}: changed while it was being read; run again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _new_folder(path) as new:
-            checksums = _write(made, new)
-            # Another process may have been faster; whoever finds an entry keeps it.
+            files = _write(made, new)
+            # Another process may have been faster: then keep its entry.
             index = _Index.read(path)
             if (entry := _load(index)) is None:
-                content = {"folder": new.name, "checksums": checksums}
+                content = {"folder": new.name, "files": files}
                 _write_json(new / "index.json", content).replace(path)  # atomic
-                if index is not None:  # and damaged
+                if index is not None:  # damaged
                     shutil.rmtree(index.folder, ignore_errors=True)
                 entry = _load(_Index.read(path))
     except OSError as error:
         raise UserError(
-            f"{folder}: the prepared data cannot be kept there ({error.strerror or error}); name "
+            f"{folder}: prepared data cannot be written there ({error.strerror or error}); name "
             "another folder with dataset.cache_dir or the variable RECSYS_SSM_CACHE"
         ) from error
     if entry is None:
-        raise UserError(f"{folder}: what was written there reads back damaged; is the disk sound?")
+        raise UserError(
+            f"{folder}: prepared data that was written there reads back damaged; check the disk"
+        )
     return entry
-
-
-def _fingerprint(inputs: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    files = []
-    for path in inputs:
-        try:
-            with path.open("rb") as file:
-                files.append([str(path), hashlib.file_digest(file, "sha256").hexdigest()])
-        except OSError as error:
-            raise UserError(f"{path}: not readable ({error.strerror or error})") from error
-    whole = {"version": VERSION, "inputs": files, "settings": settings}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def _new_folder(index: Path) -> Iterator[Path]:
-    """A new folder beside ``index``, removed again if that did not come to name it."""
+    """Make a folder beside ``index``; remove it again unless the index names it at the end."""
     new = Path(tempfile.mkdtemp(prefix=f"{index.stem}.", dir=index.parent))
     try:
         yield new
@@ -127,14 +203,17 @@ def _new_folder(index: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def _write(made: Prepared, folder: Path) -> dict[str, str]:
-    """Write the files of an entry; returns the checksum of each."""
+def _write(made: Prepared, folder: Path) -> dict[str, list[Any]]:
+    """Write the files of an entry; return size, date and checksum of each."""
     for name, array in made.arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     for name, text in made.texts.items():
         pl.DataFrame({name: text}).write_parquet(folder / f"{name}.parquet")
     _write_json(folder / "notes.json", {"notes": made.notes})
-    return {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    return {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns, _checksum(path)]
+        for path in sorted(folder.iterdir())
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
@@ -143,37 +222,43 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 class _Index(NamedTuple):
-    """What an index file says."""
+    """Contents of an index file."""
 
     folder: Path
-    checksums: dict[str, str]
+    files: dict[str, tuple[int, int, str]]
+    """Size, date (mtime_ns) and checksum of each file."""
 
     @classmethod
     def read(cls, path: Path) -> _Index | None:
-        """None if there is no index, or one that makes no sense."""
+        """Read an index; None if it is absent or damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            name, checksums = str(content["folder"]), dict(content["checksums"])
-        except (OSError, ValueError, KeyError, TypeError):
+            name = str(content["folder"])
+            files = {
+                str(file): (int(size), int(date), str(checksum))
+                for file, (size, date, checksum) in content["files"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        # A folder that is removed as damaged must be one of this entry's.
-        if not name.startswith(f"{path.stem}.") or Path(name).name != name or not checksums:
+        # Damaged folders are removed: the name must be that of a folder of this entry.
+        if not name.startswith(f"{path.stem}.") or Path(name).name != name or not files:
             return None
-        return cls(path.parent / name, checksums)
+        return cls(path.parent / name, files)
 
 
 def _load(index: _Index | None) -> Prepared | None:
-    """The entry an index names; None if it is not there or not whole."""
+    """Load the entry that an index names; None if it is absent or damaged."""
     if index is None:
         return None
     entry = Prepared({}, {})
     try:
-        for name, checksum in index.checksums.items():
+        for name, (size, date, checksum) in index.files.items():
             path = index.folder / name
-            if _checksum(path) != checksum:
+            stat = path.stat()
+            if stat.st_size != size or (stat.st_mtime_ns != date and _checksum(path) != checksum):
                 return None
             if path.suffix == ".npy":
-                # A plain view of the map: indexing it is faster than indexing an np.memmap.
+                # Indexing a plain view of the map is faster than indexing an np.memmap.
                 entry.arrays[path.stem] = np.asarray(
                     np.load(path, mmap_mode="r", allow_pickle=False)
                 )

@@ -1,86 +1,88 @@
-"""Fetching a file of a public archive: checked, written beside and then renamed."""
+"""Fetch a file from a public archive."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
+import re
+import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
+import pooch
 
 from recsys_ssm.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds without a byte
-_CHUNK = 1 << 18
 
 
 def fetch_member(url: str, md5: str, member: str, folder: Path) -> Path:
-    """The file ``member`` of the zip archive at ``url``; kept below ``folder``, fetched once.
+    """Fetch the file ``member`` of the zip archive at ``url``, once, and return its path.
 
     Args:
-        url: ``https://…``.
-        md5: The checksum its publisher gives for the archive.
-        member: Its path in the archive.
-        folder: Where it is kept, in a folder called after the checksum.
+        url: Address of the archive: ``https://…``.
+        md5: Checksum of the archive, as its publisher gives it.
+        member: Path of the file in the archive.
+        folder: Folder to keep the file in, in a subfolder called by the checksum.
 
     Raises:
-        UserError: No network, no such file there, or a checksum that differs.
+        UserError: An argument is not possible, there is no network or no such file, or the checksum differs.
     """
+    _check_arguments(url, md5, member)
+    kept = folder / md5 / member
+    if kept.is_file():
+        return kept
+    pooch.get_logger().setLevel(logging.WARNING)  # one line about the download is enough
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            log.info("fetching %s", url)
+            pooch.retrieve(
+                url,
+                known_hash=f"md5:{md5}",
+                fname="archive.zip",
+                path=scratch,
+                processor=pooch.Unzip(members=[member], extract_dir="."),
+                downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT),
+            )
+            unpacked = Path(scratch) / member
+            if not unpacked.is_file():
+                raise UserError(
+                    f"{url}: there is no {member} in it; correct dataset.download.member"
+                )
+            unpacked.replace(kept)
+    except UserError:
+        raise
+    except (OSError, zipfile.BadZipFile) as error:  # errors of the network are OSErrors
+        raise UserError(f"{url}: could not be fetched ({_reason(error)})") from error
+    except ValueError as error:  # the checksum differs
+        raise UserError(
+            f"{url}: the file there does not have the published md5 {md5}; fetch and check it by "
+            "hand, or set dataset.download=null"
+        ) from error
+    return kept
+
+
+def _check_arguments(url: str, md5: str, member: str) -> None:
     if not url.startswith("https://"):
         raise UserError(
             f"dataset.download.url={url}: expected an address that begins with https://"
         )
-    kept = folder / md5 / member
-    if kept.is_file():
-        return kept
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            archive = Path(scratch) / "archive.zip"
-            log.info("fetching %s", url)
-            found = _fetch(url, archive)
-            if found != md5:
-                raise UserError(
-                    f"{url}: its md5 is {found}, not the published {md5}; fetch and check it by "
-                    "hand, or set dataset.download=null"
-                )
-            with zipfile.ZipFile(archive) as pack:
-                if member not in pack.namelist():
-                    raise UserError(f"{url}: there is no {member} in it")
-                beside = Path(scratch) / "member"
-                with pack.open(member) as source, beside.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-            beside.replace(kept)
-    except (OSError, zipfile.BadZipFile) as error:  # URLError is an OSError
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"{url}: could not be fetched ({reason})") from error
-    return kept
+    if not re.fullmatch(r"[0-9a-f]{32}", md5):
+        raise UserError(f"dataset.download.md5={md5}: expected 32 hexadecimal digits")
+    parts = PurePosixPath(member)
+    if not member or parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:]", member):
+        raise UserError(
+            f"dataset.download.member={member}: leads out of the archive; give the path of a file "
+            "inside it"
+        )
 
 
-def _fetch(url: str, path: Path) -> str:
-    """Write what is at ``url`` to ``path``; returns its md5."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with (
-        urllib.request.urlopen(url, timeout=_TIMEOUT) as answer,  # noqa: S310 (https, seen to above)
-        path.open("wb") as file,
-        tqdm(
-            total=int(answer.headers.get("Content-Length") or 0) or None,
-            unit="B",
-            unit_scale=True,
-            desc=path.name,
-            disable=None,  # only on a terminal
-            leave=False,
-        ) as bar,
-    ):
-        while chunk := answer.read(_CHUNK):
-            digest.update(chunk)
-            file.write(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause of a failed download, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return text.splitlines()[0]

@@ -1,6 +1,6 @@
-"""Reading users' tables: CSV or Parquet, every mistake named by file, column and row.
+"""Read users' files, CSV or Parquet; messages name the file, the column and the row.
 
-A row is counted from 1 below the header line, in both kinds of file.
+Rows are counted from 1 below the header line, in both kinds of file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def scan_table(
     names: Sequence[str] | None = None,
     quote: str | None = '"',
 ) -> pl.LazyFrame:
-    """A lazy frame of a CSV (every cell as text, an empty one null) or Parquet file.
+    """Scan a CSV file (every cell as text, an empty one null) or a Parquet file.
 
     Args:
-        path: ``*.parquet`` / ``*.pq`` is Parquet, anything else CSV.
-        columns: Columns that must be there; all others are left out when any is named.
-        separator: Between the cells of a CSV, one character; a tab also as a backslash and a t, which is what
-            single quotes make of it in YAML and in a shell.
-        names: What the columns of a CSV without a header line are called; None: it has one.
-        quote: Around a cell of a CSV that holds a separator; None: nothing is.
+        path: ``*.parquet`` and ``*.pq`` are read as Parquet, any other name as CSV.
+        columns: Columns to read; empty: all.
+        separator: Separator between the cells of a CSV, one character. A tab may be written as a backslash and a t,
+            as single quotes leave it in YAML and in a shell.
+        names: Names of the columns of a CSV without a header line; None: it has one.
+        quote: Quotation mark of a CSV; None: cells are not quoted.
 
     Raises:
         UserError: The file is missing, unreadable, empty, not such a table, or lacks a column.
@@ -48,7 +48,7 @@ def scan_table(
         if _is_parquet(path):
             frame = pl.scan_parquet(path)
         else:
-            # Text first: ids keep their leading zeros, and what is no number is named with its row.
+            # As text: ids keep their leading zeros, and a message can name the row of a wrong number.
             frame = pl.scan_csv(
                 path,
                 separator=separator,
@@ -68,11 +68,11 @@ def scan_table(
 
 
 def scan_lines(path: str | Path, *, encoding: str = "utf-8") -> pl.LazyFrame:
-    """A lazy frame of a text file's lines, one column ``line``.
+    """Scan the lines of a text file as one column ``line``.
 
     Args:
         path: The file.
-        encoding: Of a file that is not UTF-8 (most are all the same, and then it does not matter).
+        encoding: Encoding to use for a file that is not valid UTF-8.
 
     Raises:
         UserError: The file is missing or empty.
@@ -81,7 +81,7 @@ def scan_lines(path: str | Path, *, encoding: str = "utf-8") -> pl.LazyFrame:
     _check_file(path, "lines")
     if encoding != "utf-8" and not _is_utf8(path):
         return pl.LazyFrame({"line": path.read_text(encoding).splitlines()})
-    # What a CSV reader does with the mark some programs put before UTF-8 text.
+    # Remove the byte order mark, as a CSV reader does.
     return pl.scan_lines(path, name="line").with_columns(pl.col("line").str.strip_prefix("\ufeff"))
 
 
@@ -98,8 +98,10 @@ def _is_utf8(path: Path) -> bool:
 def require_columns(
     path: Path, present: Sequence[str], columns: Sequence[str], separator: str
 ) -> None:
-    """Raises:
-    UserError: One of ``columns`` is not among those ``present``, or is there twice.
+    """Check that each of ``columns`` is present once.
+
+    Raises:
+        UserError: One is absent, or is there twice.
     """
     if absent := [name for name in columns if name not in present]:
         shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
@@ -125,10 +127,10 @@ def _check_file(path: Path, needs: str) -> None:
 def read_table(
     path: str | Path, *, columns: Sequence[str] = (), separator: str = ","
 ) -> pl.DataFrame:
-    """:func:`scan_table`, collected; at least one row.
+    """Read a file with :func:`scan_table`.
 
     Raises:
-        UserError: As :func:`scan_table`; or a line is broken; or there is no row.
+        UserError: As :func:`scan_table`; or a line is broken, or there is no row.
     """
     frame = scan_table(path, columns=columns, separator=separator)
     return collect(frame, path, separator=separator)
@@ -137,13 +139,13 @@ def read_table(
 def collect(
     frame: pl.LazyFrame, path: str | Path, *, separator: str = ",", streaming: bool = False
 ) -> pl.DataFrame:
-    """Collect a lazy frame that reads ``path``, with its errors named after that file.
+    """Collect a lazy frame that reads ``path``; messages name that file.
 
     Args:
-        frame: Of :func:`scan_table`, and what was done to it.
-        path: What messages name.
-        separator: As given to :func:`scan_table`.
-        streaming: In pieces, the file never in memory as a whole.
+        frame: Result of :func:`scan_table` or of operations on it.
+        path: The file, for messages.
+        separator: Separator that was passed to :func:`scan_table`.
+        streaming: Read the file in pieces, so that it is never in memory as a whole.
 
     Raises:
         UserError: A line is broken, or no row is left.
@@ -162,13 +164,15 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() in {".parquet", ".pq"}
 
 
-def _hint(of: str | None = None) -> str:
-    """A separator as one writes it in a config."""
-    return _SEPARATORS.get(of, repr(of)) if of else " ".join(_SEPARATORS.values())
+def _hint(separator: str | None = None) -> str:
+    """Return a separator as it is written in a config; None: all usual ones."""
+    if separator is None:
+        return " ".join(_SEPARATORS.values())
+    return _SEPARATORS.get(separator, repr(separator))
 
 
 def _other(present: Sequence[str], separator: str) -> str:
-    """A hint if the header, read as one cell, holds another separator."""
+    """Return a hint if the header line, read as one cell, contains another separator."""
     if len(present) != 1:
         return ""
     likely = max(_SEPARATORS, key=present[0].count)
@@ -192,7 +196,8 @@ def _unreadable(path: Path, separator: str, error: BaseException) -> str:
 
 
 def _broken_line(path: Path, separator: str) -> str | None:
-    """Where a CSV breaks; polars does not say. The file is read once more, line by line."""
+    """Find the line at which a CSV is broken, by reading it again; polars does not report it."""
+    separator = "\t" if separator == "\\t" else separator
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.reader(file, delimiter=separator, strict=True)
         start = 0

@@ -1,4 +1,4 @@
-"""The files interactions come in, read lazily as one table: user, item and, where there are, rating and time.
+"""Read the files that interactions come in as one lazy table: user, item and, where there are, rating and time.
 
 =============  ==========================  =====================================================
 format         file                        a line
@@ -38,37 +38,45 @@ _BY_SUFFIX: dict[str, Format] = {
 _COMPRESSED = {".gz", ".zst"}
 
 MOVIELENS = ("user_id", "item_id", "rating", "timestamp")
-"""What the columns of ``ratings.dat`` are called here unless ``names`` says otherwise."""
+"""Names of the columns of ``ratings.dat`` unless ``names`` gives others."""
 
 
 def format_of(path: str | Path) -> Format:
-    """What a file's name says it is; CSV where that is nothing special."""
+    """Return the format of a file by its name; CSV for any other name."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return _BY_SUFFIX.get(suffixes[-1], "csv") if suffixes else "csv"
 
 
+def separator_of(path: str | Path) -> str:
+    """Return the separator that a CSV of this name usually has."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    return "\t" if {".tsv", ".data", ".inter", ".item"} & set(suffixes) else ","
+
+
 def scan(
     path: str | Path,
     columns: Sequence[str],
     *,
-    format: Format | None = None,  # noqa: A002 (what everyone calls it)
+    format: Format | None = None,  # noqa: A002 (the usual name)
     names: Sequence[str] = (),
     separator: str | None = None,
+    names_option: str | None = "dataset.names",
 ) -> pl.LazyFrame:
-    """The named columns of a table, lazily; text as it stands there.
+    """Scan the named columns of a table; the cells of a text file are text.
 
     Args:
         path: The file.
-        columns: Which columns, in this order.
-        format: One of :data:`FORMATS`; None: as the file's name says.
-        names: What the columns of a file without a header line are called. A first line that holds
-            the first of ``columns`` is a header all the same.
-        separator: Between the cells of a line; None: the format's own, a comma in a CSV.
+        columns: Columns to read, in this order.
+        format: One of :data:`FORMATS`; None: by the file's name.
+        names: Names of the columns of a file without a header line. A first line that contains the first of
+            ``columns`` is a header line nevertheless.
+        separator: Separator between the cells of a line; None: the format's own, a comma in a CSV.
+        names_option: Option that sets ``names``, for messages; None: there is none.
 
     Raises:
-        UserError: The file is missing, empty or not of that format, or a column is not there.
+        UserError: The file is missing, empty or not of that format, or it lacks a column.
     """
     path = Path(path).expanduser()
     kind = format or format_of(path)
@@ -82,31 +90,32 @@ def scan(
         frame = frame.rename({name: name.partition(":")[0] for name in present})
         require_columns(path, frame.collect_schema().names(), columns, separator or "\t")
         return frame.select(columns)
-    separator = separator or ("\t" if path.suffix.lower() in {".tsv", ".data"} else ",")
+    separator = separator or separator_of(path)
     first = scan_table(path, separator=separator).collect_schema().names()
     if not names or columns[0] in first:
         try:
             return scan_table(path, columns=columns, separator=separator)
         except UserError as error:
-            if names or set(columns) & set(first):
+            if names or names_option is None or set(columns) & set(first):
                 raise
             raise UserError(
-                f"{error}; if the file has no header line, name its columns with dataset.names"
+                f"{error}; if the file has no header line, name its columns with {names_option}"
             ) from error
     if len(names) != len(first):
         raise UserError(
-            f"{path}: dataset.names names {len(names)} columns, but the file has {len(first)}"
+            f"{path}: {names_option} names {len(names)} columns, but the file has {len(first)}; name "
+            "every column, in the order of the file"
         )
     require_columns(path, names, columns, separator)
     return scan_table(path, separator=separator, names=names).select(columns)
 
 
 def scan_sequences(path: str | Path, *, separator: str | None = None) -> pl.LazyFrame:
-    """A sequence text as one row a line: ``user`` (text) and ``items`` (list of text).
+    """Scan a sequence text, a row for each line: ``user`` (text) and ``items`` (list of text).
 
     Args:
         path: The file.
-        separator: Between the ids of a line; None: white space, however much.
+        separator: Separator between the ids of a line; None: white space of any length.
     """
     cells = pl.col("line")
     ids = cells.str.extract_all(r"\S+") if separator is None else cells.str.split(separator)
@@ -118,7 +127,7 @@ def scan_sequences(path: str | Path, *, separator: str | None = None) -> pl.Lazy
 def _split_lines(
     path: Path, columns: Sequence[str], names: Sequence[str], separator: str
 ) -> pl.LazyFrame:
-    """Lines cut at a separator of several characters, which no CSV reader knows."""
+    """Split lines at a separator of several characters, which CSV readers do not support."""
     require_columns(path, names, columns, separator)
     cells = pl.col("line").str.split(separator)
     return scan_lines(path, encoding="latin-1").select(
@@ -127,8 +136,10 @@ def _split_lines(
 
 
 def check_format(format: str | None) -> None:  # noqa: A002
-    """Raises:
-    UserError: No such format.
+    """Check that a format exists.
+
+    Raises:
+        UserError: It does not.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"dataset.format={format}: expected one of {', '.join(FORMATS)}")

@@ -1,25 +1,24 @@
-"""``dataset=hm``: H&M Personalized Fashion, the second experiment of FT-Mamba.
+"""Load H&M Personalized Fashion, the second dataset of FT-Mamba (``dataset=hm``).
 
 Starnes and Webster, *Mamba for Scalable and Efficient Personalized Recommendations*, section III.B.
 From the three official files (kaggle.com/c/h-and-m-personalized-fashion-recommendations):
 
-- ``articles.csv``: the catalogue is the 100 articles bought most often, an article its own id as
-  the one categorical feature. It is ordered by id, so that ties in a ranking are not resolved by
-  popularity; ties at the border of the 100 go to the lower id.
-- ``customers.csv``: age (numeric), FN, Active, club_member_status, fashion_news_frequency
-  (categorical; an empty cell is a category of its own). Buyers absent from the file are kept,
-  nothing about them known.
-- ``transactions_train.csv``: a row is a purchase. Each purchase of a catalogue article is a pair of
-  target 1 and comes with one of target 0: a random catalogue article that customer never bought.
+- ``articles.csv``: the catalogue is the 100 articles bought most often. An article has its own id as the one
+  categorical feature. The catalogue is ordered by id, so that popularity does not resolve ties in a ranking. Ties
+  at the border of the 100 go to the lower id.
+- ``customers.csv``: age (numeric), FN, Active, club_member_status, fashion_news_frequency (categorical; an empty cell
+  is a category of its own). Buyers absent from the file are kept with unknown features.
+- ``transactions_train.csv``: a row is a purchase. Each purchase of a catalogue article is a pair of target 1, beside a
+  pair of target 0: a random catalogue article that the customer never bought.
 
-Test users are customers with 5 or more *different* catalogue articles, which are what is relevant
-to them. (The paper says "at least 5 purchases"; its R@5 and P@5 imply about 6.5 relevant articles a
-user, which counting repeat purchases towards the 5 would not give.) Validation users have as many;
-where too few are left the least number is lowered. No purchase of either is in training.
+Test users are customers with 5 or more *different* catalogue articles, which are relevant to them. (The paper says "at
+least 5 purchases"; its R@5 and P@5 imply about 6.5 relevant articles a user, which counting repeat purchases towards
+the 5 would not give.) Validation users have as many; if too few are left, the minimum is lowered. Purchases of test and
+validation users are not in training.
 
-Article ids have ten digits; exports that lost the leading zero get it back.
+Article ids have ten digits; leading zeros that an export dropped are restored.
 
-Where there are no files, :mod:`recsys_ssm.data.hm_generate` makes some and the same code reads them.
+If there are no files, :mod:`recsys_ssm.data.hm_generate` generates some, and the same code reads them.
 """
 
 from __future__ import annotations
@@ -36,8 +35,9 @@ import polars as pl
 import torch
 
 from recsys_ssm.batches import Ragged
+from recsys_ssm.data.cache import cache_folder, hash_file, hash_values
 from recsys_ssm.data.files import collect, read_table, scan_table
-from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, cache_folder, generate
+from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, generate
 from recsys_ssm.data.two_tower import (
     Baseline,
     Pairs,
@@ -62,23 +62,22 @@ class HmData(TwoTowerData):
     """Customers and the articles bought most often.
 
     Args:
-        root: Folder of the three files; None: ``$RECSYS_SSM_DATA/hm`` (``../shared/data/hm``).
-        source: ``files`` reads them, ``generated`` makes a stand-in, ``auto`` reads ``root`` where
-            it is given or there, and makes a stand-in otherwise.
+        root: Folder of the three files; None: ``$RECSYS_SSM_DATA/hm``, by default ``data/hm``.
+        source: ``files``: read them; ``generated``: generate data; ``auto``: read ``root`` if it is set or exists, and
+            generate data otherwise.
         n_items: Articles in the catalogue.
         item_features: Columns of ``articles.csv``, all categorical.
-        n_train: Training pairs, half purchases; fewer purchases are repeated, each time with a new
-            negative. None: every purchase once.
-        n_val: Validation pairs (fewer where there are not that many), for the loss.
-        n_val_users: Customers the catalogue is ranked for during validation; at most a tenth of
-            those the test leaves.
-        n_test_users: Customers it is ranked for in the test; all, where there are fewer.
-        min_relevant: Different catalogue articles a test user bought, at least.
-        on_unknown_article: What a transaction of an article ``articles.csv`` lacks is: an
-            ``error``, or left out (``drop``) and counted.
-        generated_root: Where stand-ins are kept; None: the user's cache folder.
-        generator: What :class:`~recsys_ssm.data.hm_generate.GeneratorSettings` takes.
-        **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
+        n_train: Training pairs, half of them purchases. If there are fewer purchases, they are repeated, each time with
+            a new negative. None: every purchase once.
+        n_val: Validation pairs for the loss, or fewer if there are not that many.
+        n_val_users: Customers to rank for during validation; at most a tenth of those who are not test users.
+        n_test_users: Customers to rank for in the test, or fewer if there are not that many.
+        min_relevant: Different catalogue articles that a test user must have bought.
+        on_unknown_article: Treatment of transactions whose article is not in ``articles.csv``: ``error``, or ``drop``
+            and count them.
+        generated_root: Folder for generated files; None: ``$RECSYS_SSM_CACHE`` or the user's cache folder.
+        generator: Arguments of :class:`~recsys_ssm.data.hm_generate.GeneratorSettings`.
+        **base: Arguments of :class:`~recsys_ssm.data.two_tower.TwoTowerData`.
     """
 
     label = "H&M"
@@ -130,8 +129,11 @@ class HmData(TwoTowerData):
         shop = Shop.of(root)
         if shop is not None:
             if self.source == "files":
-                raise UserError(f"dataset.source=files, but the files of {root} are generated")
-            notes = [f"GENERATED DATA: {found}; purchases are made up, results say nothing of H&M"]
+                raise UserError(
+                    f"dataset.source=files, but the files of {root} are generated; name the folder of "
+                    "real files with dataset.root"
+                )
+            notes = [f"GENERATED DATA: {found}; results say nothing about H&M's customers"]
             bar = "!" * 88
             log.warning("\n%s\n%s\nReal files: dataset.root=FOLDER\n%s", bar, notes[0], bar)
         tables = _read(
@@ -148,18 +150,18 @@ class HmData(TwoTowerData):
             different["user"].to_torch(), different["item"].to_torch(), n_users
         )
 
-        # One stream a part: the test users are the same whatever the other parts' sizes.
+        # One random stream for each part, so that its size does not change the others.
         streams = np.random.SeedSequence(self.seed).spawn(3)
         splits, train, val = (np.random.default_rng(stream) for stream in streams)
         test_users, val_users = self._split(positives.lengths.numpy(), splits, notes)
 
-        # Who bought the whole catalogue leaves no negative to set beside a purchase.
+        # Customers who bought every article have no possible negative.
         bought_all = (positives.lengths == n_items).numpy()
         if n_all := int(bought_all.sum()):
-            notes.append(f"{n_all:,} customers bought the whole catalogue: no pairs of theirs")
+            notes.append(f"{n_all:,} customers bought the whole catalogue: they get no pairs")
         part = np.full(n_users, "train")
         part[test_users], part[val_users], part[bought_all] = "test", "val", ""
-        # Repeating purchases would add nothing to a loss.
+        # Validation does not repeat purchases, which would add nothing to a loss.
         n_val = min(self.n_val, 2 * int((part[user] == "val").sum()))
 
         def sample(name: str, n: int | None, rng: np.random.Generator) -> Pairs:
@@ -167,7 +169,7 @@ class HmData(TwoTowerData):
             index = rng.permutation(rows) if n is None else _cycle(rows, n // 2, rng)
             negative = sample_negatives(positives, user[index], n_items, rng)
             notes.append(f"{name} pairs: " + _describe(index.size, rows.size))
-            # Side by side, so that the first of unshuffled pairs are of both kinds.
+            # Interleave both kinds, so that any first part of unshuffled pairs has both.
             return Pairs(
                 torch.from_numpy(user[index].repeat(2)),
                 torch.from_numpy(np.column_stack([item[index], negative]).ravel()),
@@ -203,13 +205,14 @@ class HmData(TwoTowerData):
             baselines=baselines,
             notes=notes,
             generated=shop is not None,
+            sources=_sources(root, shop),
         )
 
     def _find(self) -> tuple[Path, str]:
-        """The folder to read, generated first where that is needed, and how it was come by."""
-        usual = Path(os.environ.get("RECSYS_SSM_DATA") or "../shared/data") / "hm"
+        """Return the folder to read (with generated files if needed), and why it is this one."""
+        usual = Path(os.environ.get("RECSYS_SSM_DATA") or "data") / "hm"
         root = usual if self.root is None else Path(self.root).expanduser()
-        # A folder that was named is read or complained about, never silently replaced.
+        # A folder that the user named is never silently replaced by generated data.
         if self.source != "generated" and (self.root is not None or root.is_dir()):
             return root, f"files of {root}"
         if self.source == "files":
@@ -217,25 +220,24 @@ class HmData(TwoTowerData):
                 f"dataset.source=files, but there is no folder {usual}: name the folder of "
                 f"{ARTICLES}, {CUSTOMERS} and {TRANSACTIONS} with dataset.root="
             )
-        folder = Path(self.generated_root).expanduser() if self.generated_root else cache_folder()
-        why = "as asked for" if self.source == "generated" else f"no folder {usual}"
-        return generate(self.generator, folder), why
+        why = "dataset.source=generated" if self.source == "generated" else f"no folder {usual}"
+        return generate(self.generator, cache_folder(self.generated_root)), why
 
     def _split(
         self, n_distinct: np.ndarray, rng: np.random.Generator, notes: list[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the test users and of the validation users."""
+        """Choose the rows of the test users and of the validation users."""
         eligible = np.flatnonzero(n_distinct >= self.min_relevant)
         if not eligible.size:
             raise UserError(
-                f"no test user is left: the most different articles of the catalogue one customer "
-                f"bought are {n_distinct.max()}; lower dataset.min_relevant={self.min_relevant} or "
-                f"raise dataset.n_items={self.n_items}"
+                f"no test user is left: no customer bought more than {n_distinct.max()} different "
+                f"articles of the catalogue; lower dataset.min_relevant={self.min_relevant} or raise "
+                f"dataset.n_items={self.n_items}"
             )
         (test,) = split_users(eligible, [self.n_test_users], rng)
         rest = np.setdiff1d(np.arange(n_distinct.size), test)
         n_val = min(self.n_val_users, -(-rest.size // 10))
-        # The n_val-th largest: with it as the least number, n_val customers remain.
+        # With the n_val-th largest number as the minimum, n_val customers qualify.
         lowered = int(np.sort(n_distinct[rest])[-n_val]) if n_val else self.min_relevant
         least = min(self.min_relevant, lowered)
         (val,) = split_users(rest[n_distinct[rest] >= least], [n_val], rng)
@@ -243,7 +245,7 @@ class HmData(TwoTowerData):
             f"test users: {test.size:,} of the {eligible.size:,} with at least {self.min_relevant} "
             f"different articles of the catalogue"
             + (
-                f" (all there are; {self.n_test_users:,} were asked for)"
+                f" (all of them; n_test_users={self.n_test_users:,})"
                 if test.size < self.n_test_users
                 else ""
             )
@@ -257,9 +259,9 @@ class _Tables:
     articles: pl.DataFrame
     """The catalogue in its order: article_id (ten digits) and the feature columns, as text."""
     customers: pl.DataFrame
-    """Who bought from it, by customer_id: the feature columns."""
+    """Feature columns of the customers who bought from it, by customer_id."""
     purchases: pl.DataFrame
-    """user, item (Int64): rows of the two; sorted, repeat purchases kept."""
+    """user, item (Int64): rows of the two tables; sorted, repeat purchases kept."""
 
 
 def _read(
@@ -270,7 +272,7 @@ def _read(
     drop_unknown: bool,
     notes: list[str],
 ) -> _Tables:
-    """The three files, reduced to the catalogue; what was read and left out goes to ``notes``.
+    """Read the three files, reduced to the catalogue; add ``notes`` on what was read and left out.
 
     Raises:
         UserError: A file is missing, unreadable, lacks a column or holds a wrong value.
@@ -288,13 +290,13 @@ def _read(
     catalogue, purchases = _read_purchases(
         root / TRANSACTIONS, articles, n_items, drop_unknown, notes
     )
-    # Streamed rows and groups come in no order to rely on: everything below is sorted.
+    # Streaming does not keep an order: everything below is sorted.
     buyers = purchases.select(pl.col("customer_id").unique().sort())
     known = buyers.join(customers, on="customer_id", how="left", maintain_order="left")
     n_known = customers.join(buyers, on="customer_id", how="semi").height
     notes.append(
         f"{CUSTOMERS}: {customers.height:,} customers read, "
-        f"{customers.height - n_known:,} left out: bought nothing of the catalogue"
+        f"{customers.height - n_known:,} left out: they bought nothing of the catalogue"
     )
     if absent := buyers.height - n_known:
         notes.append(
@@ -312,10 +314,10 @@ def _read(
 def _read_purchases(
     path: Path, articles: pl.DataFrame, n_items: int, drop_unknown: bool, notes: list[str]
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The catalogue, and (customer_id, article_id) of each purchase from it.
+    """Return the catalogue, and (customer_id, article_id) of each purchase from it.
 
-    The official file has 31.8 million rows, so it is read twice and never held: once to count
-    articles, once for the rows of the catalogue's.
+    The official file has 31.8 million rows, so it is streamed twice and never in memory: once to count articles, once
+    for the purchases of the catalogue's articles.
     """
     rows = scan_table(path, columns=["customer_id", "article_id"])
     is_known = pl.col("customer_id").is_not_null()
@@ -335,7 +337,7 @@ def _read_purchases(
         raise UserError(
             f"{path}, row {first['row'][0]}, column 'article_id': {first['article_id'][0]!r} is in "
             f"no row of {ARTICLES} (nor are {int(unknown['rows'].sum()) - 1:,} more); correct it, "
-            "or leave such rows out with dataset.on_unknown_article=drop"
+            "or drop such rows with dataset.on_unknown_article=drop"
         )
     counts = counts.join(articles.select("article_id"), on="article_id", how="semi")
     ranked = (
@@ -346,12 +348,14 @@ def _read_purchases(
         .head(n_items)
     )
     if ranked.height < 2:
-        raise UserError(f"{path}: purchases of {ranked.height} articles; at least 2 are needed")
+        raise UserError(
+            f"{path}: has purchases of {ranked.height} articles; give a file with at least 2"
+        )
     catalogue = articles.join(ranked, on="article_id", how="semi").sort("article_id")
     written = counts.join(ranked, on="article_id", how="semi")["written"].to_list()
     purchases = collect(
         rows.filter(is_known & pl.col("article_id").is_in(written)).select(
-            # Copied: the text a filter leaves is a view that keeps all it was taken from in memory.
+            # Copy the text: a view would keep the whole file's text in memory.
             pl.concat_str("customer_id", pl.lit("")),
             _canonical("article_id"),
         ),
@@ -376,7 +380,7 @@ def _read_purchases(
 
 
 def _canonical(column: str) -> pl.Expr:
-    """An article id with ten digits, whatever became of its leading zeros."""
+    """Return an article id with ten digits, restoring its leading zeros."""
     return pl.col(column).str.strip_chars().str.zfill(10)
 
 
@@ -386,15 +390,15 @@ def _check_key(table: pl.DataFrame, column: str, path: Path) -> None:
     if wrong.any():
         row = wrong.arg_max()
         assert row is not None
-        what = "is empty" if key[row] is None else f"{key[row]!r} stands in an earlier row too"
+        what = "is empty" if key[row] is None else f"{key[row]!r} is in an earlier row too"
         raise UserError(f"{path}, row {row + 1}, column {column!r}: {what}; keep one row for each")
 
 
 def _numbers(customers: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Age, FN and Active as numbers, null where the cell is empty.
+    """Convert age, FN and Active to numbers, null where the cell is empty.
 
-    FN and Active are flags written 1.0: as numbers they are the same category for a new customer
-    however a user's own table stores them.
+    FN and Active are flags written as 1.0. As numbers, they are the same category for a new customer however the
+    customer's table stores them.
     """
     numbers = {
         name: pl.Series(name, numeric_column(customers, name, str(path))).fill_nan(None)
@@ -412,7 +416,7 @@ def _numbers(customers: pl.DataFrame, path: Path) -> pl.DataFrame:
 
 
 def _cycle(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` of ``values`` in random order, each as often as any other (give or take one)."""
+    """Return ``n`` of ``values`` in random order, each equally often (give or take one)."""
     rounds = -(-n // values.size) if values.size else 0
     return np.concatenate([values[:0], *(rng.permutation(values) for _ in range(rounds))])[:n]
 
@@ -420,11 +424,20 @@ def _cycle(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 def _describe(n: int, available: int) -> str:
     text = f"{2 * n:,}, {n:,} purchases and as many random articles not bought"
     if n > available:
-        return f"{text}; {available:,} purchases repeated {n / available:.1f} times, negatives anew"
-    return text + (f"; drawn of {available:,} purchases" if n < available else "")
+        return f"{text}; {available:,} purchases repeated {n / available:.1f} times, negatives new"
+    return text + (f"; drawn from {available:,} purchases" if n < available else "")
+
+
+def _sources(root: Path, shop: Shop | None) -> dict[str, str]:
+    """Return the sha256 of each file, or of the generator's settings."""
+    if shop is not None:
+        return {"hm_generate": hash_values(shop.settings.fingerprint)}
+    files = (root / name for name in (ARTICLES, CUSTOMERS, TRANSACTIONS))
+    return {str(path): hash_file(path, cache_folder()) for path in files}
 
 
 def _ranking(users: np.ndarray, positives: Ragged) -> Ranking:
+    """Return the ranking of ``users``: all articles a user bought are relevant."""
     place = torch.full((positives.lengths.numel(),), -1)
     place[users] = torch.arange(users.size)
     owner = place.repeat_interleave(positives.lengths)

@@ -1,11 +1,11 @@
-"""An H&M-shaped stand-in: the three official files from measured aggregates and a known rule.
+"""Generate data like H&M's: the three official files, from measured aggregates and a known rule.
 
-P(article | customer) ∝ weight_a · exp(strength · x_u · b_a): x_u are traits read off the customer's
-features, b_a is what an article appeals to, and the weights are fitted so that overall popularity
-is that of the real files. The rule is known, so the best possible ranking (the oracle) is too.
+P(article | customer) ∝ weight_a · exp(strength · x_u · b_a), where x_u are traits computed from the customer's features
+and b_a are the traits an article appeals to. The weights are fitted so that the articles are as popular as in the real
+files. Since the rule is known, the best possible ranking (the oracle) is known too.
 
 The aggregates (``assets/hm_marginals.json``) were measured on a slice of the real files by
-``scripts/measure_hm_marginals.py``: shares, histograms, counts of counts; no row is copied.
+``scripts/measure_hm_marginals.py``: shares, histograms, counts of counts; they contain no row.
 
 Legend: U customers, A articles, K traits, P profiles (distinct rows of traits).
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -32,12 +31,12 @@ import polars as pl
 from recsys_ssm.errors import UserError
 
 SETTINGS_FILE = "generator.json"
-"""Lies beside the generated CSV files and says what made them; real data has no such file."""
+"""Name of the file beside generated CSV files with the settings they were made from; real data has none."""
 
-# Of the rule below; part of the fingerprint, so that a changed rule never reads old files.
+# Version of the rule, part of the fingerprint: files of another rule are not read.
 _VERSION = 1
 
-_FIRST_DAY, _DAYS = date(2018, 9, 20), 734  # the official files' span
+_FIRST_DAY, _DAYS = date(2018, 9, 20), 734  # the dates of the official files
 
 # An article's appeal comes from its index group, its type (name, product group) and itself.
 _INDEX_GROUPS = ("Women", "Men", "Young", "Children", "Sport")
@@ -57,14 +56,14 @@ _PATTERNS = ("Solid", "Stripe", "Dotted", "Print")
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSettings:
-    """Size and rule of the stand-in.
+    """Size and rule of the generated data.
 
     Args:
         n_customers: Rows of ``customers.csv``.
         n_articles: Rows of ``articles.csv``.
         n_transactions: Rows of ``transactions_train.csv``.
-        feature_strength: How much a customer's features decide; 0: popularity alone does.
-        seed: Another one is another shop, with the same marginals.
+        feature_strength: Influence of a customer's features on purchases; 0: popularity alone decides.
+        seed: Seed of the files.
 
     Raises:
         UserError: A value is out of range.
@@ -89,7 +88,7 @@ class GeneratorSettings:
 
     @property
     def fingerprint(self) -> str:
-        """Names the folder: equal when settings, rule and aggregates are."""
+        """Hash of the settings, the version of the rule and the aggregates; part of the folder's name."""
         text = json.dumps([_VERSION, asdict(self), _marginals()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -102,7 +101,7 @@ def _marginals() -> dict[str, Any]:
 
 
 class Shop:
-    """The customers, the articles and who buys what: a pure function of the settings."""
+    """Customers, articles and purchases, determined by the settings."""
 
     def __init__(self, settings: GeneratorSettings) -> None:
         self.settings = settings
@@ -117,10 +116,10 @@ class Shop:
 
     @classmethod
     def of(cls, root: Path) -> Self | None:
-        """The shop whose files lie in ``root``; None where nothing says that they were generated.
+        """Return the shop whose files are in ``root``; None if they are not generated.
 
         Raises:
-            UserError: The settings beside the files are damaged or another version's.
+            UserError: The settings beside the files are damaged or of another version.
         """
         path = root / SETTINGS_FILE
         if not path.is_file():
@@ -136,23 +135,23 @@ class Shop:
         return cls(settings)
 
     def log_probability(self, customers: pl.DataFrame, article_ids: Sequence[str]) -> np.ndarray:
-        """Logarithm of P(article | customer), the oracle's scores.
+        """Return the logarithm of P(article | customer), the oracle's scores.
 
         Args:
             customers: The feature columns of ``customers.csv``; null is unknown.
-            article_ids: Which articles, as in ``articles.csv``.
+            article_ids: Ids of the articles, as in ``articles.csv``.
 
         Returns:
             (len(customers), len(article_ids)) float32.
         """
-        # Many customers share a profile: the normaliser over all articles is computed once each.
+        # Many customers share a profile: normalise over all articles once a profile.
         traits_PK, profile = np.unique(traits(customers), axis=0, return_inverse=True)
         log_p_PA = self._log_probability(traits_PK)
         columns = [self._row_of[article] for article in article_ids]
         return log_p_PA[:, columns].astype(np.float32)[profile]
 
     def purchases(self) -> tuple[np.ndarray, np.ndarray]:
-        """(customer row, article row) of each transaction, two (n_transactions,) arrays."""
+        """Return the customer row and the article row of each transaction, two (n_transactions,) arrays."""
         rng = _stream(self.settings, "purchases")
         shape = _marginals()["purchases_cv"] ** -2
         activity = rng.gamma(shape, size=self.settings.n_customers)
@@ -178,7 +177,7 @@ class Shop:
         return self.settings.feature_strength * traits_PK @ self._appeal_AK.T
 
     def _fit_weights(self, share_P: np.ndarray) -> np.ndarray:
-        """Log weights (A,) that give each article its measured share overall: iterative scaling."""
+        """Fit log weights (A,) by iterative scaling, so that each article has its measured share of purchases."""
         times, articles = np.array(_marginals()["article_sales"]).T
         quantile_A = (np.arange(self.settings.n_articles) + 0.5) / self.settings.n_articles
         sold_A = times[np.searchsorted(articles.cumsum() / articles.sum(), quantile_A)]
@@ -192,10 +191,10 @@ class Shop:
 
 
 def traits(customers: pl.DataFrame) -> np.ndarray:
-    """What purchases depend on, (U, 7) float64, each of about unit scale.
+    """Return the traits that purchases depend on, (U, 7) float64, each of about unit scale.
 
-    Age and its square, news by post (FN), activity without news, news read regularly, club
-    membership begun, age unknown. A customer nobody knows has an empty cell everywhere.
+    They are: age and its square, news by post (FN), activity without news, news read regularly, club membership begun,
+    age unknown. An unknown customer has an empty cell in every column.
     """
     age = customers["age"].cast(pl.Float64)
     z = ((age - 36.0) / 14.0).clip(-2.0, 2.5)
@@ -213,7 +212,7 @@ def traits(customers: pl.DataFrame) -> np.ndarray:
 
 
 def generate(settings: GeneratorSettings, root: Path) -> Path:
-    """The folder of the generated files under ``root``, written unless it is there already.
+    """Generate the files in a folder under ``root``, unless they exist, and return the folder.
 
     Raises:
         UserError: The folder cannot be written.
@@ -230,7 +229,7 @@ def generate(settings: GeneratorSettings, root: Path) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another run was first, with the same files
+            if not folder.is_dir():  # otherwise another run has just written the same files
                 raise
         return folder
     except OSError as error:
@@ -241,11 +240,6 @@ def generate(settings: GeneratorSettings, root: Path) -> Path:
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def cache_folder() -> Path:
-    """Where generated files go unless told otherwise: the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "recsys_ssm"
 
 
 def _write(shop: Shop, folder: Path) -> None:
@@ -271,7 +265,7 @@ def _write(shop: Shop, folder: Path) -> None:
 
 
 def _make_customers(settings: GeneratorSettings) -> pl.DataFrame:
-    """The official columns; shares are filled by quota, so they hold at any size and seed."""
+    """Make the official columns; shares are filled by quota, so they hold at any size and seed."""
     rng = _stream(settings, "customers")
     marginals, n = _marginals(), settings.n_customers
     profiles = marginals["profiles"]
@@ -295,7 +289,7 @@ def _make_customers(settings: GeneratorSettings) -> pl.DataFrame:
 
 
 def _make_articles(settings: GeneratorSettings) -> tuple[pl.DataFrame, np.ndarray]:
-    """The official columns, and what each article appeals to, (A, K)."""
+    """Make the official columns, and the traits each article appeals to, (A, K)."""
     rng = _stream(settings, "articles")
     n = settings.n_articles
     product = np.sort(rng.choice(np.arange(100_000, 1_000_000), size=-(-n // 2), replace=False))
@@ -350,12 +344,12 @@ def _make_articles(settings: GeneratorSettings) -> tuple[pl.DataFrame, np.ndarra
 
 
 def _stream(settings: GeneratorSettings, part: str) -> np.random.Generator:
-    """A stream of its own for each part: more customers do not change the articles."""
+    """Return the random numbers of one part, so that more customers do not change the articles."""
     return np.random.default_rng([settings.seed, *part.encode()])
 
 
 def _quota(weights: Sequence[float], n: int) -> np.ndarray:
-    """Categories in proportion to ``weights``, (n,) sorted; the largest remainders fill up."""
+    """Return n categories in proportion to ``weights``, sorted; the largest remainders fill up."""
     exact = np.asarray(weights, dtype=float) * n / sum(weights)
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: n - counts.sum()]] += 1

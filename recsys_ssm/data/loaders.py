@@ -1,4 +1,9 @@
-"""Load batches in an order that depends on (seed, epoch) alone, and resume within an epoch."""
+"""Load batches in an order that depends on (seed, epoch) alone, and resume within an epoch.
+
+A batch is a pure function of seed, epoch and position. So worker processes can make batches ahead of the training
+process, and a checkpoint needs no more than the epoch and the position of the next batch. The number of workers may
+differ when it is resumed.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,100 @@ from types import SimpleNamespace
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from recsys_ssm.errors import UserError
 
 Batch = TypeVar("Batch")
 
 
-class ResumableLoader(abc.ABC, Generic[Batch]):
-    """Batches whose order depends on (seed, epoch) alone; a plain iterable Lightning takes as it is.
+class BatchLoader(abc.ABC, Generic[Batch]):
+    """An iterable of prepared batches, which Lightning accepts as it is.
 
-    The state is the batch that comes next (epoch, position) and travels in the checkpoint: a run
-    that was killed in the middle of an epoch goes on with the next batch. Without a loaded state,
-    iterating anew begins the epoch anew. With several processes each takes every ``world_size``-th
-    of what there is; the last, incomplete round is left out of a shuffled epoch so that all take
-    the same number of steps.
+    Args:
+        num_workers: Processes that make batches ahead; 0: batches are made in the training process.
+        pin_memory: Copy batches to pinned memory, from which they reach a GPU while it computes.
+
+    Raises:
+        UserError: The number of workers is negative.
     """
 
-    def __init__(self, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+        if num_workers < 0:
+            raise UserError(f"dataset.num_workers={num_workers}: give 0 or more")
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, the same in every epoch."""
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch."""
+
+    def _load(self, batch_at: Callable[[int], Batch], start: int = 0) -> Iterator[Batch]:
+        """Make the batches from position ``start`` on, with workers and pinned memory as configured.
+
+        Args:
+            batch_at: Function that makes the batch at a position; picklable, for workers.
+            start: First position.
+        """
+        positions = range(start, len(self))
+        if not (self.num_workers or self.pin_memory):
+            yield from map(batch_at, positions)
+            return
+        yield from DataLoader(
+            _Batches(batch_at),
+            batch_size=None,
+            sampler=positions,
+            collate_fn=_unchanged,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # the global one is for the model
+        )
+
+
+class _Batches(Dataset[Batch]):
+    """Batches by position, for PyTorch's DataLoader."""
+
+    def __init__(self, batch_at: Callable[[int], Batch]) -> None:
+        self.batch_at = batch_at
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.batch_at(position)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+class ResumableLoader(BatchLoader[Batch]):
+    """Batches whose order depends on (seed, epoch) alone.
+
+    The state is the epoch and the position of the next batch. It is saved in checkpoints: a run that was killed within
+    an epoch continues with the next batch. Without a loaded state, a new iteration restarts the epoch. Each of several
+    processes takes every ``world_size``-th element. In shuffled epochs the remainder that does not divide evenly among
+    processes is dropped.
+
+    Args:
+        shuffle: Use a new order in each epoch.
+        seed: Seed of the orders.
+        rank, world_size: Number of this process, and of processes.
+        num_workers, pin_memory: See :class:`BatchLoader`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
         self._epoch = 0
@@ -30,25 +114,21 @@ class ResumableLoader(abc.ABC, Generic[Batch]):
         self._resumed = False
 
     @abc.abstractmethod
-    def __len__(self) -> int:
-        """Batches an epoch, the same in every one."""
-
-    @abc.abstractmethod
     def _begin(self, generator: np.random.Generator | None) -> Callable[[int], Batch]:
-        """Settle an epoch's order; what is returned makes the batch at a position.
+        """Settle an epoch's order; return the function that makes the batch at a position, which can be pickled.
 
         Args:
-            generator: Of this epoch; None: no shuffling.
+            generator: Random numbers of this epoch; None: no shuffling.
         """
 
     def _share(self, order: np.ndarray) -> np.ndarray:
-        """What of ``order`` this process takes."""
+        """Return the part of ``order`` that this process takes."""
         if self.shuffle:
             order = order[: order.size - order.size % self.world_size]
         return order[self.rank :: self.world_size]
 
     def _share_size(self, n: int) -> int:
-        """The length of :meth:`_share` of n."""
+        """Return the length of :meth:`_share` of n elements."""
         if self.shuffle:
             n -= n % self.world_size
         return len(range(self.rank, n, self.world_size))
@@ -58,21 +138,21 @@ class ResumableLoader(abc.ABC, Generic[Batch]):
         generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         batch_at = self._begin(generator)
         start, self._resumed = self._position if self._resumed else 0, False
-        for position in range(start, n_batches):
-            # The state moves on before the batch is given out: a checkpoint is written while the
-            # batch is in use, and whoever counts the batches never asks for one after the last.
+        for position, batch in enumerate(self._load(batch_at, start), start):
+            # The state moves on before the batch is yielded: a checkpoint is written while the batch
+            # is in use, and Lightning never asks for one after the last.
             last = position + 1 == n_batches
             self._epoch, self._position = (epoch + 1, 0) if last else (epoch, position + 1)
-            yield batch_at(position)
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin ``epoch`` unless the loader is in it already; so an epoch cut short is left."""
+        """Begin ``epoch``, unless the loader is in that epoch already."""
         if epoch != self._epoch:
             self._epoch, self._position, self._resumed = epoch, 0, False
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for a ``sampler`` to call ``set_epoch`` on before each epoch."""
+        """Return the object in which Lightning looks for a ``sampler`` to call ``set_epoch`` on."""
         return SimpleNamespace(sampler=self)
 
     def state_dict(self) -> dict[str, int]:
@@ -80,3 +160,44 @@ class ResumableLoader(abc.ABC, Generic[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._epoch, self._position, self._resumed = state["epoch"], state["position"], True
+
+
+class BlockLoader(BatchLoader[Batch]):
+    """Batches of consecutive elements in their order, without shuffling.
+
+    Each process takes a contiguous share; no element is padded, left out or taken twice.
+
+    Args:
+        n: Number of elements.
+        batch_size: Elements of a batch.
+        rank, world_size: Number of this process, and of processes.
+        num_workers, pin_memory: See :class:`BatchLoader`.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(num_workers=num_workers, pin_memory=pin_memory)
+        self.batch_size = batch_size
+        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+
+    @abc.abstractmethod
+    def _block(self, start: int, stop: int) -> Batch:
+        """Make the batch of the elements from ``start`` to ``stop``."""
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._load(self._at)
+
+    def _at(self, position: int) -> Batch:
+        start = self._start + position * self.batch_size
+        return self._block(start, min(start + self.batch_size, self._stop))

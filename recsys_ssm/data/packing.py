@@ -12,24 +12,23 @@ import torch
 from torch import Tensor
 
 
-def spread(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The ranges ``start[i], start[i] + 1, …`` of ``length[i]`` numbers each, joined; int64."""
+def join_ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges ``start[i], start[i] + 1, …`` of ``length[i]`` numbers each; int64."""
     begin = np.cumsum(length) - length
     return np.repeat(start - begin, length) + np.arange(length.sum())
 
 
 class Windows:
-    """The samples of a set: the latest ``max_length`` events of a span, the event after them the target.
+    """Samples: the latest ``max_length`` events of a span (the window), and the event after them (the target).
 
-    A span is ``events[first:stop]`` of one user, with the target at ``stop``. With ``prefixes`` each
-    of a span's events is a target once: span i gives ``stop[i] - first[i]`` samples, found by
-    arithmetic from the sample's number.
+    A span is ``events[first:stop]`` of one user, with the target at ``stop``. With ``prefixes`` every non-empty prefix
+    of a span is a sample: span i has ``stop[i] - first[i]`` samples, which are computed from the sample's number.
 
     Args:
-        first: (n,) int64, where each span begins.
-        stop: (n,) int64, its target; greater than ``first``.
-        max_length: Events of a window, at most.
-        prefixes: Every non-empty prefix of a span and its target, not the whole span alone.
+        first: (n,) int64, index of the first event of each span.
+        stop: (n,) int64, index of its target; greater than ``first``.
+        max_length: Most events of a window.
+        prefixes: Make a sample of every prefix of a span, not of the whole span alone.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class Windows:
         self.ends = np.cumsum(stop - first) if prefixes else None
         size = stop - first
         if prefixes:
-            size = spread(np.ones_like(size), size)
+            size = join_ranges(np.ones_like(size), size)
         kind = np.uint16 if max_length < 1 << 16 else np.int64  # 16 bits sort in linear time
         self.lengths = np.minimum(size, max_length).astype(kind)
         """(S,) events of each sample's window."""
@@ -48,7 +47,7 @@ class Windows:
         return self.lengths.size
 
     def at(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows of samples (M,) begin, and where their targets are: (M,), (M,) int64."""
+        """Return the indices of the first events and of the targets of samples (M,): (M,), (M,) int64."""
         if self.ends is None:
             first, stop = self.first[sample], self.stop[sample]
         else:
@@ -59,18 +58,17 @@ class Windows:
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """Rows for sequences so that few positions are left empty: best-fit decreasing.
+    """Assign sequences to rows so that few positions are empty (best-fit decreasing).
 
-    Worked out on the histogram of lengths: all sequences of one length are placed together, each
-    into the fullest rows that have room, so the cost grows with the number of different lengths and
-    not with that of the sequences.
+    The assignment is computed on the histogram of lengths: all sequences of one length are placed together, into the
+    fullest rows with room for them. So the cost grows with the number of different lengths, not of sequences.
 
     Args:
         lengths: (S,) integers in [1, row_length], longest first.
         row_length: Positions of a row.
 
     Returns:
-        (S,) int32, the row of each, from 0.
+        (S,) int32, the row of each sequence, from 0.
     """
     row_of = np.empty(lengths.size, dtype=np.int32)
     free: list[list[np.ndarray]] = [[] for _ in range(row_length + 1)]  # rows by positions left
@@ -103,9 +101,9 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
 
 
 class Rows:
-    """Slots for sequences, by row: what :func:`pack` says, turned round.
+    """Sequences of each row, from the assignment of :func:`pack`.
 
-    Slots are numbered longest first; a row's stand from left to right in that order.
+    A slot is a place for a sequence. Slots are numbered longest first; a row has its slots in that order.
     """
 
     def __init__(self, lengths: np.ndarray, row_length: int) -> None:
@@ -118,29 +116,29 @@ class Rows:
         return self.offsets.size - 1
 
     def at(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots of some rows, row by row, and how many each row has."""
+        """Return the slots of some rows, row by row, and the number of slots of each row."""
         counts = self.offsets[rows + 1] - self.offsets[rows]
-        return self.slots[spread(self.offsets[rows], counts)], counts
+        return self.slots[join_ranges(self.offsets[rows], counts)], counts
 
 
 class Layout(NamedTuple):
-    """Where the windows of a batch go."""
+    """Indices that place the windows of a batch."""
 
     source: np.ndarray
-    """(valid positions,) places in the events."""
+    """(valid positions,) index into the events."""
     cell: np.ndarray
-    """(valid positions,) places in the flattened batch."""
+    """(valid positions,) index into the flattened batch."""
     position: np.ndarray
-    """(valid positions,) place within the window."""
+    """(valid positions,) position within the window."""
     number: np.ndarray
-    """(valid positions,) which of its row's windows it is."""
+    """(valid positions,) number of the window within its row."""
     last: np.ndarray
-    """(M,) cell of each window's last event."""
+    """(M,) index into the flattened batch of each window's last event."""
     shape: tuple[int, int]
 
     @classmethod
     def of(cls, start: np.ndarray, length: np.ndarray, per_row: np.ndarray) -> Layout:
-        """Windows (M,) of ``length`` events from ``start``, ``per_row`` (B,) of them in each row."""
+        """Place windows (M,) of ``length`` events from ``start``, ``per_row`` (B,) of them in each row."""
         begin = np.cumsum(length) - length
         row = np.repeat(np.arange(per_row.size), per_row)
         first_of_row = np.cumsum(per_row) - per_row
@@ -158,7 +156,7 @@ class Layout(NamedTuple):
         )
 
     def fill(self, values: np.ndarray, empty: int) -> Tensor:
-        """A (B, L) int64 tensor of one value a valid position."""
+        """Return a (B, L) int64 tensor with a value at each valid position."""
         full = np.full(self.shape[0] * self.shape[1], empty, dtype=np.int64)
         full[self.cell] = values
         return torch.from_numpy(full.reshape(self.shape))

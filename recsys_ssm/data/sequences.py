@@ -1,11 +1,10 @@
-"""What every next-item dataset shares: ragged histories, windows cut on the fly, packed batches.
+"""Prepare datasets of users' histories: windows that are cut when needed, packed batches, and the DataModule.
 
     histories (E,) + offsets (U+1,) ──► windows (S,) ──pack──► rows ──► batches (B, L)
 
-A dataset is one file: a subclass of :class:`SequenceData` whose ``build`` returns
-:class:`SequenceSplits`. Nothing but the histories is held: a sample is a pair of places in them,
-worked out when its batch is made, and several samples share a row, so that a user with five items
-does not cost as much as one with fifty.
+A next-item dataset is a subclass of :class:`SequenceData` whose ``build`` returns :class:`SequenceSplits`. Only the
+histories are in memory: a sample is a pair of indices into them, computed when its batch is made. Several samples share
+a row, so that a user with five items costs less than one with fifty.
 
 Legend: U users, E events, I items; S samples (a window of a history each), M of them in a batch of
 B rows of L positions.
@@ -13,7 +12,8 @@ B rows of L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from recsys_ssm.batches import NO_ITEM, HistoryBatch, Ragged, SequenceBatch
 from recsys_ssm.data.base import RecommenderData, content_hash
-from recsys_ssm.data.loaders import ResumableLoader
-from recsys_ssm.data.packing import Layout, Rows, Windows, spread
+from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
+from recsys_ssm.data.packing import Layout, Rows, Windows, join_ranges
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.metrics import RankingMetrics
@@ -34,7 +34,7 @@ Objective = Literal["all", "last"]
 
 
 class Histories(NamedTuple):
-    """Every user's events, earliest first: ``events[offsets[u]:offsets[u + 1]]``; may be memory-mapped."""
+    """Events of every user, earliest first: ``events[offsets[u]:offsets[u + 1]]``; may be memory-mapped."""
 
     events: np.ndarray
     """(E,) integers, catalogue indices."""
@@ -43,34 +43,36 @@ class Histories(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Events to predict, in order of the users; what a user had before the event is the history."""
+    """Events to predict, in the order of the users; the user's events before it are the history."""
 
     user: np.ndarray
     """(n,) int64, rows of the user table."""
     event: np.ndarray
-    """(n,) int64, places in ``Histories.events``."""
+    """(n,) int64, indices into ``Histories.events``."""
 
 
 @dataclass
 class SequenceSplits:
-    """A dataset, prepared: what ``build`` returns."""
+    """Prepared data of a next-item dataset."""
 
     item_ids: list[str]
-    """What a recommendation is called, in catalogue order (the order that resolves ties)."""
+    """Ids of the catalogue in its order, which also resolves ties."""
     user_ids: pl.Series
     """(U,) text."""
     histories: Histories
     train_stop: np.ndarray
-    """(U,) int64: what may be trained on of user u is ``events[offsets[u]:train_stop[u]]``."""
+    """(U,) int64: the training events of user u are ``events[offsets[u]:train_stop[u]]``."""
     val: HeldOut
     test: HeldOut
     item_schema: FeatureSchema | None = None
     items: Features | None = None
-    """(I,) rows: what is known of the items beside their id; None: nothing."""
+    """(I,) rows, features of the items beside their id; None: there are none."""
     notes: list[str] = field(default_factory=list)
-    """What was read, dropped and why, a line each."""
+    """Lines on what was read, what was dropped and why."""
     generated: bool = False
-    """Stand-in data: the run's name, logs and results then say so."""
+    """True for generated data in place of real files; the run's name, logs and results then say so."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each input: by its path, by its argument (data frames), or of the generator's arguments."""
     item_counts: Tensor = field(init=False)
     """(I,) int64, training events of each item."""
 
@@ -79,23 +81,23 @@ class SequenceSplits:
         if not (self.train_stop - offsets[:-1] > 1).any():
             raise UserError(
                 "no training pair is left: no user has two items to train on; give the dataset "
-                "more interactions, or hold out fewer"
+                "more interactions, or hold out fewer of them"
             )
         for part, held_out in (("validation", self.val), ("test", self.test)):
             if held_out.user.size == 0:
                 raise UserError(
-                    f"no {part} user is left: with split=leave_one_out a user needs 3 events, with "
-                    f"split=time some before and some in the {part} period; give the dataset more "
-                    "data, or its periods other limits"
+                    f"no {part} user is left: split=leave_one_out needs users with 3 events, "
+                    f"split=time needs users with events before and in the {part} period; give the "
+                    "dataset more data, or its periods other limits"
                 )
-        # All events but those that are not trained on; in blocks, since bincount copies its input.
+        # Count all events, less those that are held out; in blocks, since bincount copies its input.
         counts = np.zeros(len(self.item_ids), dtype=np.int64)
         held = np.flatnonzero(offsets[1:] > self.train_stop)
         for block in range(0, events.size, _BLOCK):
             counts += np.bincount(events[block : block + _BLOCK], minlength=counts.size)
         for block in range(0, held.size, _BLOCK):
-            of = held[block : block + _BLOCK]
-            where = spread(self.train_stop[of], offsets[of + 1] - self.train_stop[of])
+            user = held[block : block + _BLOCK]
+            where = join_ranges(self.train_stop[user], offsets[user + 1] - self.train_stop[user])
             counts -= np.bincount(events[where], minlength=counts.size)
         self.item_counts = torch.from_numpy(counts)
 
@@ -104,20 +106,19 @@ _BLOCK = 1 << 20
 
 
 class SequenceLoader(ResumableLoader[SequenceBatch]):
-    """Windows packed into rows, a set number of rows a batch.
+    """Batches of windows that are packed into rows, with a set number of rows in a batch.
 
-    How rows are made up of lengths is settled once; an epoch assigns its windows to the places of
-    their length at random and shuffles the rows. So every epoch has the same number of batches, with
-    as little padding as the lengths allow, and holds every window once.
+    The assignment of lengths to rows is computed once. An epoch assigns its windows at random to the slots of their
+    length and shuffles the rows. So every epoch has the same number of batches, as little padding as the lengths allow,
+    and every window once.
 
     Args:
         events: (E,) catalogue indices.
         windows: The samples.
-        every_position: Targets at every position of a window; else at its last one alone.
-        batch_positions: Events a batch, about.
-        row_length: Positions of a row, at least the longest window.
-        shuffle, seed, rank, world_size: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; what
-            several processes share out are rows.
+        every_position: Targets at every position of a window, not at its last position alone.
+        batch_positions: Approximate number of events in a batch.
+        row_length: Positions of a row, at least the length of the longest window.
+        loading: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; the processes share the rows.
     """
 
     def __init__(
@@ -128,19 +129,16 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         every_position: bool,
         batch_positions: int,
         row_length: int,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        **loading: Any,
     ) -> None:
-        super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        super().__init__(**loading)
         self.events, self.windows, self.every_position = events, windows, every_position
         self.row_length = row_length
         self.rows = Rows(np.sort(windows.lengths)[::-1], row_length)
         valid = int(windows.lengths.sum(dtype=np.int64))
         self.padding_share = 1 - valid / (max(len(self.rows), 1) * row_length)
-        """Of the positions of an epoch, those that are empty."""
-        # A batch has about batch_positions events, so a few rows more where they are not full.
+        """Share of an epoch's positions that are empty."""
+        # A batch has about batch_positions events, so more rows where they are not full.
         n_batches = max(
             1,
             round(
@@ -162,13 +160,13 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
             sample_of = order[np.argsort(~windows.lengths[order], kind="stable")]
             rows = self._share(generator.permutation(n_rows))
 
-        def batch_at(position: int) -> SequenceBatch:
-            # Rows are spread evenly over the batches: no small one at the end.
-            begin, end = (rows.size * (position + i) // self._n_batches for i in (0, 1))
-            slots, per_row = self.rows.at(rows[begin:end])
-            return self._gather(sample_of[slots], per_row)
+        return functools.partial(self._batch, sample_of, rows)
 
-        return batch_at
+    def _batch(self, sample_of: np.ndarray, rows: np.ndarray, position: int) -> SequenceBatch:
+        # Batches have equal numbers of rows (give or take one), so the last is not small.
+        begin, end = (rows.size * (position + i) // self._n_batches for i in (0, 1))
+        slots, per_row = self.rows.at(rows[begin:end])
+        return self._gather(sample_of[slots], per_row)
 
     def _gather(self, sample: np.ndarray, per_row: np.ndarray) -> SequenceBatch:
         start, stop = self.windows.at(sample)
@@ -188,10 +186,16 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         )
 
 
-class HistoryLoader:
-    """Blocks of users to rank for, in their order, each block's histories packed into rows.
+class HistoryLoader(BlockLoader[HistoryBatch]):
+    """Blocks of users to rank for, in their order, the histories of each block packed into rows.
 
-    Each process takes a contiguous share; no user is padded, left out or counted twice.
+    Args:
+        histories: Histories of all users.
+        held_out: The users to rank for, and their targets.
+        max_length: Most events of a history that a model sees, the latest.
+        row_length: Positions of a row, at least ``max_length``.
+        batch_size: Users of a batch.
+        loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
     """
 
     def __init__(
@@ -202,41 +206,32 @@ class HistoryLoader:
         max_length: int,
         row_length: int,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        **loading: Any,
     ) -> None:
+        super().__init__(held_out.user.size, batch_size=batch_size, **loading)
         self.histories, self.held_out = histories, held_out
-        self.max_length, self.row_length, self.batch_size = max_length, row_length, batch_size
-        n = held_out.user.size
-        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+        self.max_length, self.row_length = max_length, row_length
 
-    def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self.batch_size)
-
-    def __iter__(self) -> Iterator[HistoryBatch]:
-        for begin in range(self._start, self._stop, self.batch_size):
-            yield self._block(slice(begin, min(begin + self.batch_size, self._stop)))
-
-    def _block(self, block: slice) -> HistoryBatch:
+    def _block(self, start: int, stop: int) -> HistoryBatch:
         events, offsets = self.histories
-        user, target = self.held_out.user[block], self.held_out.event[block]
+        user, target = self.held_out.user[start:stop], self.held_out.event[start:stop]
         first = offsets[user]
-        start = np.maximum(first, target - self.max_length)
-        order = np.argsort(start - target, kind="stable")  # longest first
-        rows = Rows((target - start)[order], self.row_length)
+        begin = np.maximum(first, target - self.max_length)
+        order = np.argsort(begin - target, kind="stable")  # longest first
+        rows = Rows((target - begin)[order], self.row_length)
         slots, per_row = rows.at(np.arange(len(rows)))
         placed = order[slots]
-        layout = Layout.of(start[placed], (target - start)[placed], per_row)
+        layout = Layout.of(begin[placed], (target - begin)[placed], per_row)
         last = np.empty(user.size, dtype=np.int64)
         last[placed] = layout.last
-        seen = events[spread(first, target - first)].astype(np.int64)
+        seen = events[join_ranges(first, target - first)].astype(np.int64)
         return HistoryBatch(
             item=layout.fill(events[layout.source], NO_ITEM),
             seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             last=torch.from_numpy(last),
             target=torch.from_numpy(events[target].astype(np.int64)),
-            user=torch.from_numpy(user.astype(np.int64)),  # a copy: maps are read-only
+            user=torch.from_numpy(user.astype(np.int64)),  # a copy: memory maps are read-only
             seen=Ragged(
                 torch.from_numpy(seen),
                 torch.from_numpy(np.concatenate([[0], np.cumsum(target - first)])),
@@ -248,19 +243,20 @@ class SequenceData(RecommenderData[SequenceSplits]):
     """DataModule of users' histories; a dataset implements :meth:`build`.
 
     Args:
-        name: What runs and results are called after.
-        seed: Of the order, and of which users the validation loss is on.
-        objective: ``all``: a user is one sample, with a target at every position (a causal model
-            only); ``last``: every prefix is a sample, its target at the last position alone.
-        max_length: Items of a history, the latest, that a model sees.
-        windows: With ``objective="all"``, what of a longer history is trained on: the ``latest``
-            window, or ``all``, one after another, so that each item is a target.
-        batch_positions: Items a training batch (on each process), about.
-        row_length: Positions of a row that sequences are packed into; None: ``max_length``. A
-            multiple of it leaves less empty where histories are nearly as long.
-        eval_batch_size: Users ranked at once.
-        n_val_loss: Users the validation loss is on, at most; None: all.
-        shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
+        name: Name of the dataset in runs and results.
+        seed: Seed of the order, and of the sample of users for the validation loss.
+        objective: ``all``: a user is one sample with a target at every position (causal models only); ``last``: every
+            prefix of a history is a sample with a target at its last position.
+        max_length: Most items of a history that a model sees, the latest.
+        windows: Windows of a longer history to train on with ``objective="all"``: the ``latest``, or ``all``, one after
+            another, so that each item is a target.
+        batch_positions: Approximate number of items in a training batch (on each process).
+        row_length: Positions of a row that sequences are packed into; None: ``max_length``. A multiple of it leaves
+            fewer positions empty if histories are nearly as long as ``max_length``.
+        eval_batch_size: Users to rank for at once.
+        n_val_loss: Most users for the validation loss; None: all.
+        shuffle: Use a new order in each epoch. False gives the same batches again (``debug=overfit``).
+        num_workers: Processes that make batches ahead; 0: batches are made in the training process.
     """
 
     def __init__(
@@ -276,8 +272,9 @@ class SequenceData(RecommenderData[SequenceSplits]):
         eval_batch_size: int = 512,
         n_val_loss: int | None = 2048,
         shuffle: bool = True,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(name, seed)
+        super().__init__(name, seed, num_workers)
         if objective not in ("all", "last"):
             raise UserError(f"dataset.objective={objective}: expected all or last")
         if windows not in ("latest", "all"):
@@ -288,13 +285,13 @@ class SequenceData(RecommenderData[SequenceSplits]):
             row_length = max_length
         if row_length < max_length:
             raise UserError(
-                f"dataset.row_length={row_length}: a row holds at least one sequence of "
-                f"dataset.max_length={max_length}"
+                f"dataset.row_length={row_length}: a row must have room for a sequence of "
+                f"dataset.max_length={max_length}; give at least that many"
             )
         if batch_positions < row_length:
             raise UserError(
-                f"dataset.batch_positions={batch_positions}: a batch has at least one row of "
-                f"{row_length} positions (dataset.max_length={max_length}); give that many or more"
+                f"dataset.batch_positions={batch_positions}: a batch must have room for a row of "
+                f"{row_length} positions (dataset.max_length={max_length}); give at least that many"
             )
         for option, value in (("eval_batch_size", eval_batch_size), ("n_val_loss", n_val_loss)):
             if value is not None and value < 1:
@@ -313,7 +310,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
         return self._windows(windows, self.objective == "all", self.shuffle)
 
     def val_dataloader(self) -> list[Any]:
-        """Two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
+        """Return two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
         user, event = self.splits.val
         if self.n_val_loss is not None and user.size > self.n_val_loss:
             generator = np.random.default_rng(self.seed)
@@ -326,7 +323,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
         return self._users(self.splits.test)
 
     def item_counts(self) -> Tensor:
-        """(I,) int64, training events of each item."""
+        """Return the number of training events of each item, (I,) int64."""
         return self.splits.item_counts
 
     def identity(self) -> dict[str, str]:
@@ -341,9 +338,9 @@ class SequenceData(RecommenderData[SequenceSplits]):
         }
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Test metrics of the most popular items, and of a user's own, the latest first.
+        """Return test metrics of the most popular items, and of the user's own items, the latest first.
 
-        ``_unfiltered``: what a user has had already may be recommended once more.
+        ``_unfiltered``: items of the user's history may be recommended again.
         """
         splits = self.splits
         n_items = len(splits.item_ids)
@@ -354,7 +351,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             ("popularity_unfiltered", lambda batch, k: by_count[:k].expand(len(batch.user), -1)),
             ("repeat_last_unfiltered", lambda batch, k: _latest(batch.seen, k)),
         ):
-            # Every process sees all users here: there is nothing to add up.
+            # Every process ranks for all users here, so there is nothing to sum over processes.
             ranking = RankingMetrics(
                 metrics, n_items=n_items, item_counts=splits.item_counts, sync_on_compute=False
             )
@@ -375,6 +372,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             shuffle=shuffle,
             seed=self.seed,
             **self._shard(),
+            **self._loading(),
         )
 
     def _users(self, held_out: HeldOut, *, shard: bool = True) -> HistoryLoader:
@@ -384,37 +382,39 @@ class SequenceData(RecommenderData[SequenceSplits]):
             max_length=self.max_length,
             row_length=self.row_length,
             batch_size=self.eval_batch_size,
-            **(self._shard() if shard else {}),
+            **(self._shard() | self._loading() if shard else {}),
         )
 
 
 def _cut(first: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spans in pieces of at most ``length``, the shorter piece at the beginning."""
+    """Cut spans into pieces of at most ``length``, the shorter piece at the beginning."""
     n_pieces = -(-(stop - first) // length)
-    back = spread(np.zeros_like(n_pieces), n_pieces) * length
+    back = join_ranges(np.zeros_like(n_pieces), n_pieces) * length
     first, stop = np.repeat(first, n_pieces), np.repeat(stop, n_pieces) - back
     return np.maximum(first, stop - length), stop
 
 
 def _first_unseen(ranked: Tensor, batch: HistoryBatch, k: int) -> Tensor:
-    """The first ``k`` of ``ranked`` (I,) that are new to each user; (U, k) int64, -1 where none is left.
+    """Return the first ``k`` of ``ranked`` (I,) that are not in the history; (U, k) int64, -1 if there are fewer.
 
-    The target is not left out, should the user have had it before.
+    The target is kept even if it is in the history.
     """
     n_users, lengths = batch.user.numel(), batch.seen.lengths
-    n = min(ranked.numel(), k + int(lengths.max()))  # so many have k that are new among them
+    n = min(ranked.numel(), k + int(lengths.max()))  # among these, k are not in the history
     place = torch.empty_like(ranked)
     place[ranked] = torch.arange(ranked.numel())
     seen, target = place[batch.seen.values], place[batch.target]
     user = torch.arange(n_users)
-    taken = torch.zeros(n_users, n + 1, dtype=torch.bool)  # in the last column all that comes later
+    taken = torch.zeros(
+        n_users, n + 1, dtype=torch.bool
+    )  # the last column stands for all later items
     taken[user.repeat_interleave(lengths), seen.clamp(max=n)] = True
     taken[user, target.clamp(max=n)] = False
     return _left_aligned(ranked[:n].expand(n_users, -1), taken[:, :n])[:, :k]
 
 
 def _latest(seen: Ragged, k: int) -> Tensor:
-    """The ``k`` items each user had last, the latest first, none twice; (U, k) int64, -1 where there are fewer."""
+    """Return each user's latest ``k`` items, the latest first, none twice; (U, k) int64, -1 if there are fewer."""
     back = torch.arange(1, k + 1)
     items = seen.values[(seen.offsets[1:, None] - back).clamp(min=0)]
     again = (items[:, :, None] == items[:, None, :]).tril(-1).any(2)
@@ -422,6 +422,6 @@ def _latest(seen: Ragged, k: int) -> Tensor:
 
 
 def _left_aligned(items: Tensor, without: Tensor) -> Tensor:
-    """Each row's items in their order but for those ``without``, the places at the end -1."""
+    """Remove the items that ``without`` marks from each row; fill up with -1 at its end."""
     order = torch.argsort(without.to(torch.uint8), dim=1, stable=True)
     return items.masked_fill(without, NO_ITEM).gather(1, order)

@@ -39,6 +39,9 @@ from recsys_ssm.data.two_tower import Pairs, Ranking, TwoTowerData, TwoTowerSpli
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema, numeric_column
 
+VERSION = 1
+"""Version of the generator: raise it when a seed gives other data."""
+
 ASSETS = Path(__file__).parent / "assets"
 GENRES_FILE = "spotify_genres.csv"
 SONGS_FILE = "spotify_songs.csv"
@@ -67,7 +70,7 @@ class SpotifyData(TwoTowerData):
         min_share: Least share of the genres a listener likes; at least one genre.
         max_share: The share stays below this.
         threshold: How far from 0 a preference must be to count as liking or disliking.
-        **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
+        **base: What :class:`~recsys_ssm.data.two_tower.TwoTowerData` takes.
     """
 
     label = "Spotify"
@@ -150,6 +153,11 @@ class SpotifyData(TwoTowerData):
             test_ranking=ranking(rows[3]),
             baselines={"oracle": lambda user: preference(user).float()},
             notes=[f"listeners and {self.n_train:,} training pairs sampled, {n_songs} songs"],
+            sources={
+                "spotify": self._hash_arguments(
+                    VERSION, [ASSETS / GENRES_FILE, ASSETS / SONGS_FILE]
+                )
+            },
         )
 
     def sentiment(self, preference: Tensor) -> Tensor:

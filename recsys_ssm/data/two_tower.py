@@ -1,16 +1,17 @@
-"""Prepare datasets of user-item pairs with features: arrays, batches that are slices of them, the DataModule.
+"""Prepare datasets of user-item pairs with features: arrays, batches that are slices of them, and the DataModule.
 
-A two-tower dataset is one file: a subclass of :class:`TwoTowerData` whose ``build`` returns
-:class:`TwoTowerSplits`. The rest (batches, order, shards, resuming) is here, once.
+A two-tower dataset is a subclass of :class:`TwoTowerData` in a file of its own; its ``build`` returns
+:class:`TwoTowerSplits`. Batches, order, shards and resuming are here.
 
 Legend: N pairs, B of them in a batch; U users to rank for; I items in the catalogue.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from recsys_ssm.batches import PairBatch, Ragged, RankingBatch
 from recsys_ssm.data.base import RecommenderData, content_hash
-from recsys_ssm.data.loaders import ResumableLoader
+from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.metrics import RankingMetrics
@@ -36,7 +37,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Users to rank the catalogue for, and what is relevant to each."""
+    """Users to rank the catalogue for, and the items that are relevant to each."""
 
     user: Tensor
     """(U,) int64, rows of the user table."""
@@ -45,17 +46,17 @@ class Ranking:
 
 
 Baseline = Callable[[Tensor], Tensor]
-"""Scores of something simpler (or of an oracle): rows of the user table (U,) to scores (U, I)."""
+"""Scores of a simpler method or of an oracle: from rows of the user table (U,) to scores (U, I)."""
 
 
 @dataclass
 class TwoTowerSplits:
-    """A dataset, prepared: what ``build`` returns."""
+    """Prepared data of a two-tower dataset."""
 
     users: Features
     items: Features
     item_ids: list[str]
-    """What a recommendation is called, in catalogue order (the order that resolves ties)."""
+    """Ids of the catalogue in its order, which also resolves ties."""
     user_schema: FeatureSchema
     item_schema: FeatureSchema
     train: Pairs
@@ -63,11 +64,13 @@ class TwoTowerSplits:
     val_ranking: Ranking
     test_ranking: Ranking
     baselines: dict[str, Baseline] = field(default_factory=dict)
-    """Printed beside the model; ``random`` and ``popularity`` are added to what a dataset gives."""
+    """Baselines to print beside the model; ``random`` and ``popularity`` are added."""
     notes: list[str] = field(default_factory=list)
-    """What was read, dropped and why, a line each."""
+    """Lines on what was read, what was dropped and why."""
     generated: bool = False
-    """Stand-in data: the run's name, logs and results then say so."""
+    """True for generated data in place of real files; the run's name, logs and results then say so."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each input: by its path, by its argument (data frames), or of the generator's arguments."""
 
     def __post_init__(self) -> None:
         n_items = len(self.item_ids)
@@ -90,21 +93,19 @@ class TwoTowerSplits:
 
 
 class PairLoader(ResumableLoader[PairBatch]):
-    """Batches of pairs, gathered from prepared arrays."""
+    """Batches of pairs, gathered from prepared arrays.
+
+    Args:
+        users, items: Features of all users and of the catalogue.
+        pairs: The pairs.
+        batch_size: Pairs of a batch.
+        loading: See :class:`~recsys_ssm.data.loaders.ResumableLoader`.
+    """
 
     def __init__(
-        self,
-        users: Features,
-        items: Features,
-        pairs: Pairs,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, users: Features, items: Features, pairs: Pairs, *, batch_size: int, **loading: Any
     ) -> None:
-        super().__init__(shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        super().__init__(**loading)
         self.users, self.items, self.pairs = users, items, pairs
         self.batch_size = batch_size
 
@@ -116,62 +117,53 @@ class PairLoader(ResumableLoader[PairBatch]):
         everything = np.arange(n) if generator is None else generator.permutation(n)
         order = torch.from_numpy(self._share(everything))
 
-        def batch_at(position: int) -> PairBatch:
-            index = order[position * self.batch_size : (position + 1) * self.batch_size]
-            user, item = self.pairs.user[index], self.pairs.item[index]
-            return PairBatch(
-                self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
-            )
+        return functools.partial(self._batch, order)
 
-        return batch_at
+    def _batch(self, order: Tensor, position: int) -> PairBatch:
+        index = order[position * self.batch_size : (position + 1) * self.batch_size]
+        user, item = self.pairs.user[index], self.pairs.item[index]
+        return PairBatch(
+            self.users.rows(user), self.items.rows(item), self.pairs.target[index], user, item
+        )
 
 
-class RankingLoader:
+class RankingLoader(BlockLoader[RankingBatch]):
     """Blocks of users to rank for.
 
-    Each process takes a contiguous share; no user is padded, left out or counted twice.
+    Args:
+        users: Features of all users.
+        ranking: The users to rank for.
+        n_items: Items of the catalogue.
+        batch_size: Users of a batch.
+        loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
     """
 
     def __init__(
-        self,
-        users: Features,
-        ranking: Ranking,
-        n_items: int,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, users: Features, ranking: Ranking, n_items: int, *, batch_size: int, **loading: Any
     ) -> None:
-        self.users, self.ranking = users, ranking
-        self.n_items, self.batch_size = n_items, batch_size
-        n = ranking.user.numel()
-        self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
+        super().__init__(ranking.user.numel(), batch_size=batch_size, **loading)
+        self.users, self.ranking, self.n_items = users, ranking, n_items
 
-    def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self.batch_size)
-
-    def __iter__(self) -> Iterator[RankingBatch]:
-        for start in range(self._start, self._stop, self.batch_size):
-            stop = min(start + self.batch_size, self._stop)
-            user = self.ranking.user[start:stop]
-            seen = self.ranking.seen
-            yield RankingBatch(
-                self.users.rows(user),
-                self.ranking.relevant.mask(start, stop, self.n_items),
-                None if seen is None else seen.mask(start, stop, self.n_items),
-                user,
-            )
+    def _block(self, start: int, stop: int) -> RankingBatch:
+        user, seen = self.ranking.user[start:stop], self.ranking.seen
+        return RankingBatch(
+            self.users.rows(user),
+            self.ranking.relevant.mask(start, stop, self.n_items),
+            None if seen is None else seen.mask(start, stop, self.n_items),
+            user,
+        )
 
 
 class TwoTowerData(RecommenderData[TwoTowerSplits]):
     """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
 
     Args:
-        name: What runs and results are called after.
-        seed: Of everything that is sampled: users, pairs, splits, order.
-        batch_size: Pairs a training batch (on each process).
-        eval_batch_size: Users ranked at once; (eval_batch_size, I) scores are held.
-        shuffle: A new order each epoch; off to see the same batches again (``debug=overfit``).
+        name: Name of the dataset in runs and results.
+        seed: Seed of all that is sampled: users, pairs, splits, order.
+        batch_size: Pairs of a training batch (on each process).
+        eval_batch_size: Users to rank for at once; (eval_batch_size, I) scores are in memory.
+        shuffle: Use a new order in each epoch. False gives the same batches again (``debug=overfit``).
+        num_workers: Processes that make batches ahead; 0: batches are made in the training process.
     """
 
     def __init__(
@@ -182,8 +174,9 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         batch_size: int = 32,
         eval_batch_size: int = 256,
         shuffle: bool = True,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(name, seed)
+        super().__init__(name, seed, num_workers)
         if batch_size < 1 or eval_batch_size < 1:
             raise UserError(
                 f"dataset.batch_size={batch_size}, dataset.eval_batch_size={eval_batch_size}: "
@@ -195,7 +188,7 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         return self._pairs(self.splits.train, self.batch_size, self.shuffle)
 
     def val_dataloader(self) -> list[Any]:
-        """Two loaders: pairs (for the loss) and users (for the ranking metrics)."""
+        """Return two loaders: pairs (for the loss) and users (for the ranking metrics)."""
         splits = self.splits
         return [
             self._pairs(splits.val, max(self.batch_size, self.eval_batch_size), False),
@@ -206,7 +199,7 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         return self._ranking(self.splits.test_ranking)
 
     def item_counts(self) -> Tensor:
-        """(I,) int64, positive training pairs of each item."""
+        """Return the number of positive training pairs of each item, (I,) int64."""
         train = self.splits.train
         return torch.bincount(train.item[train.target > 0], minlength=len(self.splits.item_ids))
 
@@ -220,11 +213,11 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         }
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Test metrics of the dataset's baselines: random, popularity, an oracle where there is one."""
+        """Return test metrics of the baselines: random, popularity, an oracle where there is one."""
         splits = self.splits
         results = {}
         for name, scores in splits.baselines.items():
-            # Every process sees all users here: there is nothing to add up.
+            # Every process ranks for all users here, so there is nothing to sum over processes.
             ranking = RankingMetrics(metrics, n_items=len(splits.item_ids), sync_on_compute=False)
             for batch in RankingLoader(
                 splits.users,
@@ -245,6 +238,7 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
             shuffle=shuffle,
             seed=self.seed,
             **self._shard(),
+            **self._loading(),
         )
 
     def _ranking(self, ranking: Ranking) -> RankingLoader:
@@ -254,18 +248,19 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
             len(self.splits.item_ids),
             batch_size=self.eval_batch_size,
             **self._shard(),
+            **self._loading(),
         )
 
 
-# splitmix64's odd constants as signed integers, which is what torch multiplies.
+# splitmix64's constants as signed integers, since torch multiplies those.
 _MIX = ((32, -0x61C8864680B583EB), (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
 
 
 def random_scores(user: Tensor, n_items: int) -> Tensor:
-    """(U, I) scores in [0, 1) without meaning, a function of the user row and the item alone.
+    """Return (U, I) random scores in [0, 1) that depend on the user row and the item alone.
 
-    A generator's would change with the evaluation batch size and the number of processes; this is
-    a finaliser in the manner of splitmix64 over the pair's number.
+    Scores from a generator would change with the evaluation batch size and the number of processes. These are the
+    number of each pair, mixed as in splitmix64.
     """
     x_UI = user.cpu()[:, None] * n_items + torch.arange(n_items) + 1
     for shift, factor in _MIX:
@@ -276,17 +271,19 @@ def random_scores(user: Tensor, n_items: int) -> Tensor:
 def sample_negatives(
     positives: Ragged, user: np.ndarray, n_items: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """For each entry of ``user`` (N,) an item, uniform among those not in the user's ``positives``.
+    """Draw an item for each entry of ``user`` (N,), uniformly among those not in the user's ``positives``.
 
-    Exact and without rejection: the item of rank r among those a user lacks is r plus the number of
-    his items t_i (sorted, i = 0, 1, …) with t_i - i <= r; one search over all users' keys at once
-    finds that number.
+    The draw is exact and needs no rejection. The item of rank r among those a user lacks is r plus the number of the
+    user's items t_i (sorted, i = 0, 1, …) with t_i - i <= r. One search over all users' keys at once finds that number.
 
     Args:
-        positives: Each user's items, none twice.
+        positives: Items of each user, none twice.
+        user: Users to draw for.
+        n_items: Items of the catalogue.
+        generator: Random numbers.
 
     Raises:
-        UserError: A user already has the whole catalogue.
+        UserError: A user has the whole catalogue.
     """
     lengths, offsets = positives.lengths.numpy(), positives.offsets.numpy()
     room = n_items - lengths[user]
@@ -305,7 +302,7 @@ def sample_negatives(
 def split_users(
     candidates: Sequence[int] | np.ndarray, sizes: Sequence[int], generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Disjoint random groups of the given sizes (less when the candidates run out), each sorted."""
+    """Split candidates into disjoint random groups of ``sizes`` (smaller if there are too few), each sorted."""
     order = generator.permutation(np.asarray(candidates, dtype=np.int64))
     edges = np.cumsum([0, *sizes])
     return [np.sort(order[a:b]) for a, b in itertools.pairwise(edges)]

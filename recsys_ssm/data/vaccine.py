@@ -52,6 +52,9 @@ from recsys_ssm.data.two_tower import Baseline, Pairs, Ranking, TwoTowerData, Tw
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema
 
+VERSION = 1
+"""Version of the generator: raise it when a seed gives other data."""
+
 ASSETS = Path(__file__).parent / "assets"
 MESSAGES_FILE = "vaccine_messages.csv"
 EMBEDDINGS_FILE = "vaccine_embeddings.npy"
@@ -102,7 +105,7 @@ class VaccineData(TwoTowerData):
         message_features: What the model sees of a message: ``index``, one categorical feature;
             ``embedding``, 384 numeric ones.
         age_bands: Bands of equal width of the ``age_band`` baseline.
-        **base: What :class:`~recsys_ssm.data.base.TwoTowerData` takes.
+        **base: What :class:`~recsys_ssm.data.two_tower.TwoTowerData` takes.
     """
 
     label = "Vaccine"
@@ -222,6 +225,11 @@ class VaccineData(TwoTowerData):
                 "age_band": age_band_rates(age, train_pairs, self.n_messages, self.age_bands),
             },
             notes=[f"users and {self.n_train:,} training pairs sampled, k={self.k}"],
+            sources={
+                "vaccine": self._hash_arguments(
+                    VERSION, [ASSETS / MESSAGES_FILE, ASSETS / EMBEDDINGS_FILE]
+                )
+            },
         )
 
     def _cluster_points(self, people: pl.DataFrame) -> np.ndarray:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -178,7 +179,7 @@ def test_test_users_have_enough_different_articles(official: Path) -> None:
     assert splits.test_ranking.seen is None
     assert note(splits, "test users") == (
         "test users: 2 of the 2 with at least 4 different articles of the catalogue "
-        "(all there are; 10 were asked for)"
+        "(all of them; n_test_users=10)"
     )
 
 
@@ -245,7 +246,7 @@ def test_what_was_read_and_left_out_is_told(official: Path) -> None:
         "6 not of the 5 articles bought most"
     )
     assert splits.notes[3] == (
-        "customers.csv: 10 customers read, 2 left out: bought nothing of the catalogue"
+        "customers.csv: 10 customers read, 2 left out: they bought nothing of the catalogue"
     )
     assert splits.notes[4] == "1 of 9 buyers are not in customers.csv: kept, features unknown"
     assert not splits.generated
@@ -287,7 +288,7 @@ def test_order_of_the_rows_does_not_matter(official: Path) -> None:
 def test_training_pairs_are_drawn_or_repeated(official: Path) -> None:
     fewer = data(official, n_train=8).splits
     assert fewer.train.user.numel() == 8
-    assert "drawn of" in note(fewer, "train pairs")
+    assert "drawn from" in note(fewer, "train pairs")
     drawn = (
         bought(s, s.train, 1.0)
         for s in (data(official, n_train=4, seed=i).splits for i in range(20))
@@ -339,10 +340,10 @@ def test_article_columns_as_features(official: Path) -> None:
         ("customers.csv", ",40.0,", ",NaN,", r"row 2, column 'age': 'NaN' is not a finite number"),
         ("customers.csv", ",40.0,", ",old,", r"row 2, column 'age': 'old' is not a finite number"),
         ("customers.csv", "u1,1.0", "u1,yes", r"row 1, column 'FN': 'yes' is not a finite number"),
-        ("customers.csv", "\nu3,", "\nu1,", r"row 3, column 'customer_id': 'u1' stands in an earl"),
+        ("customers.csv", "\nu3,", "\nu1,", r"row 3, column 'customer_id': 'u1' is in an earl"),
         ("customers.csv", "\nu3,", "\n,", r"row 3, column 'customer_id': is empty"),
         ("customers.csv", "Active", "active", r"no column 'Active'; its columns are customer_id"),
-        ("articles.csv", "0104,", "103,", r"row 4, column 'article_id': '0000000103' stands in"),
+        ("articles.csv", "0104,", "103,", r"row 4, column 'article_id': '0000000103' is in"),
         ("articles.csv", "article_id", "id", r"no column 'article_id'; its columns are id"),
         ("transactions_train.csv", "customer_id", "customer", r"no column 'customer_id'"),
         (
@@ -393,7 +394,9 @@ def test_unknown_articles_can_be_left_out(official: Path) -> None:
 
 
 def test_nobody_left_to_test(official: Path) -> None:
-    with pytest.raises(UserError, match=r"no test user is left: .* are 5; lower dataset\.min_rel"):
+    with pytest.raises(
+        UserError, match=r"no test user is left: .* more than 5 different .*; lower dataset"
+    ):
         _ = data(official, min_relevant=6).splits
 
 
@@ -556,7 +559,7 @@ def test_stand_in_gives_enough_to_train_and_test_on(
     assert splits.notes[0].startswith("GENERATED DATA")
     assert "GENERATED DATA" in caplog.text
     assert splits.train.user.numel() == 160_000
-    assert "drawn of" in note(splits, "train pairs")
+    assert "drawn from" in note(splits, "train pairs")
     assert splits.test_ranking.user.numel() == splits.val_ranking.user.numel() == 100
     assert "validation users: 100 with at least 5" in splits.notes
 
@@ -646,7 +649,7 @@ def test_without_files_a_stand_in_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "nothing"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RECSYS_SSM_CACHE", str(tmp_path / "cache" / "recsys_ssm"))
     with caplog.at_level(logging.WARNING):
         splits = HmData(name="hm", generator=SMALL).splits
     assert splits.generated
@@ -667,7 +670,7 @@ def test_files_in_the_usual_place_are_read(
         None, source="generated", generated_root=str(tmp_path / "made"), generator=SMALL
     ).splits
     assert made.generated
-    assert "as asked for" in made.notes[0]
+    assert "dataset.source=generated" in made.notes[0]
 
 
 def test_a_folder_that_was_named_is_never_replaced(tmp_path: Path) -> None:
@@ -700,3 +703,17 @@ def test_generated_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=r"cannot be written there .*dataset\.generated_root="):
         generate(GeneratorSettings(**SMALL), tmp_path / "taken")
+
+
+def test_sources_are_hashes_of_the_files_or_of_the_settings(official: Path, tmp_path: Path) -> None:
+    names = ("articles.csv", "customers.csv", "transactions_train.csv")
+    assert data(official).sources == {
+        str(official / name): hashlib.sha256((official / name).read_bytes()).hexdigest()
+        for name in names
+    }
+    generated = [
+        HmData(name="hm", source="generated", generated_root=str(tmp_path), generator=SMALL | more)
+        for more in ({}, {"seed": 1}, {})
+    ]
+    one, other, again = (made.sources["hm_generate"] for made in generated)
+    assert one == again != other

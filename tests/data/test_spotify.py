@@ -165,3 +165,13 @@ def test_seed_decides_everything_and_parts_are_independent() -> None:
 def test_bad_options_are_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(UserError, match=named):
         make(**options)
+
+
+def test_the_source_is_the_hash_of_the_arguments() -> None:
+    def source(**options: float) -> str:
+        (value,) = SpotifyData(name="x", **options).sources.values()
+        return value
+
+    few = {"n_train": 10, "n_val": 1, "n_val_users": 40, "n_test_users": 40}
+    assert source(**few) == source(**few, batch_size=7)
+    assert len({source(**few, **more) for more in ({}, {"seed": 1}, {"threshold": 0.2})}) == 3

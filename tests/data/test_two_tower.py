@@ -1,57 +1,22 @@
 """The shared data parts: order, shards, resuming, ranking blocks, negatives."""
 
 import itertools
-import logging
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from pairs import N, PairData, features, flat, loader, pairs, splits, users_of
 
 from recsys_ssm.batches import Ragged
 from recsys_ssm.data.two_tower import (
-    PairLoader,
     Pairs,
     Ranking,
     RankingLoader,
-    TwoTowerData,
-    TwoTowerSplits,
     random_scores,
     sample_negatives,
     split_users,
 )
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import CategoricalField, Features, FeatureSchema, NumericField
-
-N = 23
-SCHEMA = FeatureSchema((NumericField("x"),), (CategoricalField("c", tuple("abcdefghij" * 3)),))
-
-
-def features(n, offset=0.0):
-    row = torch.arange(n)
-    return Features(row.float().view(n, 1) + offset, row.view(n, 1))
-
-
-def pairs(n=N):
-    """Pair i is of user i and item n - 1 - i, target i / 2: every array tells which pair it is."""
-    row = torch.arange(n)
-    return Pairs(row, n - 1 - row, row / 2)
-
-
-def loader(n=N, **options):
-    defaults = {"batch_size": 4, "shuffle": True, "seed": 0}
-    return PairLoader(features(n), features(n, 100.0), pairs(n), **{**defaults, **options})
-
-
-def users_of(batches):
-    return [batch.user_index.tolist() for batch in batches]
-
-
-def flat(batches):
-    return list(itertools.chain.from_iterable(users_of(batches)))
-
-
-# Order
 
 
 def test_a_batch_is_a_slice_of_the_prepared_arrays():
@@ -62,190 +27,6 @@ def test_a_batch_is_a_slice_of_the_prepared_arrays():
         assert torch.equal(batch.user.numeric[:, 0], index.float())
         assert torch.equal(batch.item.numeric[:, 0], batch.item_index + 100.0)
         assert torch.equal(batch.item.categorical[:, 0], batch.item_index)
-
-
-def test_an_epoch_has_every_pair_once_in_batches_of_the_size_asked_for():
-    one = loader()
-    batches = users_of(one)
-    assert len(batches) == len(one) == 6
-    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]
-    assert sorted(itertools.chain(*batches)) == list(range(N))
-    assert batches != users_of(loader(shuffle=False))
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    one, two, other = loader(), loader(), loader(seed=1)
-    epochs = [users_of(one) for _ in range(3)]
-    assert epochs == [users_of(two) for _ in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert users_of(other) != epochs[0]
-    # Not on the global generators either.
-    torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 (the one that must not matter)
-    assert users_of(loader()) == epochs[0]
-    late = loader()
-    late.set_epoch(2)
-    assert users_of(late) == epochs[2]
-
-
-def test_without_shuffling_every_epoch_is_the_same():
-    one = loader(shuffle=False)
-    assert flat(one) == flat(one) == list(range(N))
-
-
-def test_iterating_anew_begins_the_epoch_anew():
-    one = loader()
-    first = next(iter(one)).user_index.tolist()
-    assert next(iter(one)).user_index.tolist() == first
-
-
-# Resuming
-
-
-@pytest.mark.parametrize("given_out", range(14))
-def test_a_killed_run_goes_on_with_the_next_batch(given_out):
-    """Six batches an epoch: killed after each of the first fourteen, ends of epochs among them."""
-    endless = loader()
-    whole = [batch for _ in range(3) for batch in users_of(endless)]
-
-    killed = loader()
-    stream = itertools.chain.from_iterable(killed for _ in range(3))
-    for _ in range(given_out):
-        next(stream)
-    state = killed.state_dict()
-
-    resumed = loader()
-    resumed.load_state_dict(state)
-    rest = [batch for _ in range(3) for batch in users_of(resumed)]
-    assert rest[: len(whole) - given_out] == whole[given_out:]
-
-
-def test_an_epoch_ends_with_its_last_batch_not_with_a_request_for_one_more():
-    """Lightning counts a sized loader's batches and never asks for the one after the last."""
-    one, whole = loader(), loader()
-    epochs = [users_of(whole) for _ in range(2)]
-    iterator = iter(one)
-    assert [next(iterator).user_index.tolist() for _ in range(len(one))] == epochs[0]
-    assert one.state_dict() == {"epoch": 1, "position": 0}
-    assert users_of(one) == epochs[1]
-
-
-class _Recorder(L.LightningModule):
-    """Records the users of each training batch; its parameter is touched so that Lightning runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.batches = []
-
-    def training_step(self, batch, batch_idx):
-        self.batches.append((self.current_epoch, batch_idx, batch.user_index.tolist()))
-        return self.weight * batch.target.mean()
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0): ...
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class _Data(TwoTowerData):
-    def __init__(self, n=10, **base):
-        super().__init__(name="tiny", **base)
-        self.n = n
-
-    def build(self):
-        return splits(self.n)
-
-
-def splits(n=10, **changes):
-    user = torch.arange(3)
-    ranking = Ranking(user, Ragged.from_pairs(user, user, 3))
-    parts = {
-        "users": features(n),
-        "items": features(n),
-        "item_ids": [str(i) for i in range(n)],
-        "user_schema": SCHEMA,
-        "item_schema": SCHEMA,
-        "train": pairs(n),
-        "val": pairs(4),
-        "val_ranking": ranking,
-        "test_ranking": ranking,
-    }
-    return TwoTowerSplits(**{**parts, **changes})
-
-
-def _fit(folder, ckpt_path=None, **trainer):
-    model = _Recorder()
-    keep_all = L.pytorch.callbacks.ModelCheckpoint(
-        folder, filename="{step}", save_top_k=-1, every_n_train_steps=1
-    )
-    L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[keep_all] if ckpt_path is None else [],
-        enable_checkpointing=ckpt_path is None,
-        **trainer,
-    ).fit(model, _Data(batch_size=3), ckpt_path=ckpt_path, weights_only=True)
-    return model.batches
-
-
-@pytest.mark.parametrize(
-    "trainer",
-    [
-        {"max_epochs": 3},
-        {"max_steps": 11, "max_epochs": -1, "check_val_every_n_epoch": None},
-        {"max_epochs": 3, "limit_train_batches": 2},
-        {"max_epochs": 3, "val_check_interval": 2},
-    ],
-    ids=["epochs", "steps", "limited", "validation within the epoch"],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_sees_full_epochs_and_resumes_after_any_step(tmp_path, trainer, caplog):
-    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
-    whole = _fit(tmp_path, **trainer)
-    batches = trainer.get("limit_train_batches", 4)
-    steps = trainer.get("max_steps", 3 * batches)
-    assert [(epoch, index) for epoch, index, _ in whole] == [
-        (step // batches, step % batches) for step in range(steps)
-    ]
-    reference = loader(10, batch_size=3)
-    for epoch in range(2):
-        got = [users for at, _, users in whole if at == epoch]
-        assert got == users_of(reference)[:batches]
-    for step in (1, 2, batches, batches + 1, steps - 1):
-        rest = _fit(tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", **trainer)
-        assert rest == whole[step:], f"resumed after step {step}"
-
-
-# Shards
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_shards_of_a_shuffled_epoch_are_disjoint_and_take_the_same_number_of_steps(world_size):
-    shards = [loader(rank=rank, world_size=world_size) for rank in range(world_size)]
-    for _ in range(2):
-        given = [flat(shard) for shard in shards]
-        assert len({len(one) for one in given}) == 1
-        together = list(itertools.chain(*given))
-        assert len(together) == len(set(together)) == N - N % world_size
-    assert len({len(shard) for shard in shards}) == 1
-
-
-def test_what_one_epoch_leaves_out_another_has():
-    shards = [loader(rank=rank, world_size=5) for rank in range(5)]
-    seen = {user for _ in range(20) for shard in shards for user in flat(shard)}
-    assert seen == set(range(N))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_shards_of_an_unshuffled_pass_are_disjoint_and_complete(world_size):
-    """Validation pairs: none is left out, none is counted twice."""
-    shards = [loader(rank=r, world_size=world_size, shuffle=False) for r in range(world_size)]
-    given = [flat(shard) for shard in shards]
-    assert sorted(itertools.chain(*given)) == list(range(N))
-    assert [len(shard) for shard in shards] == [-(-len(one) // 4) for one in given]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])
@@ -397,16 +178,16 @@ def test_nothing_to_train_or_test_on_is_an_error():
 @pytest.mark.parametrize("option", ["batch_size", "eval_batch_size"])
 def test_batch_sizes_start_at_1(option):
     with pytest.raises(UserError, match=f"dataset.{option}=0"):
-        _Data(**{option: 0})
+        PairData(**{option: 0})
 
 
 def test_the_data_module_hands_out_its_loaders_and_builds_once():
-    data = _Data(batch_size=3, eval_batch_size=2, seed=4)
+    data = PairData(batch_size=3, eval_batch_size=2, seed=4)
     data.setup("fit")
     assert data.splits is data.splits
     assert users_of(data.train_dataloader()) == users_of(loader(10, batch_size=3, seed=4))
     of_pairs, of_users = data.val_dataloader()
     assert users_of(of_pairs) == [[0, 1, 2], [3]]
     assert users_of(of_users) == users_of(data.test_dataloader()) == [[0, 1], [2]]
-    data = _Data(shuffle=False)
+    data = PairData(shuffle=False)
     assert flat(data.train_dataloader()) == list(range(10))
