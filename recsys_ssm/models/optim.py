@@ -94,7 +94,12 @@ def configure_optimizers(
 
 
 def _training_steps(module: L.LightningModule) -> int:
-    steps = module.trainer.estimated_stepping_batches if getattr(module, "_trainer", None) else -1
+    steps: int | float = -1
+    if getattr(module, "_trainer", None):
+        steps = module.trainer.estimated_stepping_batches
+        # Lightning has set the training loader up to count its batches, and would not set it up again
+        # when a checkpoint is restored: the loader's position would be lost.
+        module.trainer.fit_loop._combined_loader = None
     if steps == float("inf") or steps < 1:
         raise UserError(
             "scheduler.total_steps=-1: the training has no end to count to; "
