@@ -1,19 +1,17 @@
-"""What the data side of next-item models costs: preparing a file, and an epoch against its training steps.
+"""Measure what data costs in next-item training: preparing a file, and an epoch's batches beside its training steps.
 
     python benchmarks/sequence_loading.py [--datasets amazon_beauty_2014 …] [--rows 2000000] [--json FILE]
 
-For each dataset and objective: seconds to prepare it and to load what was kept; milliseconds an
-epoch's order and a batch cost; the share of positions that is padding, packed here and padded to
-the longest of the batch as elsewhere; a batch as torch's DataLoader collates it, sample by sample;
-and a training step of the model the dataset's config makes. The bars: loading costs at most 5% of a
-step, padding is below 3%. A made-up file of ``--rows`` events shows how preparing grows: seconds,
-and memory at the peak.
+For each dataset and objective: seconds to prepare it and to load it from the cache; milliseconds of an epoch's order
+and of a batch; the share of positions that is padding, packed here and padded to the longest window of the batch as
+elsewhere; a batch as PyTorch's DataLoader collates it, sample by sample; and a training step of the configured model.
+The bars: loading costs at most 5% of a step, padding is below 3%. A generated file of ``--rows`` events shows how the
+cost of preparing grows, in seconds and in peak memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from itertools import islice
@@ -120,7 +118,7 @@ def measure(dataset: str, objective: str, backbone: str) -> dict[str, Any]:
 
 
 def measure_large(n: int) -> dict[str, Any]:
-    """A CSV of ``n`` events, five to a thousand a user, every prefix a sample."""
+    """Prepare a CSV of ``n`` events, five to a thousand a user, every prefix a sample."""
     rng = np.random.default_rng(0)
     n_users = n // 100
     with tempfile.TemporaryDirectory() as folder:
@@ -158,15 +156,15 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="*", default=["amazon_beauty_2014", "ml_100k"])
     parser.add_argument("--objectives", nargs="*", default=["all", "last"])
     parser.add_argument("--backbone", default="mamba")
-    parser.add_argument("--rows", type=int, default=2_000_000, help="of the made-up file; 0: none")
+    parser.add_argument(
+        "--rows", type=int, default=2_000_000, help="events of the generated file; 0: none"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     let_threads_sleep()
     torch.set_num_threads(args.threads)
     register_resolvers()
-    if not os.environ.get("RECSYS_SSM_DATA"):
-        os.environ["RECSYS_SSM_DATA"] = str(CONF_DIR.parents[1] / "shared" / "data")
 
     results = [
         measure(dataset, objective, args.backbone)

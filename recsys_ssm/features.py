@@ -1,7 +1,7 @@
-"""Features of users and items: from named, typed columns to tensors, and the schema that says how.
+"""Encode features of users and items: named columns as tensors, by a schema.
 
-A :class:`FeatureSchema` is the whole recipe (columns, scaling, vocabularies); it is plain data,
-travels inside a checkpoint and encodes tables the training never saw.
+A :class:`FeatureSchema` has the columns, their scaling and their vocabularies. It is plain data, is saved in
+checkpoints and encodes tables that were not there in training.
 
 Shapes: B rows, Fn numeric features, Fc categorical features.
 """
@@ -21,23 +21,23 @@ from torch import Tensor
 from recsys_ssm.errors import UserError
 
 MISSING = 0
-"""Code of a missing (or never seen) value of a categorical feature; the known values start at 1."""
+"""Code of a missing or unknown value of a categorical feature; known values have codes from 1."""
 
 
 class Features(NamedTuple):
-    """Encoded rows of one side (users or items)."""
+    """Encoded rows of users or of items."""
 
     numeric: Tensor
-    """(B, Fn) float32, scaled; 0, the mean, where the value is missing."""
+    """(B, Fn) float32, scaled; 0 (the mean) where a value is missing."""
     categorical: Tensor
-    """(B, Fc) int64; :data:`MISSING` or 1 + the position in the field's vocabulary."""
+    """(B, Fc) int64; :data:`MISSING`, or 1 + the index in the field's vocabulary."""
 
     @property
     def n_rows(self) -> int:
         return self.numeric.shape[0]
 
     def rows(self, index: Tensor | slice) -> Features:
-        """The rows at ``index`` (1-D integers or a slice)."""
+        """Return the rows at ``index`` (1-D integers or a slice)."""
         return Features(self.numeric[index], self.categorical[index])
 
     def to(self, device: torch.device | str) -> Features:
@@ -46,7 +46,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class NumericField:
-    """A numeric column; encoded as ``(value - mean) / std``."""
+    """A numeric column, encoded as ``(value - mean) / std``."""
 
     name: str
     mean: float = 0.0
@@ -55,7 +55,7 @@ class NumericField:
 
 @dataclass(frozen=True)
 class CategoricalField:
-    """A categorical column; ``values[i]`` has code ``i + 1``, all else is :data:`MISSING`."""
+    """A categorical column; ``values[i]`` has code ``i + 1``, any other value is :data:`MISSING`."""
 
     name: str
     values: tuple[str, ...]
@@ -97,17 +97,17 @@ class FeatureSchema:
         scale: bool = True,
         where: str = "the table",
     ) -> Self:
-        """Learn scaling and vocabularies from ``frame`` (the rows training may look at).
+        """Learn scaling and vocabularies from ``frame``, the training rows.
 
         Args:
-            frame: One row a user or item.
-            numeric: Columns read as numbers.
-            categorical: Columns read as categories (their values as text, sorted).
-            scale: Standardise numbers to mean 0, deviation 1; off: they stay as they are.
-            where: What to call the table in messages, a file name at best.
+            frame: A row for each user or item.
+            numeric: Columns to read as numbers.
+            categorical: Columns to read as categories (their values as text, sorted).
+            scale: Standardise numbers to mean 0 and deviation 1; False: keep them as they are.
+            where: Name of the table in messages, for example its file.
 
         Raises:
-            UserError: A column is absent or holds something that is no finite number.
+            UserError: A column is absent, or a cell of a numeric column is not a finite number.
         """
         fields = []
         for name in numeric:
@@ -120,10 +120,10 @@ class FeatureSchema:
         return cls(tuple(fields), tuple(vocabularies))
 
     def encode(self, frame: pl.DataFrame, *, where: str = "the table") -> Features:
-        """``frame``'s rows as tensors; an empty cell or an unknown category becomes *missing*.
+        """Encode the rows of ``frame``; an empty cell or an unknown category becomes :data:`MISSING`.
 
         Raises:
-            UserError: A column is absent or holds something that is no finite number.
+            UserError: A column is absent, or a cell of a numeric column is not a finite number.
         """
         numeric = np.zeros((frame.height, len(self.numeric)), dtype=np.float32)
         for j, number in enumerate(self.numeric):
@@ -141,7 +141,7 @@ class FeatureSchema:
         return Features(torch.from_numpy(numeric), torch.from_numpy(categorical))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers only, for checkpoints and JSON."""
+        """Return the schema as plain containers, for checkpoints and JSON."""
         return {
             "numeric": [asdict(field) for field in self.numeric],
             "categorical": [
@@ -161,11 +161,11 @@ class FeatureSchema:
 
 
 def numeric_column(frame: pl.DataFrame, name: str, where: str) -> np.ndarray:
-    """Column ``name`` as float64, NaN where the cell is empty.
+    """Return column ``name`` as float64, NaN where a cell is empty.
 
     Raises:
-        UserError: No such column, or a cell that is text, NaN or infinite; the message names file,
-            row and column.
+        UserError: There is no such column, or a cell is text, NaN or infinite. The message names the file, the row and
+            the column.
     """
     column = _column(frame, name, where)
     if column.dtype == pl.String:
@@ -182,13 +182,13 @@ def numeric_column(frame: pl.DataFrame, name: str, where: str) -> np.ndarray:
 
 
 def text_column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
-    """Column ``name`` as text, null where the cell is empty.
+    """Return column ``name`` as text, null where a cell is empty.
 
-    A whole number reads the same whether it was stored as one or as a float (as pandas does as soon
-    as one cell is empty): ``7.0`` is ``"7"``.
+    A whole number that is stored as a float (as pandas does if a cell is empty) reads like an integer: ``7.0`` is
+    ``"7"``.
 
     Raises:
-        UserError: No such column, or one of lists, structures or bytes.
+        UserError: There is no such column, or it has lists, structures or bytes.
     """
     column = _column(frame, name, where)
     if column.dtype.is_float():
@@ -205,7 +205,7 @@ def _column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
     column = frame[name]
     if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
         raise UserError(
-            f"{where}: column {name!r} holds {column.dtype}, not one number or text a cell"
+            f"{where}: column {name!r} holds {column.dtype}; give a number or a text in each cell"
         )
     return column
 
@@ -214,7 +214,7 @@ def _standardise(name: str, values: np.ndarray) -> NumericField:
     known = values[~np.isnan(values)]
     if known.size == 0:
         return NumericField(name)
-    # Not `std > 0`: the rounding of the mean gives a constant column a deviation of 1e-17 or so.
+    # Not `std > 0`: by rounding, a constant column has a deviation of about 1e-17.
     std = float(known.std()) if known.min() < known.max() else 1.0
     return NumericField(name, float(known.mean()), std)
 

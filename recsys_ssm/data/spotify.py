@@ -1,24 +1,21 @@
-"""``dataset=spotify``: listeners of a few genres and the 50 songs of "Top 50 - Global".
+"""Sample listeners of a few genres and the 50 songs of "Top 50 - Global" (``dataset=spotify``).
 
-The data of FT-Mamba's first experiment (Starnes and Webster, *Mamba for Scalable and Efficient
-Personalized Recommendations*, section III.A), made for reinforcement learning by Dereventsov,
-Starnes and Webster (arXiv:2211.11869). Everything but two small tables that ship with the package
-is sampled from the seed, so nothing is downloaded:
+The data of FT-Mamba's first experiment (Starnes and Webster, *Mamba for Scalable and Efficient Personalized
+Recommendations*, section III.A), made for reinforcement learning by Dereventsov, Starnes and Webster
+(arXiv:2211.11869). All but two small tables that ship with the package is sampled from the seed, so nothing is
+downloaded:
 
-- G (20, 10): the mean of ten audio attributes over the songs of each genre; S (50, 10): those of
-  the songs.
+- G (20, 10) are the means of ten audio attributes over the songs of each genre, S (50, 10) are those of the songs.
 - A listener likes k = floor(20 s) random genres, s uniform in [min_share, max_share): a 0/1 row u.
-- Preference p = u R with R = (G - mean(G)) (S - mean(S))ᵀ, means over the rows. The paper writes
-  u G Sᵀ; the centring is that of the environment's code, and without it every preference is
-  positive.
-- Target of (listener, song): +1 where p > threshold, -1 where p < -threshold, 0 otherwise.
-  Relevant is +1 alone.
+- Preference p = u R with R = (G - mean(G)) (S - mean(S))ᵀ, means over the rows. The paper writes u G Sᵀ; the code of
+  the environment centres, and without centring every preference is positive.
+- Target of (listener, song): +1 where p > threshold, -1 where p < -threshold, 0 otherwise. Songs of target +1 are
+  relevant.
 
-Training, validation and test listeners are independent samples. Only 6,195 different ones exist
-(one to four of 20 genres), so most test listeners have a double in training, as in the paper.
-With the published settings 3.4% like no song. Ranking by p itself, the ``oracle`` baseline, is the
-best any model can do: over the other listeners P@5 .982, P@10 .931, R@5 .406, R@10 .706; over all
-.949, .900, .392, .682.
+Training, validation and test listeners are independent samples. Only 6,195 different listeners exist (one to four of
+20 genres), so most test listeners equal one in training, as in the paper. With the published settings 3.4% like no
+song. Ranking by p itself, the ``oracle`` baseline, is the best any model can do: over the other listeners P@5 .982,
+P@10 .931, R@5 .406, R@10 .706; over all .949, .900, .392, .682.
 
 Shapes: B listeners, G genres, A attributes, S songs.
 """
@@ -63,14 +60,14 @@ class SpotifyData(TwoTowerData):
     """Listeners as 20 numeric features (0 or 1, unscaled), songs as one categorical: their rank.
 
     Args:
-        n_train: Training pairs, each a listener of its own and a random song.
+        n_train: Training pairs, each of another listener and a random song.
         n_val: Validation pairs, for the loss.
-        n_val_users: Listeners the songs are ranked for during validation.
-        n_test_users: Listeners they are ranked for in the test.
-        min_share: Least share of the genres a listener likes; at least one genre.
-        max_share: The share stays below this.
-        threshold: How far from 0 a preference must be to count as liking or disliking.
-        **base: What :class:`~recsys_ssm.data.two_tower.TwoTowerData` takes.
+        n_val_users: Listeners to rank for during validation.
+        n_test_users: Listeners to rank for in the test.
+        min_share: Least share of the genres that a listener likes; at least one genre.
+        max_share: Upper limit of the share.
+        threshold: Least distance from 0 of a preference that counts as liking or disliking.
+        **base: Arguments of :class:`~recsys_ssm.data.two_tower.TwoTowerData`.
     """
 
     label = "Spotify"
@@ -114,7 +111,7 @@ class SpotifyData(TwoTowerData):
         affinity = _affinity(_attributes(genres, GENRES_FILE), _attributes(songs, SONGS_FILE))
         affinity_GS, n_songs = torch.from_numpy(affinity), songs.height
 
-        # One stream a part: a seed's test listeners are the same whatever the other parts' sizes.
+        # One random stream for each part, so that its size does not change the others.
         streams = np.random.SeedSequence(self.seed).spawn(4)
         train, val, val_users, test_users = (np.random.default_rng(stream) for stream in streams)
         parts = [
@@ -161,22 +158,22 @@ class SpotifyData(TwoTowerData):
         )
 
     def sentiment(self, preference: Tensor) -> Tensor:
-        """Preferences (any shape) as targets of the same shape: 1 liked, -1 disliked, 0 neither."""
+        """Return preferences (any shape) as targets of the same shape: 1 liked, -1 disliked, 0 neither."""
         return (preference > self.threshold).float() - (preference < -self.threshold).float()
 
     def _sample_listeners(self, n: int, n_genres: int, rng: np.random.Generator) -> np.ndarray:
-        """(n, n_genres) float64 of 0 and 1: the genres each listener likes."""
+        """Sample the genres that each listener likes: (n, n_genres) float64 of 0 and 1."""
         n_liked_B = np.floor(n_genres * rng.uniform(self.min_share, self.max_share, n))
-        # The genres in the first n_liked places of a random order of all are a uniform choice.
+        # The first n_liked genres of a random order are a uniform choice.
         place_BG = rng.random((n, n_genres)).argsort(axis=1).argsort(axis=1)
         return (place_BG < np.maximum(n_liked_B, 1)[:, None]).astype(np.float64)
 
 
 def _attributes(table: pl.DataFrame, where: str) -> np.ndarray:
-    """(rows, 10) float64."""
+    """Return the audio attributes of a table, (rows, 10) float64."""
     return np.stack([numeric_column(table, name, where) for name in ATTRIBUTES], axis=1)
 
 
 def _affinity(genres_GA: np.ndarray, songs_SA: np.ndarray) -> np.ndarray:
-    """R (G, S): inner products of the genres' and the songs' attributes, each less its mean."""
+    """Return R (G, S), the inner products of the genres' and the songs' centred attributes."""
     return (genres_GA - genres_GA.mean(axis=0)) @ (songs_SA - songs_SA.mean(axis=0)).T

@@ -1,24 +1,24 @@
-"""``dataset=vaccine``: people and the messages that might move them to a COVID-19 vaccine.
+"""Sample people and messages that encourage vaccination against COVID-19 (``dataset=vaccine``).
 
-The synthetic data of FT-Mamba's third experiment (Starnes and Webster, *Mamba for Scalable and
-Efficient Personalized Recommendations*, section III.C), sampled from the seed:
+The synthetic data of FT-Mamba's third experiment (Starnes and Webster, *Mamba for Scalable and Efficient Personalized
+Recommendations*, section III.C), sampled from the seed:
 
-- People have an age and seven categorical features; all values equally likely and independent.
-- 100 messages and their embeddings ship with the package (``vaccine_messages.csv``, written for
-  it; ``vaccine_embeddings.npy``, 384 numbers each by all-MiniLM-L6-v2, where the paper's Instructor
-  model gave 768). ``n_messages`` of them are sampled.
-- K-means makes k clusters of the people and, separately, k of the messages (each its own where
-  k = n_messages). A user and a message match if their clusters have the same number; numbers
-  follow the random beginnings of K-means, so which clusters go together is random too.
-- Target of (user, message): 1 with probability ``p_same`` if they match, ``p_different`` if not.
-  Relevant to a user are the messages that match: one at k = n_messages, as Table II has it
-  (P@5 = R@5 / 5 there), n_messages / k on average elsewhere.
-- Training pairs are a random training user and a random message, some twice; validation and test
-  users are others, put into the cluster whose centre is nearest.
+- People have an age and seven categorical features; all values are equally likely and independent.
+- 100 messages and their embeddings ship with the package (``vaccine_messages.csv``, written for it;
+  ``vaccine_embeddings.npy``, 384 numbers each by all-MiniLM-L6-v2, where the paper's Instructor model gave 768).
+  ``n_messages`` of them are sampled.
+- K-means makes k clusters of the people and, separately, k of the messages (each its own where k = n_messages). A user
+  and a message match if their clusters have the same number. The numbers follow the random initial centres of k-means,
+  so the matching of clusters is random too.
+- Target of (user, message): 1 with probability ``p_same`` if they match, ``p_different`` if not. Messages that match
+  are relevant to a user: one at k = n_messages, as in Table II (P@5 = R@5 / 5 there), n_messages / k on average
+  elsewhere.
+- Training pairs are a random training user and a random message, some twice. Validation and test users are others,
+  assigned to the cluster with the nearest centre.
 
-The paper says neither how K-means saw the features nor how noisy the targets are; what decides is
-how fast the clusters are learnt. HR@1 / HR@5 / HR@10 of FT-Mamba at 25/25, one seed, 500 test
-users, published recipe, noise-free targets (Table II: .54 .90 .98 after 5,000 steps):
+The paper says neither which features k-means uses nor how noisy the targets are. These decide how fast the clusters are
+learnt. HR@1 / HR@5 / HR@10 of FT-Mamba at 25/25, one seed, 500 test users, published recipe, noise-free targets (Table
+II: .54 .90 .98 after 5,000 steps):
 
 ============  ============  ============  ============
 steps         1,000         2,000         5,000
@@ -28,10 +28,10 @@ standardized  .12 .37 .64   .20 .59 .79   .37 .80 .95
 raw           .12 .48 .75   .19 .71 .95
 ============  ============  ============  ============
 
-``onehot`` has Table II's figures long before the end, ``standardized`` comes close at it: that is
-the default. With ``raw`` ages neighbouring clusters are neighbouring ages, so that HR@5 nears 1
-while HR@1 is still low (the age alone gives .56, 1.00, 1.00), a shape Table II does not show. Any
-noise slows all three, so ``onehot`` with some noise is a second reading that may fit.
+``onehot`` reaches Table II's figures long before the end, ``standardized`` comes close at the end: that is the default.
+With ``raw`` ages, neighbouring clusters are neighbouring ages, so that HR@5 nears 1 while HR@1 is still low (the age
+alone gives .56, 1.00, 1.00), unlike Table II. Noise slows all three, so ``onehot`` with some noise is a second reading
+that may fit.
 
 Legend: U people, M messages, E numbers an embedding; N points, D numbers a point, K clusters.
 """
@@ -63,7 +63,7 @@ N_MESSAGES = 100
 MIN_AGE, MAX_AGE = 18, 90
 CATEGORIES = {
     "gender": ("female", "male", "nonbinary"),
-    # The stages of the transtheoretical model: how far a person is on the way to being vaccinated.
+    # The stages of change of the transtheoretical model.
     "progression": ("precontemplation", "contemplation", "preparation", "action", "maintenance"),
     "education": ("none", "high school", "some college", "bachelor", "graduate"),
     "insurance": ("private", "employer", "medicare", "medicaid", "none"),
@@ -93,19 +93,19 @@ class VaccineData(TwoTowerData):
         n_users: Training users.
         n_train: Training pairs, each a random training user and a random message.
         n_val: Validation pairs, of the validation users.
-        n_val_users: Held-out users the messages are ranked for during validation.
-        n_test_users: Held-out users they are ranked for in the test.
+        n_val_users: Held-out users to rank for during validation.
+        n_test_users: Held-out users to rank for in the test.
         k: Clusters of users, and of messages.
         n_messages: Messages, sampled from the 100 that ship.
         p_same: Probability of target 1 where the clusters' numbers are equal.
         p_different: Probability of target 1 where they are not.
-        cluster_features: What K-means sees of people. ``standardized``: age and the categories'
-            numbers, standardised; ``onehot``: standardised age, a 0/1 column for each category;
-            ``raw``: age in years and the numbers; ``raw_onehot``: age in years and 0/1 columns.
-        message_features: What the model sees of a message: ``index``, one categorical feature;
-            ``embedding``, 384 numeric ones.
+        cluster_features: Features of people for k-means. ``standardized``: age and the categories' numbers,
+            standardised; ``onehot``: standardised age and a 0/1 column for each category; ``raw``: age in years and the
+            categories' numbers; ``raw_onehot``: age in years and 0/1 columns.
+        message_features: Features of a message for the model: ``index``, one categorical feature; ``embedding``, 384
+            numeric ones.
         age_bands: Bands of equal width of the ``age_band`` baseline.
-        **base: What :class:`~recsys_ssm.data.two_tower.TwoTowerData` takes.
+        **base: Arguments of :class:`~recsys_ssm.data.two_tower.TwoTowerData`.
     """
 
     label = "Vaccine"
@@ -143,17 +143,19 @@ class VaccineData(TwoTowerData):
             if size < 1:
                 raise UserError(f"dataset.{option}={size}: give at least 1")
         if n_messages > N_MESSAGES:
-            raise UserError(f"dataset.n_messages={n_messages}: {N_MESSAGES} messages are there")
+            raise UserError(f"dataset.n_messages={n_messages}: give at most {N_MESSAGES}")
         if k > n_messages:
             raise UserError(
-                f"dataset.k={k}: {n_messages} messages cannot make more than {n_messages} clusters; "
-                f"lower it or raise dataset.n_messages={n_messages}"
+                f"dataset.k={k}: more clusters than messages; lower it or raise "
+                f"dataset.n_messages={n_messages}"
             )
         if k > n_users:
-            raise UserError(f"dataset.k={k}: more clusters than users, dataset.n_users={n_users}")
+            raise UserError(
+                f"dataset.k={k}: more clusters than users; lower it or raise dataset.n_users={n_users}"
+            )
         for option, p in {"p_same": p_same, "p_different": p_different}.items():
             if not 0 <= p <= 1:
-                raise UserError(f"dataset.{option}={p}: a probability, from 0 to 1")
+                raise UserError(f"dataset.{option}={p}: give a probability, from 0 to 1")
         for option, choice, choices in (
             ("cluster_features", cluster_features, get_args(ClusterFeatures)),
             ("message_features", message_features, get_args(MessageFeatures)),
@@ -168,7 +170,7 @@ class VaccineData(TwoTowerData):
         self.age_bands = age_bands
 
     def build(self) -> TwoTowerSplits:
-        # One stream a part: a seed's test users are the same whatever the other parts' sizes.
+        # One random stream for each part, so that its size does not change the others.
         streams = np.random.SeedSequence(self.seed).spawn(6)
         train, val, test, sample, user_clusters, message_clusters = (
             np.random.default_rng(stream) for stream in streams
@@ -233,7 +235,7 @@ class VaccineData(TwoTowerData):
         )
 
     def _cluster_points(self, people: pl.DataFrame) -> np.ndarray:
-        """(U, D) float64: what K-means sees; scaled by the training users, who come first."""
+        """Return the points for k-means, (U, D) float64, scaled by the training users, who come first."""
         age = people["age"].to_numpy().astype(np.float64)[:, None]
         codes = [
             (people[name].cast(pl.Enum(values)).to_physical().to_numpy(), len(values))
@@ -255,14 +257,15 @@ class VaccineData(TwoTowerData):
 
 
 def age_band_rates(age: Tensor, train: Pairs, n_messages: int, n_bands: int) -> Baseline:
-    """A model that knows nothing but the user's age: the rate of target 1 by age band and message.
+    """Return a baseline that uses the user's age alone: the rate of target 1 by age band and message.
 
-    A cell's rate is drawn towards the message's own with the weight of one pair, so that an empty
-    cell has that.
+    A cell is an age band and a message. Its rate is averaged with the message's overall rate, which has the weight of
+    one pair, so that an empty cell has the overall rate.
 
     Args:
         age: (U,) years of every user.
-        train: Pairs the rates are estimated on.
+        train: Pairs to estimate the rates on.
+        n_messages: Messages of the catalogue.
         n_bands: Bands of equal width from the least to the greatest age.
     """
     width = MAX_AGE + 1 - MIN_AGE
@@ -285,19 +288,20 @@ def kmeans(
     max_iter: int = 300,
     tol: float = 1e-4,
 ) -> np.ndarray:
-    """Centres (k, D) of Lloyd's algorithm, begun by k-means++; the best of ``n_init`` runs.
+    """Find centres (k, D) by Lloyd's algorithm with k-means++; return the best of ``n_init`` runs.
 
     Args:
         points_ND: (N, D) float64.
-        k: Clusters, at most N. Their numbers carry no meaning: they follow the random beginning.
+        k: Clusters, at most N. Their numbers follow the random initial centres.
+        rng: Random numbers for the initial centres.
         n_init: Runs; the one with the least sum of squared distances is kept.
-        max_iter: Steps a run.
+        max_iter: Most steps of a run.
         tol: A run ends when the centres' squared shift is below this share of the mean variance.
     """
     best, least = points_ND[:k], np.inf
     enough = tol * points_ND.var(axis=0).mean()
     for _ in range(n_init):
-        centres_KD = _spread_out(points_ND, k, rng)
+        centres_KD = _initial_centres(points_ND, k, rng)
         for _ in range(max_iter):
             moved_KD = _means(points_ND, nearest(points_ND, centres_KD), centres_KD)
             shift = np.square(moved_KD - centres_KD).sum()
@@ -311,27 +315,27 @@ def kmeans(
 
 
 def nearest(points_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
-    """(N,) int64: the number of the centre nearest to each point."""
-    # |x - c|² is least where x·c - |c|²/2 is greatest; |x|² is the same for every centre.
+    """Return the number of the nearest centre of each point, (N,) int64."""
+    # |x - c|² is least where x·c - |c|²/2 is greatest, since |x|² is the same for every centre.
     affinity_NK = points_ND @ centres_KD.T - np.square(centres_KD).sum(axis=1) / 2
     return affinity_NK.argmax(axis=1)
 
 
 def _means(points_ND: np.ndarray, label_N: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
-    """The mean of each cluster's points; an empty cluster keeps its centre."""
+    """Return the mean of each cluster's points; an empty cluster keeps its centre."""
     k = len(centres_KD)
     size_K1 = np.bincount(label_N, minlength=k)[:, None]
     sums_KD = np.column_stack([np.bincount(label_N, x_N, minlength=k) for x_N in points_ND.T])
     return np.where(size_K1 > 0, sums_KD / np.maximum(size_K1, 1), centres_KD)
 
 
-def _spread_out(points_ND: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++: each next centre a random point, likelier the farther it is from those chosen."""
+def _initial_centres(points_ND: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose initial centres by k-means++: random points, with probabilities by squared distance."""
     chosen = [int(rng.integers(len(points_ND)))]
     distance_N = np.square(points_ND - points_ND[chosen[0]]).sum(axis=1)
     while len(chosen) < k:
         cumulative_N = distance_N.cumsum()
-        # searchsorted's right side never lands on a point at distance 0 unless all are.
+        # With side="right", a point at distance 0 is drawn only if all points are.
         drawn = np.searchsorted(cumulative_N, rng.random() * cumulative_N[-1], side="right")
         chosen.append(min(int(drawn), len(points_ND) - 1))
         distance_N = np.minimum(
@@ -341,7 +345,7 @@ def _spread_out(points_ND: np.ndarray, k: int, rng: np.random.Generator) -> np.n
 
 
 def _sample_people(n: int, rng: np.random.Generator) -> pl.DataFrame:
-    """``age`` and the columns of :data:`CATEGORIES`, every value equally likely."""
+    """Sample ``age`` and the columns of :data:`CATEGORIES`, every value equally likely."""
     columns: dict[str, Any] = {"age": rng.integers(MIN_AGE, MAX_AGE + 1, n)}
     for name, values in CATEGORIES.items():
         columns[name] = np.asarray(values)[rng.integers(0, len(values), n)]
@@ -349,7 +353,7 @@ def _sample_people(n: int, rng: np.random.Generator) -> pl.DataFrame:
 
 
 def _sample_messages(n: int, rng: np.random.Generator) -> tuple[pl.DataFrame, np.ndarray]:
-    """``n`` of the shipped messages: their names and embedding columns; the embeddings (n, E)."""
+    """Sample ``n`` of the shipped messages: their names and embedding columns; the embeddings (n, E)."""
     names = read_table(ASSETS / MESSAGES_FILE)["message"]
     embeddings = np.load(ASSETS / EMBEDDINGS_FILE, allow_pickle=False).astype(np.float64)
     rows = np.sort(rng.choice(len(names), n, replace=False))
