@@ -45,6 +45,10 @@ class Ragged:
     def to(self, device: torch.device | str) -> Ragged:
         return Ragged(self.values.to(device), self.offsets.to(device))
 
+    def pin_memory(self) -> Ragged:
+        """Copy to pinned memory; PyTorch's DataLoader calls this."""
+        return Ragged(self.values.pin_memory(), self.offsets.pin_memory())
+
     def mask(self, start: int, stop: int, n_items: int) -> Tensor:
         """Users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
         mask = torch.zeros(stop - start, n_items, dtype=torch.bool)

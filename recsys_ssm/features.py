@@ -62,13 +62,13 @@ class CategoricalField:
 
     @property
     def n_codes(self) -> int:
-        """Rows an embedding table needs: the known values and the missing one."""
+        """Number of codes: those of the known values, and :data:`MISSING`."""
         return len(self.values) + 1
 
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """How the columns of a table become :class:`Features`."""
+    """Columns of a table, and their encoding as :class:`Features`."""
 
     numeric: tuple[NumericField, ...] = ()
     categorical: tuple[CategoricalField, ...] = ()

@@ -1,1 +1,1 @@
-"""Files and generators to batches: one file a dataset on a few shared parts."""
+"""Load datasets from files, data frames and generators, and make batches of them."""

@@ -35,7 +35,7 @@ import polars as pl
 from recsys_ssm.errors import UserError
 
 VERSION = 2
-"""Version of what is stored and of how it is prepared: raise it when either changes."""
+"""Version of the entries and of their preparation: raise it when either changes."""
 
 _SETTLED = 2 * 10**9
 """Nanoseconds after which a further change of a file also changes its date, whatever the file system's resolution."""
@@ -97,7 +97,7 @@ def hash_file(path: Path, folder: Path) -> str:
 
 
 def _state(path: Path) -> list[int]:
-    """Return what changes when a file is changed or replaced: size, dates, inode."""
+    """Return size, dates and inode of a file, one of which differs after a change or a replacement."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -120,7 +120,7 @@ def hash_frame(frame: pl.DataFrame) -> str:
 
 
 class _Digest:
-    """A file object that hashes what is written to it."""
+    """A file object that hashes the bytes written to it."""
 
     def __init__(self, digest: Any) -> None:
         self.digest = digest

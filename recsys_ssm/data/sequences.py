@@ -405,9 +405,8 @@ def _first_unseen(ranked: Tensor, batch: HistoryBatch, k: int) -> Tensor:
     place[ranked] = torch.arange(ranked.numel())
     seen, target = place[batch.seen.values], place[batch.target]
     user = torch.arange(n_users)
-    taken = torch.zeros(
-        n_users, n + 1, dtype=torch.bool
-    )  # the last column stands for all later items
+    # The last column stands for all later items.
+    taken = torch.zeros(n_users, n + 1, dtype=torch.bool)
     taken[user.repeat_interleave(lengths), seen.clamp(max=n)] = True
     taken[user, target.clamp(max=n)] = False
     return _left_aligned(ranked[:n].expand(n_users, -1), taken[:, :n])[:, :k]

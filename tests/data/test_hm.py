@@ -1,10 +1,9 @@
+"""H&M data: what is read from the three files, who is held out, what is refused."""
+
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hm_files import CUSTOMERS, SMALL, note, relevant
 
-from recsys_ssm.data import hm_generate
 from recsys_ssm.data.hm import CATEGORICAL, HmData
-from recsys_ssm.data.hm_generate import GeneratorSettings, Shop, generate
-from recsys_ssm.data.two_tower import Pairs, Ranking, TwoTowerSplits
+from recsys_ssm.data.hm_generate import GeneratorSettings, generate
+from recsys_ssm.data.two_tower import Pairs, TwoTowerSplits
 from recsys_ssm.errors import UserError
-
-SMALL = {"n_customers": 3_000, "n_articles": 500, "n_transactions": 30_000}
-OFFICIAL_ARTICLES = [
-    "article_id",
-    "product_code",
-    "prod_name",
-    "product_type_no",
-    "product_type_name",
-    "product_group_name",
-    "graphical_appearance_no",
-    "graphical_appearance_name",
-    "colour_group_code",
-    "colour_group_name",
-    "perceived_colour_value_id",
-    "perceived_colour_value_name",
-    "perceived_colour_master_id",
-    "perceived_colour_master_name",
-    "department_no",
-    "department_name",
-    "index_code",
-    "index_name",
-    "index_group_no",
-    "index_group_name",
-    "section_no",
-    "section_name",
-    "garment_group_no",
-    "garment_group_name",
-    "detail_desc",
-]
 
 # Customer u buys what PURCHASES[u] says, articles by letter; a capital one is not in the catalogue
 # of five. Sales: b 7, c 6, a 5, d 5, e 4, Y 3, Z 3.
@@ -64,18 +34,6 @@ PURCHASES = {
     "v1": "YZ",
 }
 ARTICLE = {name: f"0{100 + i}" for i, name in enumerate("Yabcde")} | {"Z": "0200"}
-CUSTOMERS = """customer_id,FN,Active,club_member_status,fashion_news_frequency,age,postal_code
-u1,1.0,1.0,ACTIVE,Regularly,20.0,x
-u2,,,ACTIVE,NONE,40.0,x
-u3,,,,,,x
-u4,,,PRE-CREATE,NONE,30.0,x
-u5,1.0,,ACTIVE,Regularly,50.0,x
-u6,,,ACTIVE,NONE,60.0,x
-u7,,1.0,ACTIVE,NONE,25.0,x
-u8,,,ACTIVE,NONE,35.0,x
-v1,,,ACTIVE,NONE,35.0,x
-v2,,,ACTIVE,NONE,35.0,x
-"""
 
 
 @pytest.fixture
@@ -121,15 +79,6 @@ def bought(splits: TwoTowerSplits, pairs: Pairs, target: float) -> dict[str, str
         if value == target:
             found.setdefault(users[user], []).append(catalogue[item])
     return {user: "".join(sorted(names)) for user, names in found.items()}
-
-
-def note(splits: TwoTowerSplits, start: str) -> str:
-    (line,) = [line for line in splits.notes if line.startswith(start)]
-    return line
-
-
-def relevant(splits: TwoTowerSplits, ranking: Ranking) -> torch.Tensor:
-    return ranking.relevant.mask(0, ranking.user.numel(), len(splits.item_ids))
 
 
 # --- the reader, on files written by hand ---------------------------------------------------------
@@ -460,192 +409,7 @@ def test_real_slice(sample: Path) -> None:
     assert not set(splits.train.user.tolist()) & set(splits.test_ranking.user.tolist())
 
 
-def script() -> Any:
-    path = Path(__file__).parents[2] / "scripts" / "measure_hm_marginals.py"
-    spec = importlib.util.spec_from_file_location("measure_hm_marginals", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_shipped_aggregates_are_what_the_script_measures(sample: Path) -> None:
-    path = Path(hm_generate.__file__).parent / "assets" / "hm_marginals.json"
-    shipped, measured = json.loads(path.read_text()), script().measure(sample)
-    rounded = ("price_deciles", "purchases_cv", "gini_articles_sold", "gini_top_100")
-    for name in rounded:
-        assert measured.pop(name) == pytest.approx(shipped.pop(name), rel=1e-9)
-    assert measured == shipped
-
-
-# --- the stand-in ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate(GeneratorSettings(), tmp_path_factory.mktemp("generated"))
-
-
-def test_stand_in_has_the_official_columns(stand_in: Path) -> None:
-    headers = {p.name: p.read_text().split("\n", 1)[0].split(",") for p in stand_in.glob("*.csv")}
-    assert headers == {
-        "articles.csv": OFFICIAL_ARTICLES,
-        "customers.csv": CUSTOMERS.splitlines()[0].split(","),
-        "transactions_train.csv": [
-            "t_dat",
-            "customer_id",
-            "article_id",
-            "price",
-            "sales_channel_id",
-        ],
-    }
-    first = pl.read_csv(stand_in / "transactions_train.csv", infer_schema=False).row(0, named=True)
-    assert len(first["customer_id"]) == 64
-    assert len(first["article_id"]) == 10
-    assert first["article_id"][0] == "0"
-    assert first["t_dat"] == "2018-09-20"
-
-
-def test_stand_in_has_the_marginals_of_the_slice(stand_in: Path, sample: Path) -> None:
-    made, real = (
-        pl.read_csv(root / "customers.csv", infer_schema=False).with_columns(
-            pl.col("age").cast(pl.Float64)
-        )
-        for root in (stand_in, sample)
-    )
-
-    def shares(column: pl.Series) -> dict[str | None, float]:
-        counts = column.rename("v").to_frame().group_by("v").len()
-        return {value: n / column.len() for value, n in counts.iter_rows()}
-
-    for name in CATEGORICAL:
-        expected = shares(real[name])  # the missing share among them
-        assert shares(made[name]).keys() == expected.keys()
-        assert shares(made[name]) == pytest.approx(expected, abs=0.01)
-    assert shares(made["age"].is_null()) == pytest.approx(shares(real["age"].is_null()), abs=0.01)
-    bands = [15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 100]
-    expected, found = (
-        np.histogram(table["age"].drop_nulls().to_numpy(), bands)[0] / table["age"].count()
-        for table in (real, made)
-    )
-    assert found == pytest.approx(expected, abs=0.01)
-    assert made["age"].mean() == pytest.approx(real["age"].mean(), abs=1)
-
-
-def test_stand_in_has_the_popularity_of_the_slice(stand_in: Path, sample: Path) -> None:
-    gini = script().gini
-    made, real = (
-        pl.read_csv(root / "transactions_train.csv", infer_schema=False)
-        .group_by("article_id")
-        .len()["len"]
-        .sort(descending=True)
-        .to_numpy()
-        .astype(np.int64)
-        for root in (stand_in, sample)
-    )
-    assert gini(np.array([1, 1, 1, 1])) == 0
-    assert gini(np.array([0, 0, 0, 4])) == 0.75
-    assert gini(made) == pytest.approx(gini(real), abs=0.05)  # of all articles sold
-    assert gini(made[:100]) == pytest.approx(gini(real[:100]), abs=0.05)  # of the catalogue
-
-
-def test_stand_in_gives_enough_to_train_and_test_on(
-    stand_in: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        splits = HmData(name="hm", root=str(stand_in)).splits
-    assert splits.generated
-    assert splits.notes[0].startswith("GENERATED DATA")
-    assert "GENERATED DATA" in caplog.text
-    assert splits.train.user.numel() == 160_000
-    assert "drawn from" in note(splits, "train pairs")
-    assert splits.test_ranking.user.numel() == splits.val_ranking.user.numel() == 100
-    assert "validation users: 100 with at least 5" in splits.notes
-
-
-def test_purchases_depend_on_features_and_the_oracle_knows_how(stand_in: Path) -> None:
-    """Popularity < a table of age and news learnt from the training pairs < oracle."""
-    splits = HmData(name="hm", root=str(stand_in), n_test_users=3_000, n_train=None).splits
-    hits = relevant(splits, splits.test_ranking).float()
-
-    def precision(scores: torch.Tensor) -> float:
-        return hits.gather(1, scores.topk(5, dim=1).indices).mean().item()
-
-    test = splits.test_ranking.user
-    group = (splits.users.numeric[:, 0] * 2).round().long().clamp(-3, 4) + 3
-    group = group * 2 + (splits.users.categorical[:, 0] > 0)
-    bought = splits.train.target == 1
-    table = torch.zeros(16, 100)
-    table.index_put_(
-        (group[splits.train.user[bought]], splits.train.item[bought]),
-        torch.ones(int(bought.sum())),
-        accumulate=True,
-    )
-    popularity = precision(splits.baselines["popularity"](test))
-    oracle = precision(splits.baselines["oracle"](test))
-    learnt = precision(table[group[test]])
-    assert popularity + 0.02 < learnt < oracle
-    assert oracle > 1.3 * popularity
-
-
-def test_oracle_is_the_share_of_purchases() -> None:
-    """Probabilities sum to one, and what is bought follows them."""
-    settings = GeneratorSettings(**{**SMALL, "n_articles": 20, "n_transactions": 200_000})
-    shop = Shop(settings)
-    log_p = shop.log_probability(shop.customers, shop.articles["article_id"].to_list())
-    p = np.exp(log_p.astype(float))
-    assert p.sum(axis=1) == pytest.approx(1, abs=1e-5)
-    customer, article = shop.purchases()
-    assert customer.size == 200_000
-    # Of customers under 25: how often each article was expected, and how often it was bought.
-    young = (shop.customers["age"] < 25).fill_null(value=False).to_numpy()[customer]
-    expected = p[customer[young]].sum(axis=0)
-    found = np.bincount(article[young], minlength=20)
-    assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max())
-    everyone = np.bincount(article, minlength=20) / 200_000
-    assert np.abs(found / young.sum() - everyone).max() > 0.01
-
-
-def test_features_can_be_made_to_matter_not_at_all() -> None:
-    shop = Shop(GeneratorSettings(**SMALL, feature_strength=0.0))
-    log_p = shop.log_probability(shop.customers, shop.articles["article_id"].to_list())
-    assert np.ptp(log_p, axis=0).max() == pytest.approx(0, abs=1e-6)
-
-
-def test_stand_in_is_a_function_of_its_settings(tmp_path: Path) -> None:
-    small = GeneratorSettings(**SMALL)
-    first = generate(small, tmp_path / "a")
-    again = generate(small, tmp_path / "b")
-    other = generate(GeneratorSettings(**SMALL, seed=1), tmp_path / "a")
-    assert first.name == again.name != other.name
-    for name in ("articles.csv", "customers.csv", "transactions_train.csv"):
-        content = (first / name).read_bytes()
-        assert content == (again / name).read_bytes()
-        assert content != (other / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted([first.name, other.name])
-
-
-def test_stand_in_is_written_once(tmp_path: Path) -> None:
-    folder = generate(GeneratorSettings(**SMALL), tmp_path)
-    before = (folder / "customers.csv").stat().st_mtime_ns
-    assert generate(GeneratorSettings(**SMALL), tmp_path) == folder
-    assert (folder / "customers.csv").stat().st_mtime_ns == before
-
-
-def test_interrupted_generation_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Shop) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Shop, "purchases", fail)
-    with pytest.raises(KeyboardInterrupt):
-        generate(GeneratorSettings(**SMALL), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_files_a_stand_in_is_made(
+def test_without_files_data_is_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "nothing"))
@@ -690,19 +454,6 @@ def test_generated_files_do_not_pass_for_real(tmp_path: Path) -> None:
     settings.write_text("{")
     with pytest.raises(UserError, match=r"generator\.json: damaged"):
         _ = HmData(name="hm", root=str(folder)).splits
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind")
-def test_folder_without_write_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r"Permission denied.*dataset\.generated_root="):
-        generate(GeneratorSettings(**SMALL), tmp_path / "new")
-
-
-def test_generated_root_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match=r"cannot be written there .*dataset\.generated_root="):
-        generate(GeneratorSettings(**SMALL), tmp_path / "taken")
 
 
 def test_sources_are_hashes_of_the_files_or_of_the_settings(official: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pairs import N, PairData, Recorder, features, flat, loader, users_of
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from recsys_ssm.batches import Ragged
 from recsys_ssm.data.loaders import _Batches
@@ -300,3 +301,5 @@ def test_pinning_does_not_change_the_batches():
 def test_every_tensor_of_a_batch_is_pinned():
     (batch, *_) = loader(pin_memory=True)
     assert batch.target.is_pinned() and batch.user.numeric.is_pinned()
+    ragged = pin_memory(Ragged.from_mask(torch.eye(3) > 0))
+    assert ragged.values.is_pinned() and ragged.offsets.is_pinned()
