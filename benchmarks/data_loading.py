@@ -31,9 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from recsys_ssm.batches import PairBatch
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.two_tower import PairLoader, TwoTowerData
-from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.assemble import make_model
+from recsys_ssm.run.assemble import make_data, make_model
 
 BAR = 0.05
 
@@ -119,7 +118,7 @@ def measure(
             "train", [*overrides, f"backbone={backbone}", "name=benchmark", "output_dir=."]
         )
     start = time.perf_counter()
-    data: TwoTowerData = make(cfg.dataset, "dataset")
+    data: TwoTowerData = make_data(cfg)
     data.setup()
     prepared = time.perf_counter() - start
     model: Any = make_model(cfg, data)

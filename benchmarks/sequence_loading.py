@@ -22,6 +22,7 @@ import numpy as np
 import polars as pl
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from timing import let_threads_sleep, machine, peak_memory, table, take_turns, write_json
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -29,9 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.sequences import SequenceLoader
-from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.assemble import make_model
+from recsys_ssm.run.assemble import make_data, make_model
 
 BAR_TIME, BAR_PADDING = 0.05, 0.03
 
@@ -61,11 +61,11 @@ def measure(dataset: str, objective: str, backbone: str) -> dict[str, Any]:
         overrides += [f"dataset.objective={objective}", "output_dir=."]
         cfg = compose("train", overrides)
     with tempfile.TemporaryDirectory() as folder:
-        cfg.dataset.cache_dir = folder
+        OmegaConf.update(cfg, "dataset.cache_dir", folder, force_add=True)
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
-            data: Interactions = make(cfg.dataset, "dataset")
+            data: Interactions = make_data(cfg)
             data.setup()
             seconds.append(time.perf_counter() - start)
         loader = data.train_dataloader()

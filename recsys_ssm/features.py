@@ -220,11 +220,11 @@ def _standardise(name: str, values: np.ndarray) -> NumericField:
 
 
 def as_frame(table: Any, where: str) -> pl.DataFrame:
-    """Return a Polars data frame of a Polars, pandas or Arrow table.
+    """Return a Polars data frame of a Polars, pandas or Arrow table, or of a mapping of columns.
 
     Args:
         table: The table.
-        where: Its name, for messages.
+        where: Its name in messages.
 
     Raises:
         UserError: It is not a table.
@@ -233,13 +233,15 @@ def as_frame(table: Any, where: str) -> pl.DataFrame:
         return table
     if isinstance(table, pl.LazyFrame):
         return table.collect()
+    readable = isinstance(table, Mapping) or hasattr(table, "__arrow_c_stream__")
     try:
-        if type(table).__module__.partition(".")[0] == "pandas":
-            # Through columns, so that pyarrow is not needed.
-            return pl.DataFrame({str(name): table[name].to_list() for name in table.columns})
-        if hasattr(table, "__arrow_c_stream__"):
-            return pl.DataFrame(table)
-    except Exception as error:
+        if readable or type(table).__module__.partition(".")[0] == "pandas":
+            return pl.DataFrame(dict(table) if isinstance(table, Mapping) else table)
+    except ImportError:  # pandas without pyarrow, which polars needs to convert its columns
+        plain = table.astype(object).where(table.notna(), None)
+        cells = {str(name): plain[name].tolist() for name in plain.columns}
+        return pl.DataFrame(cells, strict=False)
+    except (TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{where}: not a readable table ({str(error).splitlines()[0]})") from error
     raise UserError(
         f"{where}: expected a Polars or pandas data frame, got {type(table).__name__}; make one of it"

@@ -9,7 +9,7 @@ Legend: R rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ import polars as pl
 from recsys_ssm.data.files import collect
 from recsys_ssm.data.formats import Format, scan, separator_of
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import numeric_column, text_column
+from recsys_ssm.features import as_frame, numeric_column, text_column
 
 Table = str | Path | pl.DataFrame | Any
 """A CSV or Parquet file, or a data frame: polars, pandas, or anything else that polars can convert."""
@@ -88,7 +88,7 @@ def open_table(
             names_option=names_option,
         )
         return collect(lazy, path, separator=separator or separator_of(path)), str(source)
-    frame = to_polars(source, argument)
+    frame = as_frame(source, argument)
     if absent := [name for name in columns if name not in frame.columns]:
         raise UserError(
             f"{argument}: no column {absent[0]!r}; its columns are {', '.join(frame.columns[:30])}"
@@ -96,34 +96,6 @@ def open_table(
     if frame.height == 0:
         raise UserError(f"{argument}: the data frame has no row")
     return frame.select(columns), argument
-
-
-def to_polars(source: Any, argument: str) -> pl.DataFrame:
-    """Convert a data frame to polars.
-
-    Raises:
-        UserError: The object is not a data frame.
-    """
-    if isinstance(source, pl.DataFrame):
-        return source
-    if isinstance(source, pl.LazyFrame):
-        return source.collect()
-    try:
-        return _convert(source)
-    except (TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
-        raise UserError(
-            f"{argument}: expected the path of a file or a data frame, got {type(source).__name__} "
-            f"({error})"
-        ) from error
-
-
-def _convert(source: Any) -> pl.DataFrame:
-    try:
-        return pl.DataFrame(dict(source) if isinstance(source, Mapping) else source)
-    except ImportError:  # pandas without pyarrow, which polars needs to convert its columns
-        plain = source.astype(object).where(source.notna(), None)
-        cells = {str(name): plain[name].tolist() for name in plain.columns}
-        return pl.DataFrame(cells, strict=False)
 
 
 def refuse(wrong: np.ndarray, where: str, column: str, what: str) -> None:

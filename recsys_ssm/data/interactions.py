@@ -33,24 +33,25 @@ from recsys_ssm.data.columns import (
     open_table,
     positions,
     times,
-    to_polars,
 )
 from recsys_ssm.data.download import fetch_member
 from recsys_ssm.data.files import collect
 from recsys_ssm.data.formats import Format, check_format, format_of, scan_sequences
-from recsys_ssm.data.packing import join_ranges
-from recsys_ssm.data.sequences import HeldOut, Histories, SequenceData, SequenceSplits
+from recsys_ssm.data.sequences import (
+    HeldOut,
+    Histories,
+    SequenceData,
+    SequenceSplits,
+    count_repeats,
+)
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.features import Features, FeatureSchema, as_frame
 
 Duplicates = Literal["identical", "first", "last", "keep"]
 Split = Literal["leave_one_out", "time"]
 
 MIN_EVENTS = 3
 """Events that a user needs for ``leave_one_out``: one each to train on, to validate and to test."""
-
-_BLOCK = 1 << 14
-"""Users whose histories are compared together."""
 
 
 class Interactions(SequenceData):
@@ -173,7 +174,7 @@ class Interactions(SequenceData):
         self.download, self.source = download, source
 
     def build(self) -> SequenceSplits:
-        source = self._find() if self.frame is None else to_polars(self.frame, "interactions")
+        source = self._find() if self.frame is None else as_frame(self.frame, "interactions")
         prepared = load_or_make(
             self.cache / "interactions",
             self.name,
@@ -326,7 +327,7 @@ class Preparation:
             assert rows.time is not None
             instants = self._instants(rows.time)
             train_stop, val, test = _by_instants(offsets, rows.time.values, instants, notes)
-        if again := _n_had_before(Histories(events, offsets), test):
+        if again := count_repeats(Histories(events, offsets), test):
             notes.append(f"{again:,} users are tested on an item they had before")
         return Prepared(
             arrays={
@@ -592,17 +593,6 @@ def _by_instants(
         )
         held_out.append(HeldOut(user, begin[user]))
     return val_begin, held_out[0], held_out[1]
-
-
-def _n_had_before(histories: Histories, held_out: HeldOut) -> int:
-    """Count the held-out events of items that are in the user's history."""
-    n, (events, offsets) = 0, histories
-    for block in range(0, held_out.user.size, _BLOCK):
-        user, event = (array[block : block + _BLOCK] for array in held_out)
-        length = event - offsets[user]
-        same = events[join_ranges(offsets[user], length)] == np.repeat(events[event], length)
-        n += np.unique(np.repeat(user, length)[same]).size
-    return n
 
 
 def _describe(splits: SequenceSplits) -> None:

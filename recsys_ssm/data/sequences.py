@@ -101,8 +101,28 @@ class SequenceSplits:
             counts -= np.bincount(events[where], minlength=counts.size)
         self.item_counts = torch.from_numpy(counts)
 
+    @functools.cached_property
+    def repeat_share(self) -> float:
+        """Share of the validation targets that are in their user's history."""
+        return count_repeats(self.histories, self.val) / self.val.user.size
+
+
+def count_repeats(histories: Histories, held_out: HeldOut) -> int:
+    """Count the held-out events of items that are in the user's history."""
+    n, (events, offsets) = 0, histories
+    for block in range(0, held_out.user.size, _USERS):
+        user, event = (array[block : block + _USERS] for array in held_out)
+        length = event - offsets[user]
+        same = events[join_ranges(offsets[user], length)] == np.repeat(events[event], length)
+        n += np.unique(np.repeat(user, length)[same]).size
+    return n
+
 
 _BLOCK = 1 << 20
+"""Events or users to count together."""
+
+_USERS = 1 << 14
+"""Users whose histories are compared together."""
 
 
 class SequenceLoader(ResumableLoader[SequenceBatch]):

@@ -29,7 +29,6 @@ from recsys_ssm.data.columns import (
     open_table,
     positions,
     times,
-    to_polars,
 )
 from recsys_ssm.data.two_tower import (
     Pairs,
@@ -40,7 +39,7 @@ from recsys_ssm.data.two_tower import (
     split_users,
 )
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import FeatureSchema
+from recsys_ssm.features import FeatureSchema, as_frame
 
 MAX_DEFAULT_USERS = 1000
 """Most users to rank for, in validation and in the test each, unless options give a number."""
@@ -237,7 +236,7 @@ class TableData(TwoTowerData):
             if isinstance(source, str | Path):
                 hashes[str(source)] = hash_file(Path(source).expanduser(), cache_folder())
             elif source is not None:
-                hashes[argument] = hash_frame(to_polars(source, argument))
+                hashes[argument] = hash_frame(as_frame(source, argument))
         return hashes
 
     def _read(self, notes: list[str]) -> tuple[_Rows, pl.DataFrame, pl.DataFrame]:

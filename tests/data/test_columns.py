@@ -20,11 +20,11 @@ from recsys_ssm.data.columns import (
     parse_dates,
     positions,
     times,
-    to_polars,
 )
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.table import TableData
 from recsys_ssm.errors import UserError
+from recsys_ssm.features import as_frame
 
 DAY = 86_400_000_000  # microseconds
 
@@ -232,13 +232,13 @@ class _Stream:
 
 
 def test_any_data_frame_with_arrow_columns():
-    assert to_polars(_Stream(), "users").equals(FRAME)
+    assert as_frame(_Stream(), "users").equals(FRAME)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (object(), "users: expected the path of a file or a data frame, got object"),
+        (object(), "users: expected a Polars or pandas data frame, got object"),
         (FRAME.drop("x"), "users: no column 'x'; its columns are user_id, y"),
         (FRAME.clear(), "users: the data frame has no row"),
     ],

@@ -24,12 +24,13 @@ from events import (
     trained,
     write,
 )
+from omegaconf import OmegaConf
 
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.run.assemble import make_data
 
 
 @pytest.fixture(autouse=True)
@@ -534,14 +535,14 @@ def write_official(path: Path) -> None:
 def test_named_datasets_read_their_official_layouts(tmp_path, monkeypatch, name):
     register_resolvers()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = hydra.compose("train", [f"dataset={name}", "dataset.download=null", "name=x"])
+        cfg = hydra.compose("train", [f"dataset={name}", "++dataset.download=null", "name=x"])
     monkeypatch.setenv("RECSYS_SSM_DATA", str(tmp_path / "data"))
     with pytest.raises(UserError, match=r"no such file .* put .* there, from "):
-        _ = make(cfg.dataset, "dataset").splits
-    cfg.dataset.k_core = 0
+        _ = make_data(cfg).splits
+    OmegaConf.update(cfg, "dataset.k_core", 0, force_add=True)
     for file in cfg.dataset.interactions:
         write_official(tmp_path / "data" / file)
-        data = make(cfg.dataset, "dataset")
+        data = make_data(cfg)
         assert histories(data.splits) == IN_ORDER, file
         assert data.name == name
         (tmp_path / "data" / file).unlink()

@@ -112,7 +112,7 @@ def test_other_data_frames_are_taken():
     for source in sources:
         assert all(map(torch.equal, make(interactions=source).splits.train, make().splits.train))
     with pytest.raises(
-        UserError, match="interactions: expected the path of a file or a data frame"
+        UserError, match="interactions: expected a Polars or pandas data frame, got object"
     ):
         _ = make(interactions=object()).splits
 
