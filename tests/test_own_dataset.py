@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from recsys_ssm.data.table import TableData
-
 QUICK = "trainer.max_steps=3 validations=1 trainer.enable_progress_bar=false backbone.n_layers=1 logger=none"
 
 
@@ -99,17 +97,3 @@ def test_a_mistake_is_one_line_and_leaves_no_results(folder, overrides, message)
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert not list(folder.glob("runs/mistake/*/metrics.json"))
-
-
-def test_every_option_is_in_the_config_with_its_default(repository):
-    import inspect
-
-    import yaml
-
-    shown = yaml.safe_load((repository / "conf" / "dataset" / "table.yaml").read_text())
-    options = inspect.signature(TableData).parameters
-    own = {name: p.default for name, p in options.items() if p.kind is p.KEYWORD_ONLY}
-    base = {"_target_", "seed", "batch_size", "eval_batch_size", "shuffle"}
-    assert set(shown) == set(own) | base
-    for name, default in own.items():
-        assert shown[name] == (list(default) if default == () else default), name
