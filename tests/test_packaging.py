@@ -222,7 +222,9 @@ def test_an_editable_install_leaves_the_working_directory_first(
     _run([*_pip(python), "-e", first], tmp_path, RECSYS_SSM_NO_KERNELS="1")
     code = "import recsys_ssm.paths as p; print(p.CONF_DIR)"
     for folder, found in ((tmp_path, first), (second, second)):
-        assert _run([python, "-c", code], folder, PYTHONPATH="").stdout.strip() == str(found / "conf")
+        assert _run([python, "-c", code], folder, PYTHONPATH="").stdout.strip() == str(
+            found / "conf"
+        )
 
 
 @pytest.mark.slow
@@ -232,7 +234,9 @@ def test_an_editable_install_compiles_the_kernels_beside_the_sources(
     root = _unpack(sdist, tmp_path)
     python = _environment(tmp_path)
     _run([*_pip(python), "-e", root], tmp_path)
-    code = "from recsys_ssm.ops import _dispatch as d; print(d.library_path(), d.kernel_library().isa)"
+    code = (
+        "from recsys_ssm.ops import _dispatch as d; print(d.library_path(), d.kernel_library().isa)"
+    )
     path, *isa = _run([python, "-c", code], tmp_path, PYTHONPATH="").stdout.split()
     assert Path(path).parent == root / "recsys_ssm" / "ops"
     # The compiler that made this checkout's library made the other one.

@@ -110,7 +110,9 @@ def kernel_library() -> KernelLibrary:
     except (OSError, AttributeError) as error:
         return KernelLibrary(None, "", f"the compiled library does not load ({error}); {REBUILD}")
     if abi != source_hash():
-        return KernelLibrary(None, "", f"the compiled library was built from other sources; {REBUILD}")
+        return KernelLibrary(
+            None, "", f"the compiled library was built from other sources; {REBUILD}"
+        )
     _share_openmp_threads(handle)
     isa = _ISA_ORDER[min(handle.recsys_isa(), _ISA_ORDER.index(limit))]
     return KernelLibrary(handle, isa, "")
@@ -192,7 +194,9 @@ class Operator:
             cpu, why = f"C++ kernel ({library.isa})", "float64 and float16 run on plain PyTorch"
         else:
             cpu = "plain PyTorch"
-            why = library.reason or f"the compiled library lacks {', '.join(self.kernels)}; {REBUILD}"
+            why = (
+                library.reason or f"the compiled library lacks {', '.join(self.kernels)}; {REBUILD}"
+            )
         package = self.cuda.partition(".")[0]
         if not torch.cuda.is_available():
             cuda, cuda_why = "none", "PyTorch sees no CUDA device"
