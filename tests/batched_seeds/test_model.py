@@ -1,4 +1,4 @@
-"""Models of several seeds at once: each is as if it were trained alone."""
+"""Train models of several seeds at once: each ends as if it were trained alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_ssm.batched_seeds.data import SeedsData
-from recsys_ssm.batched_seeds.model import Seeds, batchable_softmax
+from recsys_ssm.batched_seeds.model import BatchableSoftmax, Seeds
 from recsys_ssm.data.spotify import SpotifyData
 from recsys_ssm.errors import UserError
-from recsys_ssm.models.heads import in_batch_softmax
+from recsys_ssm.models.losses import InBatchSoftmax
 from recsys_ssm.models.two_tower import TwoTower
 
 _BACKBONES = "recsys_ssm.models.backbones"
@@ -114,8 +114,8 @@ def test_each_seed_is_its_single_run(tmp_path: Path, backbone: str) -> None:
         ({"backbone": "mamba2"}, {}),
         ({"backbone": "hydra"}, {}),
         ({"backbone": "identity"}, {}),
-        ({"head": {"loss": "softmax"}}, {}),
-        ({"head": {"loss": "bce"}}, {}),
+        ({"loss": {"_target_": "recsys_ssm.models.losses.InBatchSoftmax"}}, {}),
+        ({"loss": {"_target_": "recsys_ssm.models.losses.BinaryCrossEntropy"}}, {}),
         (
             {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-2, "weight_decay": 0.3}},
             {"gradient_clip_val": 0.02},
@@ -190,8 +190,8 @@ def test_softmax_of_fixed_shapes_is_the_softmax() -> None:
     user, item = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
     index = torch.randint(5, (12,))
     for target in (torch.randint(-1, 2, (12,)), torch.zeros(12)):
-        found = batchable_softmax(user, item, target, index)
-        wanted = in_batch_softmax(user, item, target, index)
+        found = BatchableSoftmax()(user, item, target, index)
+        wanted = InBatchSoftmax()(user, item, target, index)
         torch.testing.assert_close(found, wanted)
         for a, b in zip(
             torch.autograd.grad(found, (user, item)),
