@@ -5,8 +5,8 @@ The parameters of K models are stacked, (K, …). One model's forward pass runs 
 element by element does not mix them either, so each seed is trained as it would be alone. A step takes as many operator
 calls as a single model's, each over K times the data.
 
-With dropout a seed draws other numbers than its single run, because the seeds share a generator: the distribution is the
-same, the digits are not. Without dropout, and in float64, the two agree to rounding.
+With dropout a seed draws other numbers than its single run, because the seeds share a generator: the distribution is
+the same, the digits are not. Without dropout, and in float64, the two agree to rounding.
 
 Legend: K seeds, B pairs.
 """
@@ -142,7 +142,7 @@ class Seeds(L.LightningModule):
         return self
 
     def _nonempty(self) -> dict[str, Tensor]:
-        """Return the parameters for ``vmap``, without empty ones (an embedding without categories): no rule takes these."""
+        """Return the parameters for ``vmap``, without empty ones (an embedding without categories)."""
         return {name: value for name, value in self.named_parameters() if value.numel()}
 
     # Training

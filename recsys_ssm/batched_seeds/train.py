@@ -236,7 +236,8 @@ def check_one_process(trainer: L.Trainer) -> None:
     """
     if trainer.world_size > 1:
         raise UserError(
-            f"trainer.devices: {trainer.world_size} devices, but seeds are trained at once on one; set trainer.devices=1"
+            f"trainer.devices: {trainer.world_size} devices, but seeds are trained at once on one; "
+            "set trainer.devices=1"
         )
 
 

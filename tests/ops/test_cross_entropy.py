@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
@@ -91,9 +92,9 @@ def test_of_no_position_it_is_zero_and_so_are_the_gradients() -> None:
 
 def test_shapes_are_checked() -> None:
     x, weight, target = inputs(4, 10, 3)
-    with pytest.raises(ValueError, match=r"got \(4, 3\), \(10, 3\), \(3,\)"):
+    with pytest.raises(UserError, match=r"got \(4, 3\), \(10, 3\), \(3,\)"):
         linear_cross_entropy(x, weight, target[:3])
-    with pytest.raises(ValueError, match="chunk=0"):
+    with pytest.raises(UserError, match="chunk=0"):
         linear_cross_entropy(x, weight, target, chunk=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.dropout import Dropout, dropout
 
 
@@ -63,5 +64,5 @@ def test_none_all_and_not_in_training() -> None:
     assert torch.equal(dropout(x, 0.5, training=False), x)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert not torch.equal(Dropout(0.5)(x), x)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="between 0 and 1"):
         dropout(x, 1.5)

@@ -179,9 +179,9 @@ def test_nan_of_an_excluded_item_takes_no_part(path: str) -> None:
     ("query", "items", "k", "pairs", "message"),
     [
         ((2, 3), (4, 2), 1, None, r"\(U, D\) and \(I, D\)"),
-        ((2, 3), (0, 3), 1, None, "no items"),
+        ((2, 3), (0, 3), 1, None, "items is empty"),
         ((2, 3), (4, 3), 0, None, "k must be at least 1"),
-        ((2, 3), (4, 3), 1, ([0, 1], [0]), "as many items"),
+        ((2, 3), (4, 3), 1, ([0, 1], [0]), "equal numbers of users and items"),
         ((2, 3), (4, 3), 1, ([0, 2], [0, 0]), "user 2 and item 0.* of 2 users and 4 items"),
         ((2, 3), (4, 3), 1, ([0, 1], [0, 4]), "user 1 and item 4"),
         ((2, 3), (4, 3), 1, ([0, -1], [0, 0]), "from -1"),
@@ -196,5 +196,5 @@ def test_what_does_not_fit_is_told(
     message: str,
 ) -> None:
     exclude = None if pairs is None else (torch.tensor(pairs[0]), torch.tensor(pairs[1]))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         rank_products(torch.zeros(query), torch.zeros(items), k, exclude)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -650,3 +651,38 @@ def test_inputs_are_left_as_they_are() -> None:
     public(x)
     for name, value in before.items():
         assert not isinstance(value, Tensor) or torch.equal(x[name], value)
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Make PyTorch fill memory that nobody has written to with NaN."""
+    torch.use_deterministic_algorithms(True)  # without it the fill is off
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("channels", "states"), [(0, 4), (4, 0)])
+def test_no_channels_or_no_states_leave_no_memory_uninitialised(
+    uninitialised_is_nan: None, channels: int, states: int
+) -> None:
+    torch.manual_seed(0)
+    shapes = {
+        "u": (2, 3, channels), "dt": (2, 3, channels), "A": (channels, states),
+        "B": (2, 3, states), "C": (2, 3, states), "D": (channels,), "z": (2, 3, channels),
+        "dt_bias": (channels,), "initial_state": (2, channels, states),
+    }  # fmt: skip
+    inputs = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    found, wanted = (
+        torch.autograd.grad(
+            sum((x + x * x).sum() for x in outputs),
+            list(inputs.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for outputs in (
+            selective_scan(**inputs, dt_softplus=True, return_final_state=True),
+            selective_scan_reference(**inputs, dt_softplus=True),
+        )
+    )
+    for name, a, b in zip(inputs, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, msg=name)

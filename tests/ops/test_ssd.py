@@ -406,7 +406,7 @@ def test_autocast_keeps_the_recurrence_in_float32() -> None:
     ("changes", "words"),
     [
         ({"x": torch.zeros(2, 6, 4)}, r"x must be \(B, L, H, P\)"),
-        ({"B": torch.zeros(2, 6, 3, 5)}, "no multiple of 3 groups"),
+        ({"B": torch.zeros(2, 6, 3, 5)}, "not a multiple of 3 groups"),
         ({"B": torch.zeros(2, 6, 0, 5)}, "no multiple of 0 groups"),
         ({"C": torch.zeros(2, 6, 2, 4)}, "C must have shape"),
         ({"dt": torch.zeros(2, 6, 3)}, "dt must have shape"),
@@ -469,3 +469,21 @@ def test_nan_and_infinity_stay_in_their_future() -> None:
         x = inputs["x"].detach().clone()
         x[0, 20] = poison
         torch.testing.assert_close(ssd(**inputs | {"x": x})[:, :20], y[:, :20])
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "D", "dt_bias", "initial_state"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_float64_input_among_float32_ones(name: str, packed: bool) -> None:
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(2, 5, 4, 3), "dt": torch.rand(2, 5, 4), "A": -torch.rand(4),
+        "B": torch.randn(2, 5, 2, 6), "C": torch.randn(2, 5, 2, 6), "D": torch.randn(4),
+        "dt_bias": torch.randn(4), "initial_state": torch.randn(2, 4, 3, 6),
+    }  # fmt: skip
+    others = {"dt_softplus": True, "seq_idx": torch.tensor([[0, 0, 1, 1, -1]] * 2) * packed}
+    mixed = inputs | {name: inputs[name].double()}
+    y, state = ssd(**mixed, **others, return_final_state=True)
+    assert (y.dtype, state.dtype) == (torch.float32, torch.float64)
+    wanted = ssd_reference(**{name: x.double() for name, x in inputs.items()}, **others)
+    torch.testing.assert_close(y.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, wanted[1], rtol=1e-9, atol=1e-9)
