@@ -92,7 +92,7 @@ def furthest(models: Seeds, number: int, model: TwoTower) -> float:
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
 def test_each_seed_is_its_single_run(tmp_path: Path, backbone: str) -> None:
-    """The bar: 200 steps in float64, within 1e-8."""
+    """Check 200 steps in float64, within 1e-8."""
     seeds = [3, 4]
     models = at_once(tmp_path, seeds, 200, {"backbone": backbone}, {})
     assert models.user_tower.head[0].weight.dtype == torch.float64
@@ -142,7 +142,7 @@ def test_other_models_losses_and_optimizers(tmp_path: Path, options: dict, train
 
 
 def test_float32_runs_on_the_kernels(tmp_path: Path) -> None:
-    """Rounding alone separates them: after few steps they are near, and not the same seed twice."""
+    """Check that rounding alone separates the runs: after few steps they are close, and seeds differ."""
     models = at_once(tmp_path, [0, 1], 5, {}, {"precision": "32-true"})
     for number in range(2):
         model = alone(tmp_path, number, 5, {}, {"precision": "32-true"})

@@ -1,4 +1,4 @@
-"""The chunked softmax loss against the plain one."""
+"""Check the chunked softmax loss against the plain one."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_shapes_are_checked() -> None:
 
 
 def test_a_million_items_fit_into_two_gibibytes() -> None:
-    """4,096 positions: all logits would be 16 GB. Weights and their gradient are 2 × 256 MB."""
+    """Use 4,096 positions: all logits would take 16 GB, the weights and their gradient take 2 × 256 MB."""
     script = """
 import resource, torch
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy

@@ -84,7 +84,7 @@ def test_the_build_and_the_package_hash_the_sources_alike(
 def test_sources_without_a_library_take_that_of_an_install(
     use: Any, kernel: None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """``pip install .``, then ``python -m recsys_ssm.train`` in the checkout: its sources, pip's library."""
+    """Use pip's library with the checkout's sources (``pip install .``, then ``python -m`` in the checkout)."""
     beside = tmp_path / "checkout" / library_path().name
     installed = tmp_path / "site-packages" / "recsys_ssm" / "ops" / beside.name
     installed.parent.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_a_broken_library_is_not_used(use: Any, tmp_path: Path, monkeypatch: Any
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm on this machine")
 def test_no_code_is_shared_between_instruction_sets(kernel: None) -> None:
-    """Kernels export their entry points and nothing else; a weak symbol could be another set's."""
+    """Check that kernels export only their entry points: a weak symbol could come from another instruction set."""
     said = subprocess.run(
         ["nm", "-D", "--defined-only", str(library_path())],
         capture_output=True, text=True, check=False,
@@ -124,7 +124,7 @@ def test_no_code_is_shared_between_instruction_sets(kernel: None) -> None:
 
 
 def test_sources_keep_to_the_rule_that_makes_one_library_safe() -> None:
-    """Only the runtime may use the standard library's templates (see runtime.h)."""
+    """Check that only the runtime uses the standard library's templates (see runtime.h)."""
     allowed = {"cmath", "cstddef", "cstdint", "cstdlib", "cstring", "immintrin.h", "arm_neon.h"}
     allowed |= {"intrin.h"}
     for path in [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]:

@@ -1,4 +1,4 @@
-"""What is dropped, how often, and how what is left is scaled."""
+"""Check the share of dropped elements and the scale of the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_share_scale_and_gradient(dtype: torch.dtype, p: float) -> None:
 
 
 def test_neighbours_and_rows_are_dropped_independently() -> None:
-    """Four elements share a draw of 64 bits: their 16 are independent of each other's."""
+    """Check that the four elements of one 64-bit draw are independent of each other."""
     torch.manual_seed(0)
     kept = (dropout(torch.ones(250_000, 8), 0.3) > 0).double()
     correlation = torch.corrcoef(kept.T) - torch.eye(8)

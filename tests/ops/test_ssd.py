@@ -1,4 +1,4 @@
-"""State space duality: every path against the formula, in float64."""
+"""Check every path of state space duality against the formula, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOATS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
 def random_sequences(batch: int, length: int, rng: random.Random) -> Tensor:
-    """Rows of sequences of 1 to 40 positions, padding before, between and after; some rows empty."""
+    """Make rows of sequences of 1 to 40 positions, with padding before, between and after; some rows are empty."""
     seq_idx = torch.full((batch, length), -1)
     for row in seq_idx:
         t, name = rng.randint(0, 2), 0
@@ -51,7 +51,7 @@ def random_inputs(
     decay: float = 4.0,
     state: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of ``ssd``; x, B and C are views of one tensor, as the convolution gives them."""
+    """Make arguments of ``ssd``; x, B and C are views of one tensor, as they come from the convolution."""
     channels, width = heads * headdim, groups * states
     xBC = torch.randn(batch, length, channels + 2 * width).to(dtype)
     x, B, C = xBC.split([channels, width, width], dim=-1)
@@ -91,7 +91,7 @@ def gradients(
 
 
 def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
-    """max|a - b| / max|b|."""
+    """Return max|a - b| / max|b|."""
     scale = max(scale, expected.abs().max().item())
     error = (found.double() - expected).abs().max().item()
     return error / scale if scale else error
@@ -149,7 +149,7 @@ def check_random_shapes(dtype: torch.dtype, bound: float, count: int) -> None:
 
 
 def cancelled_scale(name: str, inputs: dict[str, Any], given: list[Tensor]) -> float:
-    """The root of the summed squares of what each channel of each position adds to the gradient of
+    """Return the root of the summed squares of the terms that each channel of each position adds to the gradient of
     A, D or dt_bias: the same scan with every channel a head and every position's parameter its own."""
     batch, length, heads, headdim = inputs["x"].shape
     spread = inputs[name].detach()[:, None].expand(batch, length, heads, headdim).flatten(2)
@@ -355,7 +355,7 @@ def test_registered_with_torch_library(packed: bool, final: bool) -> None:
 
 
 class Model(torch.nn.Module):
-    """A projection and the operator, as a block has them."""
+    """Combine a projection and the operator, as in a block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ def randn(*shape: int, calls: int = CALLS, dtype: torch.dtype = torch.float32) -
 
 
 def sequences(calls: int = CALLS) -> Tensor:
-    """Packed rows with padding, different for each call."""
+    """Make packed rows with padding, different for each call."""
     rows = torch.tensor([[0, 0, 0, 1, 1, -1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, -1, -1]])
     return torch.stack([rows.roll(i, 0) for i in range(calls)])
 
