@@ -27,17 +27,22 @@ from recsys_ssm.batched_seeds.data import SeedsData
 from recsys_ssm.batched_seeds.model import Seeds
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.two_tower import TwoTowerData
-from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.assemble import make_model
+from recsys_ssm.run.assemble import make_data, make_model
 
 
-def config(dataset: str, backbone: str) -> DictConfig:
+def config(dataset: str, backbone: str, seed: int = 0) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(
             "train",
-            [f"dataset={dataset}", f"backbone={backbone}", "name=benchmark", "output_dir=."],
+            [
+                f"dataset={dataset}",
+                f"backbone={backbone}",
+                f"seed={seed}",
+                "name=benchmark",
+                "output_dir=.",
+            ],
         )
 
 
@@ -73,7 +78,7 @@ def side_by_side(
     """Time single-thread steps between two barriers, in one process of :func:`processes`."""
     torch.set_num_threads(1)
     cfg = config(dataset, backbone)
-    step = single_step(cfg, make(cfg.dataset, "dataset"))
+    step = single_step(cfg, make_data(cfg))
     for _ in range(3):
         step()
     barrier.wait()
@@ -121,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for backbone in args.backbones:
         cfg = config(args.dataset, backbone)
-        parts = [make({**cfg.dataset, "seed": seed}, "dataset") for seed in range(max(args.seeds))]
+        parts = [make_data(config(args.dataset, backbone, seed)) for seed in range(max(args.seeds))]
         steps = {"single": single_step(cfg, parts[0])}
         steps |= {f"K={n}": seeds_step(cfg, parts[:n]) for n in args.seeds}
         timings = take_turns(steps, args.repetitions, budget=60)

@@ -327,9 +327,7 @@ def test_seed(part: Part, model: Seeds, number: int) -> dict[str, Any]:
     level = lightning.level
     lightning.setLevel(logging.WARNING)  # the devices are in the log already
     try:
-        trainer: L.Trainer = instantiate(
-            quiet, "trainer", logger=False, enable_checkpointing=False
-        )
+        trainer: L.Trainer = instantiate(quiet, "trainer", logger=False, enable_checkpointing=False)
         return assemble.test_model(trainer, single, part.data)
     finally:
         lightning.setLevel(level)

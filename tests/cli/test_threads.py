@@ -26,7 +26,8 @@ COMMANDS = sorted(
     path.relative_to(Path(__file__).parents[2]).with_suffix("").as_posix().replace("/", ".")
     for path in (Path(__file__).parents[2] / "recsys_ssm").glob("**/*.py")
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
-    and path.parent.name + path.name != "recsys_ssm__main__.py"  # lists the commands, without PyTorch
+    and path.parent.name + path.name
+    != "recsys_ssm__main__.py"  # lists the commands, without PyTorch
 )
 
 

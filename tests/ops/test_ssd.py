@@ -407,7 +407,7 @@ def test_autocast_keeps_the_recurrence_in_float32() -> None:
     [
         ({"x": torch.zeros(2, 6, 4)}, r"x must be \(B, L, H, P\)"),
         ({"B": torch.zeros(2, 6, 3, 5)}, "not a multiple of 3 groups"),
-        ({"B": torch.zeros(2, 6, 0, 5)}, "no multiple of 0 groups"),
+        ({"B": torch.zeros(2, 6, 0, 5)}, "not a multiple of 0 groups"),
         ({"C": torch.zeros(2, 6, 2, 4)}, "C must have shape"),
         ({"dt": torch.zeros(2, 6, 3)}, "dt must have shape"),
         ({"A": torch.zeros(4, 2)}, "A must have shape"),
