@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import box
@@ -31,9 +29,11 @@ from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.run import assemble
 from recsys_ssm.run.callbacks import Cost
+from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
-from recsys_ssm.run.files import versions, write_bytes, write_json
+from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.loggers import finish, log_summary
+from recsys_ssm.run.resume import KEY, RunRecord, check_resume
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         return str(self.cfg.name) + ("-generated" if self.data.splits.generated else "")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return assemble.full_config(self.cfg, self.name)
 
     @property
     def folder(self) -> Path:
@@ -121,12 +125,20 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s: %s", first.data.name, note)
     counts = model.single.parameter_counts()
     log.info("%s: parameters of each %s", name, assemble.describe(counts))
-    config = assemble.write_config(output, cfg, name)
+    config = assemble.full_config(cfg, name)
+    identity = {
+        f"{what} of seed {part.seed}": value
+        for part in parts
+        for what, value in part.data.identity().items()
+    }
+    if ckpt_path is not None:
+        checkpoint = read_checkpoint(ckpt_path)
+        check_fits(checkpoint, model, ckpt_path)
+        check_resume(checkpoint, config, identity, ckpt_path)
+    assemble.write_config(output, config)
     for part in parts:
         part.folder.mkdir(exist_ok=True)
-        assemble.write_config(part.folder, part.cfg, part.name)
-    if ckpt_path is not None:
-        check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
+        assemble.write_config(part.folder, part.config)
 
     # Progress bars and loggers show the mean.
     shown = cfg.copy()
@@ -143,7 +155,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     failed = True
     try:
         loggers = assemble.make_loggers(shown, first.data, output, name)
-        callbacks += [StepSeed(cfg.seed), histories, cost]
+        callbacks += [StepSeed(cfg.seed), RunRecord(config, identity), histories, cost]
         trainer = assemble.make_trainer(shown, callbacks, loggers)
         check_one_process(trainer)
         for logger in loggers:
@@ -276,19 +288,17 @@ def save_checkpoints(part: Part, model: Seeds, number: int, trainer: L.Trainer) 
         "best": (model.best_of(number), model.best_steps[number]),
         "last": (model.state_of(number), trainer.global_step),
     }
+    record = RunRecord(part.config, part.data.identity()).record
     for which, (state, step) in states.items():
-        content = io.BytesIO()
-        torch.save(
-            {
-                "state_dict": {name: tensor.cpu().clone() for name, tensor in state.items()},
-                TwoTower.CHECKPOINT_HYPER_PARAMS_KEY: hyper_parameters,
-                "global_step": step,
-                "epoch": trainer.current_epoch,
-                "pytorch-lightning_version": L.__version__,
-            },
-            content,
-        )
-        write_bytes(folder / f"{which}.ckpt", content.getvalue())
+        checkpoint = {
+            "state_dict": {name: tensor.cpu().clone() for name, tensor in state.items()},
+            TwoTower.CHECKPOINT_HYPER_PARAMS_KEY: hyper_parameters,
+            "global_step": step,
+            "epoch": trainer.current_epoch,
+            "pytorch-lightning_version": L.__version__,
+            KEY: record,
+        }
+        AtomicCheckpointIO().save_checkpoint(checkpoint, folder / f"{which}.ckpt")
 
 
 def finish_seed(
