@@ -163,9 +163,10 @@ class Seeds(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = dict(self.single.optimizer_spec)
-        if str(optimizer["_target_"]).rpartition(".")[2] in FUSED and self.device.type == "cpu":
-            # One pass over K models' parameters in place of ten. An explicit `fused` or `foreach` stands.
-            optimizer = {**({} if "foreach" in optimizer else {"fused": True}), **optimizer}
+        is_fused = str(optimizer["_target_"]).rpartition(".")[2] in FUSED
+        is_open = optimizer.get("foreach") is None and optimizer.get("fused") is None
+        if is_fused and is_open and self.device.type == "cpu":
+            optimizer["fused"] = True  # one pass over K models' parameters in place of ten
         groups = self._parameter_groups(weight_decay(optimizer))
         return configure_optimizers(self, optimizer, self.single.scheduler_spec, groups)
 

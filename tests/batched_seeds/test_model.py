@@ -280,3 +280,14 @@ def test_batches_are_each_seeds_own_and_go_on_where_they_stopped() -> None:
     again = SeedsData([data_of(seed) for seed in (0, 1)]).train_dataloader()
     again.load_state_dict(state)
     assert torch.equal(next(iter(again)).user_index, next(batches).user_index)
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"foreach": None, "fused": None}, True), ({"foreach": True}, None)],
+)
+def test_adam_is_fused_on_the_cpu_unless_an_option_is_given(
+    options: dict[str, Any], fused: bool | None
+) -> None:
+    models = Seeds([model_of(seed, optimizer={**ADAM, **options}) for seed in (0, 1)], [0, 1])
+    assert models.configure_optimizers().defaults["fused"] == fused
