@@ -55,7 +55,7 @@ clean: ## remove what was built, the virtual environment included; runs and logs
 	find recsys_ssm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	find recsys_ssm \( -name '*.so' -o -name '*.dylib' -o -name '*.dll' \) -type f -exec rm -f {} +
 
-# The install: made once, brought up to date when what it comes from is newer.
+# Install once, and again when one of these files is newer.
 $(STAMP): pyproject.toml scripts/venv.sh $(filter-out /dev/null,$(CONSTRAINTS)) \
-    $(wildcard hatch_build.py recsys_ssm/ops/build.py recsys_ssm/ops/csrc/*)
+    CMakeLists.txt $(wildcard recsys_ssm/ops/csrc/*)
 	@sh scripts/venv.sh $(PYTHON) $(VENV) $(CONSTRAINTS)

@@ -1,10 +1,10 @@
-"""The operators of recsys_ssm.ops beside their alternatives: time, memory, error, and the floor.
+"""Measure the operators of recsys_ssm.ops beside their alternatives: time, memory, error, and the floor.
 
     python benchmarks/ops.py                        # everything, one and two threads
     python benchmarks/ops.py --only 'selective_scan (32' --threads 1 --json ops.json
 
-"floor" is what the machine needs at least, measured in the same run in processor time of one thread;
-"x floor" is the time of forward and backward over it.  Cases are in op_cases/, one module an operator.
+"floor" is the least time that the machine needs, measured in the same run in processor time of one thread. "x floor" is
+the time of forward and backward divided by it. The cases are in op_cases/, one module for each operator.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--contenders", nargs="*", help="these only, by name")
+    parser.add_argument("--only", default="", help="run cases whose name contains this")
+    parser.add_argument("--contenders", nargs="*", help="run these only, by name")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--budget", type=float, default=10, help="seconds a contender, about")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument(
+        "--budget", type=float, default=10, help="approximate seconds for each contender"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     return parser.parse_args()
 
 
@@ -138,7 +140,7 @@ _current: dict[str, str] = {}
 
 
 def _use(environment: dict[str, str]) -> None:
-    """Choose the kernels; costs nothing unless the last contender chose others."""
+    """Load the kernels that an environment selects, unless the last contender selected the same."""
     global _current  # noqa: PLW0603
     if environment == _current:
         return
@@ -155,7 +157,7 @@ def _use(environment: dict[str, str]) -> None:
 def _error(
     case: op_cases.Case, contender: op_cases.Contender, x: Tensors, dy: Tensor
 ) -> float | None:
-    """max|a - b| / max|b| against float64, the worst of the output and each gradient."""
+    """Return max|a - b| / max|b| against float64, the largest of the output and each gradient."""
     elements = max(t.numel() for t in x.values()) * (x["A"].shape[-1] if "A" in x else 1)
     if not contender.exact or contender.prepare is not None or elements > 5e7:
         return None

@@ -1,10 +1,10 @@
-"""What training several seeds at once is worth: seed-steps a second against single runs, published recipe.
+"""Measure seeds that are trained at once against single runs, with the published recipe.
 
     python benchmarks/seeds.py [--dataset spotify] [--backbones mamba transformer] [--seeds 1 2 4 8] [--json FILE]
 
-A step is batch, forward, backward, optimizer. Contenders take turns: single runs with all threads, K
-seeds at once with as many, and, since that is the other way to use the cores, single runs with one
-thread each side by side. Medians; wall time, and the processor time spent, per seed and step.
+A step is batch, forward, backward and optimizer. The contenders take turns: single runs with all threads, and K seeds
+at once with the same threads. A third contender, the other way to use the cores, is one single run per thread, side by
+side. Prints medians of wall time and of processor time, per seed and step.
 """
 
 from __future__ import annotations
@@ -27,28 +27,33 @@ from recsys_ssm.batched_seeds.data import SeedsData
 from recsys_ssm.batched_seeds.model import Seeds
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.two_tower import TwoTowerData
-from recsys_ssm.instantiate import make
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.assemble import make_model
+from recsys_ssm.run.assemble import make_data, make_model
 
 
-def config(dataset: str, backbone: str) -> DictConfig:
+def config(dataset: str, backbone: str, seed: int = 0) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(
             "train",
-            [f"dataset={dataset}", f"backbone={backbone}", "name=benchmark", "output_dir=."],
+            [
+                f"dataset={dataset}",
+                f"backbone={backbone}",
+                f"seed={seed}",
+                "name=benchmark",
+                "output_dir=.",
+            ],
         )
 
 
 def single_step(cfg: DictConfig, data: TwoTowerData) -> Callable[[], None]:
-    """Makes the next step of a single run."""
+    """Return a function that makes the next step of a single run."""
     model = make_model(cfg, data)
     return _step(model, model._loss, iter(data.train_dataloader()))
 
 
 def seeds_step(cfg: DictConfig, parts: list[TwoTowerData]) -> Callable[[], None]:
-    """Makes the next step of as many seeds as there are parts."""
+    """Return a function that makes the next step of all the parts' seeds at once."""
     models = Seeds([make_model(cfg, data) for data in parts], range(len(parts)))
     return _step(
         models, lambda batch: models(batch).sum(), iter(SeedsData(parts).train_dataloader())
@@ -70,10 +75,10 @@ def _step(model: Any, loss_of: Callable[[Any], torch.Tensor], batches: Iterator[
 def side_by_side(
     dataset: str, backbone: str, n_processes: int, barrier: Any, steps: int, seconds: Any
 ) -> None:
-    """A process of :func:`processes`: single-thread steps, timed between two meetings of all."""
+    """Time single-thread steps between two barriers, in one process of :func:`processes`."""
     torch.set_num_threads(1)
     cfg = config(dataset, backbone)
-    step = single_step(cfg, make(cfg.dataset, "dataset"))
+    step = single_step(cfg, make_data(cfg))
     for _ in range(3):
         step()
     barrier.wait()
@@ -86,7 +91,7 @@ def side_by_side(
 
 
 def processes(dataset: str, backbone: str, n_processes: int, steps: int) -> Timing:
-    """Single runs in processes of a thread each, all at the same time: milliseconds a seed and step."""
+    """Time single runs side by side, in processes of one thread each: milliseconds per seed and step."""
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(n_processes), context.Queue()
     arguments = (dataset, backbone, n_processes, barrier, steps, seconds)
@@ -110,7 +115,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--no-processes", action="store_true", help="leave out the last contender")
     parser.add_argument(
-        "--spin", action="store_true", help="threads wait as a user's do, not asleep at once"
+        "--spin",
+        action="store_true",
+        help="let threads spin as the commands do, in place of sleeping",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
@@ -119,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for backbone in args.backbones:
         cfg = config(args.dataset, backbone)
-        parts = [make({**cfg.dataset, "seed": seed}, "dataset") for seed in range(max(args.seeds))]
+        parts = [make_data(config(args.dataset, backbone, seed)) for seed in range(max(args.seeds))]
         steps = {"single": single_step(cfg, parts[0])}
         steps |= {f"K={n}": seeds_step(cfg, parts[:n]) for n in args.seeds}
         timings = take_turns(steps, args.repetitions, budget=60)

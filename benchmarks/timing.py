@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from recsys_ssm.cli.threads import SPIN_COUNT
+
 __all__ = [
     "Floors",
     "Timing",
@@ -47,6 +49,7 @@ def let_threads_sleep(unless: str = "") -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         if unless in sys.argv:
             os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # for as long as GOMP_SPINCOUNT says
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         else:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
             os.environ.pop("GOMP_SPINCOUNT", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from recsys_ssm.cli import threads  # noqa: F401 - before PyTorch loads OpenMP
+
+# isort: split
 import logging
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the project's virtual environment, or brings it up to date: venv.sh PYTHON VENV CONSTRAINTS
+# Make the project's virtual environment, or bring it up to date: venv.sh PYTHON VENV CONSTRAINTS
 #
-# Only a finished install leaves the stamp VENV/.installed. VENV/.installing stands while one runs and holds its
-# process id: found with that process gone, the last install was cut short and its environment is thrown away.
+# Only a finished install leaves the stamp VENV/.installed. A running install keeps its process id in VENV/.installing.
+# If that process is gone, the last install was cut short, and the script removes its environment.
 set -eu
 
 python=$1 venv=$2 constraints=$3
@@ -36,7 +36,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 
 echo $$ >"$unfinished"
-trap 'exit 130' INT TERM # leaves $unfinished behind, where an error of pip's does not: pip has tidied up then
+trap 'exit 130' INT TERM # leaves $unfinished behind; after an error pip has cleaned up, so it is removed below
 echo "Installing into $venv (some minutes the first time)"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e '.[dev]' || {
   rm -f "$unfinished"

@@ -1,4 +1,4 @@
-"""What a user gets: the wheel, its metadata, and training from nothing but the wheel."""
+"""Check the packages: the wheel, its metadata, editable installs, and training from the wheel alone."""
 
 from __future__ import annotations
 
@@ -42,27 +42,34 @@ def _run(
     return done
 
 
+_BUILD = [sys.executable, "-m", "build", "--no-isolation"]
+
+
 @pytest.fixture(scope="module")
 def sdist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    _run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder], repository)
+    _run([*_BUILD, "--sdist", "--outdir", folder], repository)
     (archive,) = folder.iterdir()
     return archive
 
 
-def _build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
-    """From the source package: what that lacks, the wheel would lack."""
+def _unpack(sdist: Path, folder: Path) -> Path:
     _run(["tar", "-xzf", sdist, "-C", folder], folder)
     (root,) = folder.iterdir()
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "dist"]
-    _run(build, root, **environment)
+    return root
+
+
+def _build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
+    """Build a wheel from the source package: a file that is not in it is not in the wheel."""
+    root = _unpack(sdist, folder)
+    _run([*_BUILD, "--wheel", "--outdir", folder / "dist"], root, **environment)
     (wheel,) = (folder / "dist").iterdir()
     return wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without the CPU kernels, which take a while to compile."""
+    """Build the wheel without the CPU kernels, which take a while to compile."""
     return _build_wheel(sdist, tmp_path_factory.mktemp("wheel"), RECSYS_SSM_NO_KERNELS="1")
 
 
@@ -112,6 +119,19 @@ def test_wheel_metadata(wheel: Path) -> None:
 
     assert required("cuda") == {"mamba-ssm", "causal-conv1d"}
     assert {"torch", "lightning", "hydra-core", "torchmetrics", "wandb", "polars"} <= required(None)
+
+
+def test_without_a_compiler_the_package_is_built_and_says_so(sdist: Path, tmp_path: Path) -> None:
+    root = _unpack(sdist, tmp_path)
+    build = [*_BUILD, "--wheel", "--outdir", tmp_path / "dist"]
+    done = _run(build, root, CXX="no-such-compiler")
+    assert "The CPU kernels are not compiled" in done.stdout
+    assert "no-such-compiler" in done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    required = os.environ | {"CXX": "no-such-compiler", "RECSYS_SSM_REQUIRE_KERNELS": "1"}
+    refused = subprocess.run(build, check=False, cwd=root, env=required, capture_output=True)
+    assert refused.returncode != 0
 
 
 def test_source_package_leaves_out_what_is_not_source(sdist: Path) -> None:
@@ -171,18 +191,61 @@ def test_every_import_is_a_declared_dependency(repository: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that holds the wheel, and this one's dependencies but nothing
-    of this checkout: a .pth file names the folder of the dependencies (torch is large)."""
-    folder = tmp_path_factory.mktemp("environment")
+    """Install the wheel, without anything of this checkout."""
     wheel = _build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    python = folder / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    _run([*pip, "--no-deps", "--no-index", wheel], folder)
-    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    # A .pth in a folder that a .pth names is not read: the editable install stays out of sight.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    assert wheel.name.startswith(f"recsys_ssm-{recsys_ssm.__version__}-py3-none-")
+    python = _environment(tmp_path_factory.mktemp("environment"))
+    _run([*_pip(python), wheel], wheel.parent)
     return python
+
+
+def _environment(folder: Path) -> Path:
+    """Make an environment with this one's dependencies and return its Python.
+
+    A .pth file names the folder of the dependencies, because torch is large. Python does not read a .pth file there,
+    so the environment does not see this checkout's editable install.
+    """
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "venv" / "bin" / "python"
+
+
+def _pip(python: Path) -> list[str | Path]:
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    return [*pip, "--no-deps", "--no-index", "--no-build-isolation"]
+
+
+def test_an_editable_install_leaves_the_working_directory_first(
+    sdist: Path, tmp_path: Path
+) -> None:
+    first, second = (
+        _unpack(sdist, path) for path in (tmp_path / "a", tmp_path / "b") if not path.mkdir()
+    )
+    python = _environment(tmp_path)
+    _run([*_pip(python), "-e", first], tmp_path, RECSYS_SSM_NO_KERNELS="1")
+    code = "import recsys_ssm.paths as p; print(p.CONF_DIR)"
+    for folder, found in ((tmp_path, first), (second, second)):
+        assert _run([python, "-c", code], folder, PYTHONPATH="").stdout.strip() == str(
+            found / "conf"
+        )
+
+
+@pytest.mark.slow
+def test_an_editable_install_compiles_the_kernels_beside_the_sources(
+    sdist: Path, tmp_path: Path
+) -> None:
+    root = _unpack(sdist, tmp_path)
+    python = _environment(tmp_path)
+    _run([*_pip(python), "-e", root], tmp_path)
+    code = (
+        "from recsys_ssm.ops import _dispatch as d; print(d.library_path(), d.kernel_library().isa)"
+    )
+    path, *isa = _run([python, "-c", code], tmp_path, PYTHONPATH="").stdout.split()
+    assert Path(path).parent == root / "recsys_ssm" / "ops"
+    # The compiler that made this checkout's library made the other one.
+    assert isa == ([kernel_library().isa] if kernel_library().handle else [])
+    assert Path(path).exists() == bool(isa)
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _conv1d_its_own_layout(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Without a transposition on either side, which no Mamba block is spared."""
+    """Run Conv1d without the transpositions that a Mamba block needs on both sides."""
     channels, width = weight.shape
     y = F.conv1d(x, weight.unsqueeze(1), bias, padding=width - 1, groups=channels)
     return y[..., : x.shape[-1]]

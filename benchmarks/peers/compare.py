@@ -190,7 +190,7 @@ def run(command: list[str], out: Path, niceness: int, again: bool) -> dict[str, 
     if again or not (out / "done").exists():
         out.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-        environment.pop("GOMP_SPINCOUNT", None)  # recsys_ssm sets it, and a peer has its own
+        environment.pop("GOMP_SPINCOUNT", None)
         at = command.index("--") if "--" in command else len(command)
         full = [*command[:at], f"--out={out}", *command[at:]]
         print("$", *full, flush=True)

@@ -1,4 +1,4 @@
-"""The data of several seeds side by side, for models that are trained at once (:mod:`recsys_ssm.batched_seeds.model`).
+"""Stack the data of several seeds, for :mod:`recsys_ssm.batched_seeds.model`.
 
 Legend: K seeds, B pairs in a batch.
 """
@@ -19,9 +19,9 @@ from recsys_ssm.errors import UserError
 
 
 class StackedLoader:
-    """The next batch of each seed, stacked: every tensor (K, B, …).
+    """Yield the next batch of each seed, stacked: every tensor (K, B, …).
 
-    Each seed's loader keeps its own order and its own state; all are as long.
+    Each seed's loader keeps its own order and its own state. All have the same length.
     """
 
     def __init__(self, loaders: Sequence[PairLoader]) -> None:
@@ -40,7 +40,7 @@ class StackedLoader:
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for a ``sampler`` to call ``set_epoch`` on before each epoch."""
+        """Object whose ``sampler.set_epoch`` Lightning calls before each epoch."""
         return SimpleNamespace(sampler=self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,15 +52,15 @@ class StackedLoader:
 
 
 class SeedsData(L.LightningDataModule):
-    """K datasets of one kind, each sampled from a seed of its own.
+    """Serve K datasets of one kind, each sampled with its own seed.
 
-    Training batches are stacked; validation goes through the seeds one after the other, two loaders each.
+    Training batches are stacked. Validation takes the seeds one after the other, with two loaders each.
 
     Args:
-        parts: One a seed.
+        parts: One dataset for each seed.
 
     Raises:
-        UserError: The seeds have unequal numbers of training pairs, so that their epochs end apart.
+        UserError: The seeds have different numbers of training pairs, so that their epochs would end apart.
     """
 
     def __init__(self, parts: Sequence[TwoTowerData]) -> None:
@@ -71,8 +71,8 @@ class SeedsData(L.LightningDataModule):
         for seed, size in sizes.items():
             if size != sizes[first.seed]:
                 raise UserError(
-                    f"train.seeds: {first.name} has {sizes[first.seed]:,} training pairs with seed {first.seed} "
-                    f"and {size:,} with seed {seed}, and seeds trained at once need as many; train them one by one"
+                    f"seeds: {first.name} has {sizes[first.seed]:,} training pairs with seed {first.seed} and {size:,} "
+                    f"with seed {seed}, but seeds trained at once need equal numbers; train them one by one"
                 )
 
     def train_dataloader(self) -> StackedLoader:

@@ -1,12 +1,12 @@
-"""Two-tower models of several seeds, trained at once as one batched computation.
+"""Train the two-tower models of several seeds as one batched computation.
 
-The parameters of K models are stacked, (K, …); one model's forward pass goes over them and over K batches under
-:func:`torch.vmap`, and the sum of the K losses is differentiated. No term mixes seeds, and neither does an optimizer
-that works element by element, so each seed is trained as it would be alone; but a step is as many operator calls as a
-single model's, each over K times the data.
+The parameters of K models are stacked, (K, …). One model's forward pass runs over them and over K batches under
+:func:`torch.vmap`, and the sum of the K losses is differentiated. No term mixes seeds, and an optimizer that works
+element by element does not mix them either, so each seed is trained as it would be alone. A step takes as many operator
+calls as a single model's, each over K times the data.
 
-With dropout a seed draws other numbers than its single run (the generator is shared): the same distribution, other
-digits. Without it, and in float64, the two agree to rounding.
+With dropout a seed draws other numbers than its single run, because the seeds share a generator: the distribution is
+the same, the digits are not. Without dropout, and in float64, the two agree to rounding.
 
 Legend: K seeds, B pairs.
 """
@@ -25,9 +25,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from recsys_ssm.batched_seeds.attention import register_attention_rule
 from recsys_ssm.errors import UnknownMonitorError, UserError
-from recsys_ssm.models.heads import PairLoss, in_batch_softmax
-from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.losses import InBatchSoftmax
+from recsys_ssm.models.optim import configure_optimizers, parameter_groups, weight_decay
 from recsys_ssm.models.two_tower import TwoTower
 
 if TYPE_CHECKING:
@@ -38,33 +39,33 @@ ELEMENTWISE = frozenset(
         "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
     }
 )  # fmt: skip
-"""Optimizers of ``torch.optim`` whose update of an element depends on that element's gradients alone."""
+"""Optimizers of ``torch.optim`` that update each element from that element's gradients alone."""
 
 FUSED = frozenset({"Adagrad", "Adam", "AdamW", "SGD"})
-"""Those PyTorch has in one fused operator on the CPU."""
+"""Optimizers that PyTorch has as one fused operator on the CPU."""
 
 
-def batchable_softmax(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-    """:func:`in_batch_softmax` with shapes that do not depend on the targets, as ``vmap`` needs them."""
-    positive_B = target > 0
-    itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
-    same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
-    logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
-    own_B = torch.arange(target.numel(), device=target.device)
-    losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
-    return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
+class BatchableSoftmax(InBatchSoftmax):
+    """Compute :class:`InBatchSoftmax` with shapes that do not depend on the targets, as ``vmap`` needs them."""
 
-
-_BATCHABLE: dict[PairLoss, PairLoss] = {in_batch_softmax: batchable_softmax}
+    def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        positive_B = target > 0
+        itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
+        same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
+        logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
+        own_B = torch.arange(target.numel(), device=target.device)
+        losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
+        return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
 
 
 class _Trained(nn.Module):
-    """What of a model is trained, and its loss; parameters are called as the model's own."""
+    """Hold the trained part of a model and its loss, under the model's own parameter names."""
 
     def __init__(self, model: TwoTower) -> None:
         super().__init__()
         self.user_tower, self.item_tower = model.user_tower, model.item_tower
-        self.loss = _BATCHABLE.get(model.loss, model.loss)
+        is_softmax = type(model.loss) is InBatchSoftmax
+        self.loss = BatchableSoftmax() if is_softmax else model.loss
 
     def forward(self, batch: PairBatch) -> Tensor:
         user, item = self.user_tower(batch.user), self.item_tower(batch.item)
@@ -72,16 +73,16 @@ class _Trained(nn.Module):
 
 
 class Seeds(L.LightningModule):
-    """K two-tower models under training.
+    """Train K two-tower models at once.
 
-    ``state_dict`` has the names of a single model's, each tensor stacked; the best state of each seed so far travels
-    in the checkpoint beside it.
+    ``state_dict`` has the names of a single model, with stacked tensors. The checkpoint also holds the best state of
+    each seed so far. The first instance registers the ``vmap`` rule of PyTorch's CPU attention for the process.
 
     Args:
-        models: One a seed, of the same architecture; they are taken apart.
+        models: One model for each seed, of the same architecture. Do not use them afterwards.
         seeds: Their seeds.
-        monitor: Validation metric that says which state of a seed is its best, as ``val/ndcg@10``.
-        mode: Whether the best is the largest or the smallest.
+        monitor: Validation metric that chooses the best state of a seed, as ``val/ndcg@10``.
+        mode: ``max`` if the best value is the largest, ``min`` if it is the smallest.
 
     Raises:
         UserError: The models differ in shape, or the optimizer would mix them.
@@ -101,10 +102,11 @@ class Seeds(L.LightningModule):
         mode: Literal["min", "max"] = "max",
     ) -> None:
         super().__init__()
+        register_attention_rule()
         _check_same(models, seeds)
         _check_elementwise(models[0].optimizer_spec)
         self.seeds, self.monitor, self.mode = list(seeds), monitor, mode
-        # Validation and test are a single model's; it is no submodule, or its parameters would be trained.
+        # One model serves validation and test. As a submodule its parameters would be trained, so it is in a tuple.
         self._single = (models[0],)
         self._trained = (_Trained(models[0]),)
         stacked = _stack([_Trained(model) for model in models])
@@ -114,9 +116,9 @@ class Seeds(L.LightningModule):
             self.register_buffer(name, torch.stack([getattr(model, name) for model in models]))
         self._batched = self._nonempty()
         self.losses = torch.full((len(models),), math.nan)
-        """(K,) of the last training step."""
+        """Losses (K,) of the last training step."""
         self.validated: list[dict[str, float]] = []
-        """What the last validation found for each seed."""
+        """Figures of the last validation, for each seed."""
         self.best_values = [math.nan] * len(models)
         self.best_steps = [0] * len(models)
         self._best: dict[str, Tensor] = {}
@@ -124,11 +126,11 @@ class Seeds(L.LightningModule):
 
     @property
     def single(self) -> TwoTower:
-        """The model that a seed's state is loaded into."""
+        """The model that validation loads each seed's state into."""
         return self._single[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Seeds:
-        """To a device or a precision: the single model goes along."""
+        """Move to a device or a precision, together with the single model."""
         super()._apply(fn, recurse)
         self.single._apply(fn)
         self._batched = self._nonempty()
@@ -140,13 +142,13 @@ class Seeds(L.LightningModule):
         return self
 
     def _nonempty(self) -> dict[str, Tensor]:
-        """What ``vmap`` goes over. An embedding of no category stays the single model's: no rule takes one."""
+        """Return the parameters for ``vmap``, without empty ones (an embedding without categories)."""
         return {name: value for name, value in self.named_parameters() if value.numel()}
 
     # Training
 
     def forward(self, batch: PairBatch) -> Tensor:
-        """Losses (K,) of a stacked batch."""
+        """Return the losses (K,) of a stacked batch."""
 
         def loss(parameters: dict[str, Tensor], batch: PairBatch) -> Tensor:
             return functional_call(self._trained[0], parameters, (batch,))
@@ -161,10 +163,21 @@ class Seeds(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = dict(self.single.optimizer_spec)
-        if str(optimizer["_target_"]).rpartition(".")[2] in FUSED and self.device.type == "cpu":
-            # One pass over K models' parameters in place of ten; set `fused` or `foreach` to have it otherwise.
-            optimizer = {**({} if "foreach" in optimizer else {"fused": True}), **optimizer}
-        return configure_optimizers(self, optimizer, self.single.scheduler_spec, stacked=True)
+        is_fused = str(optimizer["_target_"]).rpartition(".")[2] in FUSED
+        is_open = optimizer.get("foreach") is None and optimizer.get("fused") is None
+        if is_fused and is_open and self.device.type == "cpu":
+            optimizer["fused"] = True  # one pass over K models' parameters in place of ten
+        groups = self._parameter_groups(weight_decay(optimizer))
+        return configure_optimizers(self, optimizer, self.single.scheduler_spec, groups)
+
+    def _parameter_groups(self, decay: float) -> list[dict[str, Any]]:
+        """Group the stacked parameters as a single model's."""
+        stacked = dict(self.named_parameters())
+        names = {id(single): name for name, single in self._trained[0].named_parameters()}
+        return [
+            {**group, "params": [stacked[names[id(single)]] for single in group["params"]]}
+            for group in parameter_groups(self._trained[0], decay)
+        ]
 
     def configure_gradient_clipping(
         self,
@@ -172,7 +185,7 @@ class Seeds(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Each seed's gradient is clipped by its own norm."""
+        """Clip each seed's gradient by its own norm."""
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
@@ -184,7 +197,7 @@ class Seeds(L.LightningModule):
         for gradient in gradients:
             gradient.mul_(factor_K.view(-1, *[1] * (gradient.ndim - 1)))
 
-    # Validation: a single model's, with one seed's state after the other
+    # Validation: the single model, with one seed's state after the other
 
     def on_validation_epoch_start(self) -> None:
         self.validated = []
@@ -218,7 +231,7 @@ class Seeds(L.LightningModule):
         if self._at_seed is None:
             return
         found: dict[str, float] = {}
-        # The single model belongs to no trainer: what it would log is what it found.
+        # The single model does not belong to a trainer, so its log_dict collects the figures.
         single: Any = self.single
         single.log_dict = lambda values: found.update(
             {name: float(value) for name, value in values.items()}
@@ -228,7 +241,7 @@ class Seeds(L.LightningModule):
         self.validated.append(found)
 
     def _keep_best(self) -> None:
-        """As ModelCheckpoint does it: the first of several that are best; not a number is the worst."""
+        """Keep the best state of each seed, like ModelCheckpoint: the first of equal values; NaN is the worst."""
         for number, found in enumerate(self.validated):
             if self.monitor not in found:
                 raise UnknownMonitorError(self.monitor, found)
@@ -246,12 +259,12 @@ class Seeds(L.LightningModule):
     # States
 
     def state_of(self, number: int) -> dict[str, Tensor]:
-        """A single model's ``state_dict`` of the ``number``-th seed as it is now: views."""
+        """Return the ``state_dict`` of the ``number``-th seed's model as it is now (views)."""
         own = self.state_dict()
         return {name: own[name][number] for name in self.single.state_dict()}
 
     def best_of(self, number: int) -> dict[str, Tensor]:
-        """The same of the seed's best validation; as it is now where there was none."""
+        """Return the ``state_dict`` of the seed's best validation; before the first one, :meth:`state_of`."""
         if not self.best_steps[number]:
             return self.state_of(number)
         return {name: tensor[number] for name, tensor in self._best.items()}
@@ -271,7 +284,7 @@ class Seeds(L.LightningModule):
 
 
 def _stack(modules: Sequence[nn.Module]) -> nn.Module:
-    """A module of the same tree whose parameters are all modules', stacked."""
+    """Return a copy of the first module whose parameters are those of all modules, stacked."""
     stacked = copy.deepcopy(modules[0])
     parameters = [dict(module.named_parameters()) for module in modules]
     for name in parameters[0]:
@@ -283,7 +296,7 @@ def _stack(modules: Sequence[nn.Module]) -> nn.Module:
 
 def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
     def shapes(model: TwoTower) -> dict[str, Any]:
-        # Where a feature's codes begin in the embedding table is no parameter, and not in the state either.
+        # Offsets of the features in the embedding table are not in the state_dict.
         offsets = {n: b.tolist() for n, b in model.named_buffers() if n.endswith("offsets")}
         return {name: tuple(x.shape) for name, x in model.state_dict().items()} | offsets
 
@@ -293,8 +306,8 @@ def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
         for name in first:
             if own.get(name) != first[name]:
                 raise UserError(
-                    f"train.seeds: {name} is {first[name]} with seed {seeds[0]} and {own.get(name)} with seed {seed} "
-                    "(the seeds' data have other columns, categories or items); train them one by one"
+                    f"seeds: {name} is {first[name]} with seed {seeds[0]} and {own.get(name)} with seed {seed} "
+                    "(the seeds' data differ in columns, categories or items); train them one by one"
                 )
 
 
@@ -303,6 +316,6 @@ def _check_elementwise(optimizer: Mapping[str, Any]) -> None:
     package, _, name = target.rpartition(".")
     if not package.startswith("torch.optim") or name not in ELEMENTWISE:
         raise UserError(
-            f"optimizer={target}: train.seeds needs one that updates element by element, or seeds would be mixed "
-            f"(torch.optim's {', '.join(sorted(ELEMENTWISE))}); choose one of these, or train.seeds=1"
+            f"optimizer={target}: it does not update element by element, so it would mix the seeds; choose one of "
+            f"torch.optim's {', '.join(sorted(ELEMENTWISE))}, or train the seeds one by one"
         )

@@ -1,16 +1,14 @@
-"""The training door's part for ``train.seeds=K``: K seeds at once, each ending in a folder like a single run's."""
+"""Train K seeds in one batched run and write one run folder for each seed."""
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import box
@@ -19,42 +17,34 @@ from rich.table import Table
 from rich.text import Text
 
 from recsys_ssm import ops
+from recsys_ssm.batched_seeds.attention import register_attention_rule
 from recsys_ssm.batched_seeds.data import SeedsData
 from recsys_ssm.batched_seeds.model import Seeds
-from recsys_ssm.cli.resolvers import name_of_seeds
 from recsys_ssm.data.two_tower import TwoTowerData
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import import_target, make, plain, spec
+from recsys_ssm.instantiate import import_target, instantiate, plain, spec
 from recsys_ssm.metrics import COUNTS
+from recsys_ssm.models.training import StepSeed
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.reports.statistics import estimate
-from recsys_ssm.run.assemble import (
-    describe,
-    draw_curves,
-    find_checkpoint,
-    finish,
-    logger_tags,
-    make_callbacks,
-    make_model,
-    overrides,
-    test_model,
-    timed,
-    write_config,
-)
-from recsys_ssm.run.callbacks import Cost, StepSeed
+from recsys_ssm.run import assemble
+from recsys_ssm.run.callbacks import Cost
+from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
-from recsys_ssm.run.files import versions, write_bytes, write_json
+from recsys_ssm.run.files import versions, write_json
+from recsys_ssm.run.loggers import finish, log_summary
 from recsys_ssm.run.published import published_results
+from recsys_ssm.run.resume import KEY, RunRecord, check_resume
 
 log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """One of the seeds."""
+    """One seed: its options and its data."""
 
     seed: int
     cfg: DictConfig
-    """As the seed's single run would have it."""
+    """The config of the seed's single run."""
     data: TwoTowerData
 
     @property
@@ -62,16 +52,20 @@ class Part(NamedTuple):
         return str(self.cfg.name) + ("-generated" if self.data.splits.generated else "")
 
     @property
+    def config(self) -> dict[str, Any]:
+        return assemble.full_config(self.cfg, self.name)
+
+    @property
     def folder(self) -> Path:
         return Path(self.cfg.output_dir)
 
 
 class SeedHistories(L.Callback):
-    """What :class:`recsys_ssm.run.callbacks.History` keeps, of each seed by itself.
+    """Record the same as :class:`recsys_ssm.run.callbacks.History`, with one list of records for each seed.
 
     Args:
-        n_seeds: How many.
-        every_n_steps: How often the training loss is kept.
+        n_seeds: Number of seeds.
+        every_n_steps: Steps between two records of the training loss.
     """
 
     def __init__(self, n_seeds: int, *, every_n_steps: int = 10) -> None:
@@ -98,7 +92,7 @@ class SeedHistories(L.Callback):
                 records.append({"step": trainer.global_step, **found})
 
     def means(self) -> list[dict[str, float]]:
-        """Over the seeds, record by record."""
+        """Average the records over the seeds."""
         return [_means(of_all) for of_all in zip(*self.records, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,17 +103,21 @@ class SeedHistories(L.Callback):
 
 
 def train_seeds(cfg: DictConfig) -> dict[str, Any]:
-    """Train ``cfg.train.seeds`` seeds at once, from ``cfg.seed`` on; test each, write its folder, report their means.
+    """Train ``cfg.seeds`` seeds at once, from ``cfg.seed`` on. Test each, write its folder, and report the means.
 
     Returns:
-        The means over the seeds; they go to ``metrics.json`` in the run's folder, each seed's to its own.
+        The means over the seeds, as written to ``metrics.json`` in the run's folder. Each seed's own figures are in
+        its folder.
 
     Raises:
-        UserError: An option, a file or a checkpoint is not what it has to be, or seeds cannot be trained at once.
+        UserError: An option, a file or a checkpoint is wrong, or these seeds cannot be trained at once.
     """
+    assemble.check_config(cfg)
     check_seeds(cfg)
     output = Path(cfg.output_dir)
-    ckpt_path = find_checkpoint(cfg.ckpt_path, output)
+    assemble.check_writable(output)
+    register_attention_rule()
+    ckpt_path = assemble.find_checkpoint(cfg.ckpt_path, output)
     log.info(ops.describe_backends())
     parts, model = prepare(cfg, output)
     first, n_seeds = parts[0], len(parts)
@@ -127,44 +125,47 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     for note in first.data.splits.notes:
         log.info("%s: %s", first.data.name, note)
     counts = model.single.parameter_counts()
-    log.info("%s: parameters of each %s", name, describe(counts))
-    config = write_config(output, cfg, name)
+    log.info("%s: parameters of each %s", name, assemble.describe(counts))
+    config = assemble.full_config(cfg, name)
+    identity = {
+        f"{what} of seed {part.seed}": value
+        for part in parts
+        for what, value in part.data.identity().items()
+    }
+    if ckpt_path is not None:
+        checkpoint = read_checkpoint(ckpt_path)
+        check_fits(checkpoint, model, ckpt_path)
+        check_resume(checkpoint, config, identity, ckpt_path)
+    assemble.write_config(output, config)
     for part in parts:
         part.folder.mkdir(exist_ok=True)
-        write_config(part.folder, part.cfg, part.name)
-    if ckpt_path is not None:
-        check_fits(read_checkpoint(ckpt_path), model, ckpt_path)
+        assemble.write_config(part.folder, part.config)
 
-    # Bars and loggers show the mean.
+    # Progress bars and loggers show the mean.
     shown = cfg.copy()
     shown.monitor = f"{cfg.monitor}/mean"
     every = cfg.trainer.get("log_every_n_steps") or 50
     histories, cost = SeedHistories(n_seeds, every_n_steps=every), Cost()
-    logger = None
+    callbacks = [
+        callback
+        for callback in assemble.make_callbacks(shown)
+        # The model keeps the best state of each seed. The best mean is not the best of any seed.
+        if not (isinstance(callback, ModelCheckpoint) and callback.monitor is not None)
+    ]
+    loggers: list[Any] = []
     failed = True
     try:
-        tags = logger_tags(shown, first.data)
-        logger = make(shown.logger, "logger", save_dir=str(output), name=name, **tags)
-        callbacks = [
-            callback
-            for callback in make_callbacks(shown)
-            # Each seed's best is kept by the model; a mean's best would be no seed's.
-            if not (isinstance(callback, ModelCheckpoint) and callback.monitor is not None)
-        ]
-        trainer: L.Trainer = make(
-            shown.trainer,
-            "trainer",
-            callbacks=[*callbacks, StepSeed(cfg.seed), histories, cost],
-            logger=logger or False,
-        )
+        loggers = assemble.make_loggers(shown, first.data, output, name)
+        callbacks += [StepSeed(cfg.seed), RunRecord(config, identity), histories, cost]
+        trainer = assemble.make_trainer(shown, callbacks, loggers)
         check_one_process(trainer)
-        if logger is not None:
+        for logger in loggers:
             logger.log_hyperparams(config)
         start = time.perf_counter()
         try:
             data = SeedsData([part.data for part in parts])
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        except SystemExit as stop:  # Lightning raises it for Ctrl-C
             raise KeyboardInterrupt from stop
         common = {
             "generated": first.data.splits.generated,
@@ -173,13 +174,13 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             "train_seconds": time.perf_counter() - start,
             "cost": {**cost.summary(model.device), "seeds_at_once": n_seeds},
             "parameters": counts,
-            "overrides": overrides(),
+            "overrides": [each for each in assemble.overrides() if not each.startswith("seeds=")],
             "versions": versions(),
         }
         each = []
         for number, part in enumerate(parts):
             save_checkpoints(part, model, number, trainer)
-            records = timed(histories.records[number], cost)
+            records = assemble.timed(histories.records[number], cost)
             each.append(finish_seed(part, model, number, records, common))
         results = {
             **common,
@@ -189,71 +190,82 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             **published_results(plain(cfg)),
             **summarise(each),
         }
-        write_json(output / "history.json", timed(histories.means(), cost))
-        draw_curves(histories.means(), output, cfg, f"{name}, mean")
+        write_json(output / "history.json", assemble.timed(histories.means(), cost))
+        curves = assemble.draw_curves(histories.means(), output, cfg, f"{name}, mean")
         path = write_json(output / "metrics.json", results)
         print_seeds(results)
         log.info("%-10s %s", "metrics", path)
         log.info("%-10s %s to %s", "each seed", parts[0].folder, parts[-1].folder.name)
-        if isinstance(logger, L.pytorch.loggers.WandbLogger):
-            logger.experiment.summary.update(seeds_summary(results, each))
-            logger.log_image("curves", [str(output / "curves.png")])
+        log_summary(loggers, seeds_summary(results, each), results["steps"], [curves])
         failed = False
         return results
     finally:
-        finish(logger, failed)
+        finish(loggers, failed)
 
 
 # Before the training
 
 
+def name_of_seeds(name: str, seed: Any, n_seeds: Any) -> str:
+    """Return the name of a run of several seeds: ``…-seeds0-3`` in place of ``…-seed0``.
+
+    The names of single runs never equal it, so that ``ckpt_path=last`` keeps them apart.
+    """
+    if not (isinstance(seed, int) and isinstance(n_seeds, int) and n_seeds >= 1):
+        return name  # check_seeds reports the mistake
+    return f"{name.removesuffix(f'-seed{seed}')}-seeds{seed}-{seed + n_seeds - 1}"
+
+
 def check_seeds(cfg: DictConfig) -> None:
-    """Hold the options against what seeds trained at once can do.
+    """Check that the options fit seeds that are trained at once.
 
     Raises:
-        UserError: They cannot.
+        UserError: An option does not.
     """
-    n_seeds = cfg.train.seeds
+    n_seeds = cfg.seeds
     if not isinstance(n_seeds, int) or n_seeds < 1:
-        raise UserError(f"train.seeds={n_seeds}: give how many seeds to train at once, 1 or more")
-    instead = f"train.seeds=1, or a sweep: --multirun 'seed=range({n_seeds})'"
-    head = import_target(cfg.head["_target_"], "head")
-    if not (isinstance(head, type) and issubclass(head, TwoTower)):
+        raise UserError(f"seeds={n_seeds}: not a number of seeds; give 1 or more")
+    instead = f"python -m recsys_ssm.train --multirun 'seed=range({n_seeds})'"
+    model = import_target(cfg.model["_target_"], "model")
+    if not (isinstance(model, type) and issubclass(model, TwoTower)):
         raise UserError(
-            f"train.seeds={n_seeds}: only two-tower models are trained at once, and "
-            f"{head.__name__} is none; give {instead}"
+            f"seeds={n_seeds}: only two-tower models can be trained at once, and {model.__name__} is not one; "
+            f"use {instead}"
         )
     for option, node in (cfg.callbacks or {}).items():
         values = spec(node, f"callbacks.{option}")
         if values and issubclass(import_target(values["_target_"], option), EarlyStopping):
             raise UserError(
-                f"callbacks.{option}: it would stop all {n_seeds} seeds where one of them or their mean stalls; "
-                f"set it to null, or give {instead}"
+                f"callbacks.{option}: it would stop all {n_seeds} seeds when one of them or their mean stalls; "
+                f"set it to null, or use {instead}"
             )
 
 
 def check_one_process(trainer: L.Trainer) -> None:
-    """Raises:
-    UserError: The trainer runs on several devices.
+    """Check that the trainer runs on one device.
+
+    Raises:
+        UserError: It runs on several.
     """
     if trainer.world_size > 1:
         raise UserError(
-            f"train.seeds: {trainer.world_size} devices, and seeds are trained at once on one; "
-            "give trainer.devices=1"
+            f"trainer.devices: {trainer.world_size} devices, but seeds are trained at once on one; "
+            "set trainer.devices=1"
         )
 
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[list[Part], Seeds]:
-    """Each seed's options and data, and the models: each built as its single run would build it."""
+    """Build each seed's options, data and model as its single run would."""
     parts, models = [], []
-    for seed in range(cfg.seed, cfg.seed + cfg.train.seeds):
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         own = cfg.copy()
         with open_dict(own):
-            own.seed, own.train.seeds, own.ckpt_path = seed, 1, None
+            own.seed, own.ckpt_path = seed, None
+            del own.seeds
             own.output_dir = str(output / f"seed{seed}")
         L.seed_everything(seed, workers=True, verbose=False)
-        part = Part(seed, own, make(own.dataset, "dataset"))
-        model = make_model(own, part.data)
+        part = Part(seed, own, cast(TwoTowerData, assemble.make_data(own)))
+        model = assemble.make_model(own, part.data)
         assert isinstance(model, TwoTower)
         parts.append(part)
         models.append(model)
@@ -266,27 +278,28 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[list[Part], Seeds]:
 
 
 def save_checkpoints(part: Part, model: Seeds, number: int, trainer: L.Trainer) -> None:
-    """``best.ckpt`` and ``last.ckpt`` of a seed: models to load; training goes on from the whole run's."""
+    """Write a seed's ``best.ckpt`` and ``last.ckpt``.
+
+    Both are models to load. Training resumes from the checkpoint of the whole run.
+    """
     folder = part.folder / "checkpoints"
     folder.mkdir(exist_ok=True)
-    hyper_parameters = dict(make_model(part.cfg, part.data).hparams)
+    hyper_parameters = dict(assemble.make_model(part.cfg, part.data).hparams)
     states = {
         "best": (model.best_of(number), model.best_steps[number]),
         "last": (model.state_of(number), trainer.global_step),
     }
+    record = RunRecord(part.config, part.data.identity()).record
     for which, (state, step) in states.items():
-        content = io.BytesIO()
-        torch.save(
-            {
-                "state_dict": {name: tensor.cpu().clone() for name, tensor in state.items()},
-                TwoTower.CHECKPOINT_HYPER_PARAMS_KEY: hyper_parameters,
-                "global_step": step,
-                "epoch": trainer.current_epoch,
-                "pytorch-lightning_version": L.__version__,
-            },
-            content,
-        )
-        write_bytes(folder / f"{which}.ckpt", content.getvalue())
+        checkpoint = {
+            "state_dict": {name: tensor.cpu().clone() for name, tensor in state.items()},
+            TwoTower.CHECKPOINT_HYPER_PARAMS_KEY: hyper_parameters,
+            "global_step": step,
+            "epoch": trainer.current_epoch,
+            "pytorch-lightning_version": L.__version__,
+            KEY: record,
+        }
+        AtomicCheckpointIO().save_checkpoint(checkpoint, folder / f"{which}.ckpt")
 
 
 def finish_seed(
@@ -296,7 +309,7 @@ def finish_seed(
     records: list[dict[str, float]],
     common: dict[str, Any],
 ) -> dict[str, Any]:
-    """Test a seed's best state (or as ``cfg.test`` has it) and write what a single run writes."""
+    """Test the state of a seed that ``cfg.test`` names, and write the files of a single run."""
     results = {
         **common,
         "name": part.name,
@@ -310,29 +323,29 @@ def finish_seed(
             **test_seed(part, model, number),
         }
     write_json(part.folder / "history.json", records)
-    draw_curves(records, part.folder, part.cfg, part.name)
+    assemble.draw_curves(records, part.folder, part.cfg, part.name)
     write_json(part.folder / "metrics.json", results)
     return results
 
 
 def test_seed(part: Part, model: Seeds, number: int) -> dict[str, Any]:
-    """Test metrics of a seed, as its single run finds them."""
+    """Test a seed as its single run would."""
     state = model.best_of(number) if part.cfg.test == "best" else model.state_of(number)
-    single = make_model(part.cfg, part.data).to(model.item_numeric.dtype)
+    single = assemble.make_model(part.cfg, part.data).to(model.item_numeric.dtype)
     single.load_state_dict(state)
     quiet = OmegaConf.merge(part.cfg.trainer, {"enable_progress_bar": False})
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = lightning.level
-    lightning.setLevel(logging.WARNING)  # the devices there are have been told
+    lightning.setLevel(logging.WARNING)  # the devices are in the log already
     try:
-        trainer: L.Trainer = make(quiet, "trainer", logger=False, enable_checkpointing=False)
-        return test_model(trainer, single, part.data)
+        trainer: L.Trainer = instantiate(quiet, "trainer", logger=False, enable_checkpointing=False)
+        return assemble.test_model(trainer, single, part.data)
     finally:
         lightning.setLevel(level)
 
 
 def summarise(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds of all they were tested for, and half the 95 % intervals' widths."""
+    """Average the test figures over the seeds, with half the widths of the 95 % intervals."""
     if "metrics" not in each[0]:
         return {}
     found: dict[str, Any] = {
@@ -355,7 +368,7 @@ def _means(of_all: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def print_seeds(results: dict[str, Any], console: Console | None = None) -> None:
-    """The table at the end: mean and interval of each metric beside what was published and the baselines' means."""
+    """Print mean and interval of each metric beside the published figures and the baselines' means."""
     if "metrics" not in results:
         return
     console = console or Console(highlight=False)
@@ -394,7 +407,7 @@ def _cells(metric: str, columns: Any) -> Iterator[str]:
 
 
 def seeds_summary(results: dict[str, Any], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """W&B summary values: ``test/hr@10/mean``, its interval and each seed's, and the baselines' means."""
+    """Return W&B summary values: ``test/hr@10/mean``, its interval, each seed's, and the baselines' means."""
     summary: dict[str, Any] = {
         name: results[name] for name in ("generated", "train_seconds", "steps")
     }

@@ -50,40 +50,45 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float, *, stacked: bool = False
-) -> list[dict[str, Any]]:
-    """Matrices, which decay, apart from the rest (norms, biases, parameters of the recurrence); all in one without.
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Group the parameters by weight decay: matrices decay; norms, biases and the recurrence's own do not.
 
-    Args:
-        module: Whose parameters they are.
-        weight_decay: If 0, there is one group.
-        stacked: Whether each parameter is several models' (:mod:`recsys_ssm.batched_seeds.model`), one dimension more.
+    Without weight decay there is one group.
     """
     if not weight_decay:
         return [{"params": list(module.parameters())}]
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
-        spared = parameter.ndim - stacked < 2 or name.rpartition(".")[2] in NO_DECAY
+        spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
         groups[spared]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
-def _weight_decay(optimizer: Spec) -> float:
+def weight_decay(optimizer: Spec) -> float:
     """Return the spec's weight decay, or the default of its class."""
     target = find(optimizer["_target_"], "optimizer") if "_target_" in optimizer else object
     return float(optimizer.get("weight_decay", defaults_of(target).get("weight_decay", 0.0)))
 
 
 def configure_optimizers(
-    module: L.LightningModule, optimizer: Spec, scheduler: Spec | None, *, stacked: bool = False
+    module: L.LightningModule,
+    optimizer: Spec,
+    scheduler: Spec | None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Any:
-    """What ``LightningModule.configure_optimizers`` returns; ``stacked`` as :func:`parameter_groups`.
+    """Return the value for ``LightningModule.configure_optimizers``.
+
+    Args:
+        module: The module whose parameters are trained.
+        optimizer: The optimizer's class and options.
+        scheduler: The learning-rate schedule's, or None.
+        groups: Parameter groups in place of :func:`parameter_groups`.
 
     Raises:
         UserError: The specs name no optimizer or scheduler, or an option they do not have.
     """
-    groups = parameter_groups(module, _weight_decay(optimizer), stacked=stacked)
+    if groups is None:
+        groups = parameter_groups(module, weight_decay(optimizer))
     made = build(optimizer, Optimizer, "optimizer", params=groups)
     if scheduler is None:
         return made

@@ -78,7 +78,7 @@ class Recommender(L.LightningModule, abc.ABC):
         Raises:
             UserError: The dataset is of another kind, or an option is wrong.
         """
-        return cls(**cls.arguments_from(data), **options)
+        return cls(**{**cls.arguments_from(data), **options})
 
     def fit(self, data: Any, **options: Any) -> Self:
         """Train on a dataset and load the best checkpoint; see :func:`recsys_ssm.models.training.fit`."""

@@ -1,4 +1,4 @@
-"""Operators of state space models: one file an operator, its reference beside its fast paths."""
+"""Operators of state space models: one file for each, with its reference and its fast paths."""
 
 from recsys_ssm.ops._dispatch import backends, describe_backends
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step, same_conv1d

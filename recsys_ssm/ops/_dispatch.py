@@ -1,11 +1,11 @@
-"""Which path an operator takes: one rule for all, and a table that says what it chose and why.
+"""Choose the implementation of each operator call, and report the choice and its reason.
 
-A CUDA tensor goes to the public CUDA kernel where its package is installed; float32 and bfloat16 on
-CPU go to the compiled kernel where there is one; everything else runs on plain PyTorch.
+A CUDA tensor goes to the public CUDA kernel when its package is installed. float32 and bfloat16 tensors on the CPU go
+to the compiled kernel when the library is there. Everything else runs on plain PyTorch.
 
-Environment, read when the library is first wanted:
-    RECSYS_SSM_NO_KERNELS=1        plain PyTorch instead of the compiled kernels
-    RECSYS_SSM_MAX_ISA=avx2        at most this instruction set (baseline, avx2, avx512)
+Environment variables, read when the library is first needed:
+    RECSYS_SSM_NO_KERNELS=1        use plain PyTorch instead of the compiled kernels
+    RECSYS_SSM_MAX_ISA=avx2        use at most this instruction set (baseline, avx2, avx512)
     RECSYS_SSM_LIBRARY=path        load this library instead of the installed one
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import os
 import sys
@@ -28,24 +29,27 @@ from recsys_ssm.errors import UserError
 
 __all__ = ["Operator", "backends", "describe_backends", "kernel_library"]
 
+REBUILD = "install recsys-ssm again with a C++ compiler (in a checkout: pip install -e .)"
+"""Remedy for a library that is missing or old."""
+
+SOURCES = Path(__file__).parent / "csrc"
 _ISA_ORDER = ("baseline", "avx2", "avx512")  # as recsys_isa() in csrc/runtime.cpp counts them
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
-_STATUS = {1: "arguments it does not understand (rebuild the kernels)", 2: "no memory left"}
+_STATUS = {1: f"the library does not understand its arguments; {REBUILD}", 2: "not enough memory"}
 
 
 @dataclass(frozen=True)
 class KernelLibrary:
-    """The compiled kernels, or why there are none."""
+    """The compiled kernels, or the reason why they cannot be used."""
 
     handle: ctypes.CDLL | None
     isa: str
     reason: str
 
     def function(self, name: str) -> Callable[[Any], None] | None:
-        """The C function ``name`` of the best instruction set.
+        """Return the C function ``name`` of the best instruction set, or None if it is missing.
 
-        It takes its arguments as one ctypes structure, or the address of one.  Returns None where
-        the library is missing or has no such function.
+        The function takes one ctypes structure with its arguments, or the address of one.
         """
         if self.handle is None:
             return None
@@ -65,6 +69,25 @@ class KernelLibrary:
         return call
 
 
+def library_path() -> Path:
+    """Return the path of the compiled library beside this file."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    return Path(__file__).with_name(f"_kernels{suffix}")
+
+
+def source_hash() -> int:
+    """Hash the kernels' sources to 31 bits, as CMakeLists.txt does.
+
+    The build compiles the hash into the library. A library from other sources (an update without a build) would be
+    called with arguments that it does not understand.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*")):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return int.from_bytes(digest.digest()[:4], "little") >> 1
+
+
 @functools.lru_cache(maxsize=1)
 def kernel_library() -> KernelLibrary:
     """Load the compiled kernels once.
@@ -72,9 +95,6 @@ def kernel_library() -> KernelLibrary:
     Raises:
         UserError: RECSYS_SSM_MAX_ISA is not an instruction set.
     """
-    # Imported here, or `python -m recsys_ssm.ops.build` would find itself imported already.
-    from recsys_ssm.ops.build import ABI, library_path
-
     if os.environ.get("RECSYS_SSM_NO_KERNELS", "0") not in {"", "0"}:
         return KernelLibrary(None, "", "RECSYS_SSM_NO_KERNELS is set")
     limit = os.environ.get("RECSYS_SSM_MAX_ISA", _ISA_ORDER[-1])
@@ -83,22 +103,15 @@ def kernel_library() -> KernelLibrary:
     chosen = os.environ.get("RECSYS_SSM_LIBRARY")
     path = Path(chosen) if chosen else _installed(library_path())
     if not path.exists():
-        return KernelLibrary(
-            None,
-            "",
-            f"no compiled library at {path}; with a C++ compiler installed, "
-            "`python -m recsys_ssm.ops.build` makes it",
-        )
+        return KernelLibrary(None, "", f"there is no compiled library at {path}; {REBUILD}")
     try:
         handle = ctypes.CDLL(str(path))
         abi = handle.recsys_abi()
     except (OSError, AttributeError) as error:
-        return KernelLibrary(None, "", f"the compiled library does not load: {error}")
-    if abi != ABI:
+        return KernelLibrary(None, "", f"the compiled library does not load ({error}); {REBUILD}")
+    if abi != source_hash():
         return KernelLibrary(
-            None,
-            "",
-            "the compiled library was built from other sources; run `python -m recsys_ssm.ops.build`",
+            None, "", f"the compiled library was built from other sources; {REBUILD}"
         )
     _share_openmp_threads(handle)
     isa = _ISA_ORDER[min(handle.recsys_isa(), _ISA_ORDER.index(limit))]
@@ -106,10 +119,10 @@ def kernel_library() -> KernelLibrary:
 
 
 def _installed(beside: Path) -> Path:
-    """The library beside these sources, or where there is none, that of an install of the package.
+    """Return the library beside these sources, or else the library of an installed package.
 
-    After ``pip install .``, ``python -m`` in the checkout imports the sources there, while the library is where pip
-    put it.  One of another version is told by its fingerprint.
+    After ``pip install .``, ``python -m`` in the checkout imports the sources there, and pip has put the library into
+    site-packages. The hash tells a library of another version.
     """
     if beside.exists():
         return beside
@@ -118,7 +131,7 @@ def _installed(beside: Path) -> Path:
 
 
 def _share_openmp_threads(handle: ctypes.CDLL) -> None:
-    """Let the kernels run on PyTorch's own threads where these are libgomp's (Linux builds)."""
+    """Run the kernels on PyTorch's own threads if these belong to libgomp (Linux builds)."""
     if "OpenMP" not in torch.__config__.parallel_info() or os.name != "posix":
         return
     entry = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -127,15 +140,15 @@ def _share_openmp_threads(handle: ctypes.CDLL) -> None:
 
 
 class Operator:
-    """An operator's entry in the table of backends, and its part of the dispatch rule.
+    """Choose between kernel and plain PyTorch for one operator, and describe it in the table of backends.
 
     Args:
-        name: the operator's public name.
-        kernels: names of the C functions it needs; all must be there for the kernel to be used.
-        cuda: "module:function" of the public CUDA implementation; empty where plain PyTorch is all there is.
+        name: The operator's public name.
+        kernels: Names of the C functions that the operator needs. The kernel is used only if all are there.
+        cuda: "module:function" of the public CUDA implementation; empty if there is only plain PyTorch.
     """
 
-    registered: dict[str, Operator] = {}  # noqa: RUF012 - filled below, one entry an operator
+    registered: dict[str, Operator] = {}  # noqa: RUF012 - every operator adds itself
 
     def __init__(self, name: str, kernels: Iterable[str], cuda: str = "") -> None:
         self.name = name
@@ -145,12 +158,12 @@ class Operator:
 
     @functools.cached_property
     def functions(self) -> tuple[Callable[[Any], None], ...] | None:
-        """The C functions in the order of ``kernels``, or None where one is missing."""
+        """The C functions in the order of ``kernels``, or None if one is missing."""
         found = tuple(kernel_library().function(name) for name in self.kernels)
         return None if None in found else found  # type: ignore[return-value]
 
     def takes(self, *tensors: Tensor) -> bool:
-        """Whether the CPU kernel serves a call with these (all its floating-point inputs)."""
+        """Return True if the CPU kernel serves a call with these floating-point inputs."""
         if self.functions is None:
             return False
         for x in tensors:  # noqa: SIM110 - this loop runs in every call; all(...) takes twice as long
@@ -160,7 +173,7 @@ class Operator:
 
     @functools.cached_property
     def cuda_function(self) -> Callable[..., Any] | None:
-        """The public CUDA implementation, or None where its package cannot be imported."""
+        """The public CUDA implementation, or None if its package cannot be imported."""
         module, _, function = self.cuda.partition(":")
         if not module:
             return None
@@ -170,35 +183,35 @@ class Operator:
             return None
 
     def forget(self) -> None:
-        """Look for the kernels anew at the next call (tests change the environment)."""
+        """Look for the kernels again at the next call (tests change the environment)."""
         self.__dict__.pop("functions", None)
         self.__dict__.pop("cuda_function", None)
 
     def row(self) -> dict[str, str]:
+        """Return this operator's row of :func:`backends`."""
         library = kernel_library()
         if self.functions is not None:
             cpu, why = f"C++ kernel ({library.isa})", "float64 and float16 run on plain PyTorch"
         else:
             cpu = "plain PyTorch"
-            why = library.reason or (
-                f"the compiled library lacks {', '.join(self.kernels)}; run "
-                "`python -m recsys_ssm.ops.build`"
+            why = (
+                library.reason or f"the compiled library lacks {', '.join(self.kernels)}; {REBUILD}"
             )
         package = self.cuda.partition(".")[0]
         if not torch.cuda.is_available():
             cuda, cuda_why = "none", "PyTorch sees no CUDA device"
         elif not self.cuda:
-            cuda, cuda_why = "plain PyTorch", "there is no other"
+            cuda, cuda_why = "plain PyTorch", "there is no CUDA kernel"
         elif self.cuda_function is None:
             cuda = "plain PyTorch"
-            cuda_why = f"{package} is not installed (pip install 'recsys-ssm[cuda]')"
+            cuda_why = f"{package} is not installed; pip install 'recsys-ssm[cuda]'"
         else:
             cuda, cuda_why = package, "packed sequences and initial states run on plain PyTorch"
         return {"cpu": cpu, "cpu_why": why, "cuda": cuda, "cuda_why": cuda_why}
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Which implementation each operator uses on ``cpu`` and ``cuda``, and why not a faster one.
+    """Return the implementation that each operator uses on ``cpu`` and ``cuda``, and the reason.
 
     Returns:
         ``{"selective_scan": {"cpu": ..., "cpu_why": ..., "cuda": ..., "cuda_why": ...}, ...}``
@@ -207,7 +220,7 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def describe_backends() -> str:
-    """:func:`backends` in one line, for a run's log."""
+    """Describe :func:`backends` in one line, for a run's log."""
     rows = backends()
     parts = []
     for device in ("cpu", "cuda"):

@@ -2,19 +2,18 @@
 
     y[t] = act(bias + sum_k weight[W-1-k] * x[t-k]),   k = 0 … W-1
 
-per channel, over the positions t-k of the same sequence as t.
+for each channel, over the positions t-k of the same sequence as t.
 
 Shape legend: B batch, L length, E channels, W filter width.
-The layout is (batch, length, channel) throughout, so a chunk of a linear layer's output is taken
-as it is. ``weight`` is the (E, W) view of ``nn.Conv1d(groups=E).weight``; its last column meets
-the current position.
 
-``seq_idx`` (B, L) marks several sequences packed into a row: equal neighbours belong together, -1
-is padding, on either side or in between. A sequence sees nothing of the others; padding
-contributes nothing and its output is 0.
+The layout is (batch, length, channel) throughout, so that a chunk of a linear layer's output needs no copy. ``weight``
+is the (E, W) view of ``nn.Conv1d(groups=E).weight``; its last column belongs to the current position.
 
-Three paths, one result: :func:`_reference`, plain PyTorch for any device and dtype; a C++ kernel
-for float32 and bfloat16 on CPU; ``causal_conv1d``'s CUDA kernel for CUDA tensors where it is installed.
+``seq_idx`` (B, L) marks sequences packed into a row: equal neighbours belong together, and -1 is padding, on either
+side or in between. A sequence does not see the others. Padding contributes nothing, and its output is 0.
+
+Three paths give the same result: :func:`_reference`, plain PyTorch for any device and dtype; a C++ kernel for float32
+and bfloat16 on the CPU; and the CUDA kernel of the package ``causal_conv1d`` for CUDA tensors, when it is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
+from recsys_ssm.ops._operators import check_tensors, register_operator
+from recsys_ssm.ops._vmap import each_call, is_batched
 from recsys_ssm.ops.sequences import starts_of
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "same_conv1d"]
@@ -73,7 +73,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal depthwise convolution, optionally followed by SiLU.
+    """Convolve each channel with its own causal filter, optionally followed by SiLU.
 
     Args:
         x: (B, L, E), floating point.
@@ -81,17 +81,17 @@ def causal_conv1d(
         bias: (E,).
         activation: ``"silu"`` or None.
         seq_idx: (B, L) integers, see the head of this file.
-        initial_state: (B, E, W-1), the inputs just before the row, oldest first; the row's first
-            sequence continues from them.
-        return_final_state: also return (B, E, W-1), what a continuation of the row's last sequence
-            would need as its ``initial_state``. A row of padding alone hands its own on.
+        initial_state: (B, E, W-1), the inputs just before the row, oldest first. The row's first sequence continues
+            from them.
+        return_final_state: If True, also return (B, E, W-1), the ``initial_state`` for a continuation of the row's
+            last sequence. A row of padding alone returns its own ``initial_state``.
 
     Returns:
-        y (B, L, E) in x's dtype, or (y, final_state). All of it is differentiable.
+        y (B, L, E) in x's dtype, or (y, final_state). Both are differentiable.
 
     Raises:
-        UserError: shapes or an activation that do not fit, a dtype that is not floating
-            point (for ``seq_idx``: not an integer); the message names the argument.
+        UserError: Shapes do not fit together, the activation is unknown, a dtype is not floating point (``seq_idx``:
+            not an integer), or tensors are on different devices. The message names the argument.
     """
     _check(x, weight, bias, activation, seq_idx, initial_state)
     y = _convolve(x, weight, bias, activation, seq_idx, initial_state, 0)
@@ -107,10 +107,10 @@ def same_conv1d(
     activation: Activation = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """The convolution centred on each position (Hydra's): ``W//2`` positions back, the rest ahead.
+    """Convolve with a filter centred on each position (Hydra's): ``W//2`` positions back, the rest ahead.
 
-    For odd W this is ``nn.Conv1d(padding=W//2)``; for even W it is the first L of that layer's L+1
-    outputs. Arguments, result and errors as for :func:`causal_conv1d`.
+    For odd W this is ``nn.Conv1d(padding=W//2)``; for even W it is the first L of that layer's L+1 outputs. Arguments,
+    result and errors are those of :func:`causal_conv1d`.
     """
     _check(x, weight, bias, activation, seq_idx, None)
     return _convolve(x, weight, bias, activation, seq_idx, None, (weight.shape[1] - 1) // 2)
@@ -123,9 +123,9 @@ def causal_conv1d_step(
     bias: Tensor | None = None,
     activation: Activation = None,
 ) -> tuple[Tensor, Tensor]:
-    """One position of :func:`causal_conv1d`: x (B, E), state (B, E, W-1) to (y (B, E), new state).
+    """Run :func:`causal_conv1d` on one position: x (B, E), state (B, E, W-1) to (y (B, E), new state).
 
-    ``state`` is not written to. Before the first position it is zeros.
+    Start with a state of zeros. ``state`` is not written to.
     """
     _check(x[:, None], weight, bias, activation, None, state)
     window_BEW = torch.cat([state, x[..., None].to(state.dtype)], dim=-1)
@@ -147,7 +147,7 @@ def _convolve(
     initial_state: Tensor | None,
     ahead: int,
 ) -> Tensor:
-    """The dispatch rule; arguments as for :func:`_reference`."""
+    """Choose the path. Takes the arguments of :func:`_reference`."""
     floats = [t for t in (x, weight, bias, initial_state) if t is not None]
     if _OPERATOR.takes(*floats):
         return torch.ops.recsys_ssm.causal_conv1d.default(
@@ -158,7 +158,7 @@ def _convolve(
         and seq_idx is None
         and initial_state is None
         and ahead == 0
-        and 2 <= weight.shape[1] <= 4  # all that kernel is compiled for
+        and 2 <= weight.shape[1] <= 4  # the widths of that kernel
         and not is_batched(x)
         and _OPERATOR.cuda_function is not None
     ):
@@ -168,12 +168,12 @@ def _convolve(
 
 
 def _acc_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Half precision is summed in float32."""
+    """Return the dtype of sums: at least float32."""
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
 def _neighbours(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """How many positions of the same sequence lie before and after each one: two (B, L) int64."""
+    """Count the positions of the same sequence before and after each one: two (B, L) int64."""
     L = seq_idx.shape[1]
     t_L = torch.arange(L, device=seq_idx.device)
     new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))  # padding of a bool is False
@@ -192,9 +192,9 @@ def _reference(
     initial_state: Tensor | None,
     ahead: int,
 ) -> Tensor:
-    """W shifted products, any dtype and device; ``ahead`` of the W taps look into the future.
+    """Add W shifted products, on any device and in any dtype; ``ahead`` of the W taps look into the future.
 
-    On CPU this beats ``F.conv1d`` at width 16 and equals it at width 4 (forward and backward).
+    On a CPU this is faster than ``F.conv1d`` at width 16 and as fast at width 4 (forward and backward).
     """
     (B, L, E), W = x.shape, weight.shape[1]
     acc = _acc_dtype(x, weight)
@@ -203,7 +203,7 @@ def _reference(
         # Not even a NaN at padding reaches a gradient.
         valid_BL1 = (seq_idx >= 0)[..., None]
         x = x.where(valid_BL1, 0)
-    # With packed sequences the state is no neighbour of row position 0: it is added below.
+    # With packed sequences the state does not stand before row position 0. It is added below.
     before = x.new_zeros(B, back, E)
     if initial_state is not None and seq_idx is None:
         before = initial_state.transpose(1, 2).to(x.dtype)
@@ -219,7 +219,7 @@ def _reference(
             x_j = x_j.where(seen[..., None], 0)
         y = torch.addcmul(y, x_j, taps_WE[j])
     if seq_idx is not None and initial_state is not None and back > 0:
-        # What the state alone would add to the first W-1 positions after it.
+        # The part that the state adds to the first W-1 positions after it.
         from_state = _reference(
             x.new_zeros(B, back, E, dtype=acc),
             weight,
@@ -242,24 +242,23 @@ def _reference(
 # --- the C++ kernel ------------------------------------------------------------------------------
 
 
-# Two operators known to torch.library, registered as in selective_scan.py.
 _LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_state, "
     "bool silu, int ahead"
 )
 _LIBRARY.define(f"causal_conv1d({_INPUTS}) -> Tensor")
-# -> the gradients of those floating-point inputs that are given, in their order
+# Returns the gradients of the floating-point inputs that are passed, in their order.
 _LIBRARY.define(f"causal_conv1d_backward(Tensor dy, {_INPUTS}) -> Tensor[]")
 
 
 def _forward_fake(x: Tensor, *_: Any) -> Tensor:
-    """The forward operator's uninitialised output."""
+    """Allocate the output of the forward operator."""
     return x.new_empty(x.shape)
 
 
 def _backward_fake(_dy: Tensor, *inputs: Any) -> list[Tensor]:
-    """The backward operator's uninitialised outputs: dense, whatever the inputs' strides."""
+    """Allocate the outputs of the backward operator."""
     x, weight, bias, _, initial_state, *_ = inputs
     return [t.new_empty(t.shape) for t in (x, weight, bias, initial_state) if t is not None]
 
@@ -316,35 +315,30 @@ class _Convolution(torch.autograd.Function):
         return dx, dweight, dbias, None, dstate, None, None
 
 
-def _forward_autograd(*inputs: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return _Convolution.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.recsys_ssm.causal_conv1d.default(*inputs)
-
-
-_LIBRARY.impl("causal_conv1d", _forward_cpu, "CPU")
-_LIBRARY.impl("causal_conv1d", _forward_autograd, "Autograd")
-_LIBRARY.impl("causal_conv1d_backward", _backward_cpu, "CPU")
-torch.library.register_fake("recsys_ssm::causal_conv1d", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("recsys_ssm::causal_conv1d_backward", _backward_fake, lib=_LIBRARY)
-register_vmap("recsys_ssm::causal_conv1d", _LIBRARY)
-register_vmap("recsys_ssm::causal_conv1d_backward", _LIBRARY)
+register_operator(
+    "causal_conv1d",
+    _LIBRARY,
+    forward=_forward_cpu,
+    backward=_backward_cpu,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    differentiable=_Convolution.apply,
+)
 
 
 def _rows(t: Tensor) -> Tensor:
-    """With adjacent channels, as the kernel reads them."""
+    """Return ``t`` with adjacent channels, as the kernel reads them."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _call(which: int, inputs: Sequence[Any], dy_strides: Sequence[int], *results: int) -> None:
-    """Call a C function with ``CausalConv1dArgs`` of csrc/causal_conv1d.cpp: 8-byte integers all.
+    """Call a C function with the ``CausalConv1dArgs`` of csrc/causal_conv1d.cpp, all 8-byte integers.
 
-    A plain array, because filling a ctypes structure by name takes longer than a short convolution.
+    The arguments are a plain array, because filling a ctypes structure by name takes longer than a short convolution.
     """
     x, weight, bias, seq_idx, state, silu, ahead = inputs
     x = _rows(x)
-    # Held here until the kernel is done with them.
+    # Keeps the tensors alive until the kernel is done.
     dense = [
         None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous()
         for t, dtype in (
@@ -368,12 +362,12 @@ _ARGUMENTS = 24
 
 
 def _first_sequence(seq_idx: Tensor) -> Tensor:
-    """(B, L) bool: the positions of each row's first sequence."""
+    """Mark (B, L) the positions of each row's first sequence."""
     return (seq_idx >= 0) & (starts_of(seq_idx).cumsum(1) == 1)
 
 
 def _final_state(x: Tensor, W: int, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
-    """The last W-1 inputs of each row's last sequence, (B, E, W-1)."""
+    """Return the last W-1 inputs of each row's last sequence, (B, E, W-1)."""
     B, L, E = x.shape
     state = x.new_zeros(B, E, W - 1) if initial_state is None else initial_state
     extended = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)  # (B, W-1+L, E)
@@ -386,7 +380,7 @@ def _final_state(x: Tensor, W: int, seq_idx: Tensor | None, initial_state: Tenso
     t_L = torch.arange(L, device=x.device)
     last_B1 = torch.where(valid, t_L, -1).amax(1, keepdim=True)
     at_B1 = last_B1.clamp(min=0)
-    # The last sequence's own inputs so far; -1 stands for a row that has none.
+    # The length of the last sequence; 0 for a row without one (last_B1 is -1).
     length_B1 = torch.where(last_B1 >= 0, behind_BL.gather(1, at_B1) + 1, 0)
     from_state = (last_B1 < 0) | _first_sequence(seq_idx).gather(1, at_B1)
     back_BW = torch.arange(W - 2, -1, -1, device=x.device).expand(B, W - 1)  # steps before the last
@@ -414,24 +408,14 @@ def _check(
     if activation not in (None, "silu"):
         raise UserError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     (batch, length, channels), width = x.shape, weight.shape[1]
-    for name, tensor, shape in (
-        ("x", x, (batch, length, channels)),
-        ("weight", weight, (channels, width)),
-        ("bias", bias, (channels,)),
-        ("seq_idx", seq_idx, (batch, length)),
-        ("initial_state", initial_state, (batch, channels, width - 1)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise UserError(
-                f"causal_conv1d: {name} must have shape {shape} (x is {tuple(x.shape)}, "
-                f"weight {tuple(weight.shape)}), got {tuple(tensor.shape)}"
-            )
-        if name == "seq_idx":
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise UserError(f"causal_conv1d: seq_idx must be an integer, got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise UserError(f"causal_conv1d: {name} must be floating point, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise UserError(f"causal_conv1d: {name} is on {tensor.device} but x on {x.device}")
+    check_tensors(
+        "causal_conv1d",
+        ("x", "weight"),
+        (
+            ("x", x, (batch, length, channels)),
+            ("weight", weight, (channels, width)),
+            ("bias", bias, (channels,)),
+            ("seq_idx", seq_idx, (batch, length)),
+            ("initial_state", initial_state, (batch, channels, width - 1)),
+        ),
+    )

@@ -1,13 +1,12 @@
-"""Softmax over a whole catalogue without the matrix of its logits.
+"""Compute the softmax loss over a whole catalogue without the matrix of its logits.
 
-``loss = mean_p (logsumexp_i x_p·w_i − x_p·w_target(p))``. The (P, I) logits of a batch are by far the largest
-thing next-item training would hold (4,096 positions over a million items: 16 GB). Here they exist for a few
-positions at a time, and what the backward pass needs of them is made on the spot: with p_i = softmax,
+``loss = mean_p (logsumexp_i x_p·w_i − x_p·w_target(p))``. The (P, I) logits of a batch are by far the largest tensor of
+next-item training (4,096 positions over a million items: 16 GB). Here they exist for a few positions at a time, and the
+forward pass computes the gradients from them. With p_i = softmax,
 
     dx_p = Σ_i p_i w_i − w_target,        dw_i = Σ_p (p_i(p) − [i = target(p)]) x_p.
 
-The idea of computing gradients in the forward pass is that of fused linear cross-entropies (Liger Kernel,
-arXiv 2410.10989).
+Fused linear cross-entropies introduced gradients in the forward pass (Liger Kernel, arXiv 2410.10989).
 
 Legend: P positions, I items, D = d_model, C positions of a chunk.
 """
@@ -20,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
+
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Logits held at once: 2 MiB stay in a core's cache; a GPU wants more work at a time."""
+"""Number of logits in memory at once: 2 MiB stay in a core's cache; a GPU needs more work at a time."""
 _LEAST_ROWS = 64
-"""Each chunk reads and writes the whole of dw once, which fewer positions would not outweigh; twice as many where the
-products are twice as fast."""
+"""Least positions of a chunk: each chunk reads and writes the whole of dw once, which is too much for fewer. Twice as
+many if the products are twice as fast."""
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """As :func:`linear_cross_entropy`, all logits at once."""
+    """Compute :func:`linear_cross_entropy` from all logits at once."""
     return F.cross_entropy(x @ weight.T, target) if target.numel() else (x.sum() + weight.sum()) * 0
 
 
@@ -40,22 +41,22 @@ def linear_cross_entropy(
     chunk: int | None = None,
     matmul: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of ``softmax(x @ weight.T)``, its gradients ready when it returns.
+    """Return the mean cross-entropy of ``softmax(x @ weight.T)``; the forward pass computes the gradients too.
 
     Args:
         x: (P, D).
         weight: (I, D).
         target: (P,) int64 in [0, I).
-        chunk: Positions at a time; None: what suits the device and the catalogue.
-        matmul: What the three matrix products are worked out in; None: as ``weight`` is. bfloat16 is two to three
-            times faster on processors that multiply it (AVX-512 BF16, AMX, GPUs); softmax and sums stay float32, and
-            gradients are off by some .3 % of their size.
+        chunk: Positions at a time; None chooses by device and catalogue.
+        matmul: Dtype of the three matrix products; None for the dtype of ``weight``. bfloat16 is two to three times
+            faster on processors that multiply it (AVX-512 BF16, AMX, GPUs). Softmax and sums stay in float32, and the
+            error of the gradients is about 0.3 % of their size.
 
     Returns:
-        Scalar, float32 or wider; 0 of no position.
+        Scalar in float32 or wider; 0 without positions.
 
     Raises:
-        ValueError: Shapes do not belong together, or ``chunk`` is below 1.
+        UserError: Shapes do not fit together, or ``chunk`` is below 1.
     """
     if (
         x.dim() != 2
@@ -63,7 +64,7 @@ def linear_cross_entropy(
         or x.shape[1] != weight.shape[1]
         or target.shape != x.shape[:1]
     ):
-        raise ValueError(
+        raise UserError(
             f"expected x (P, D), weight (I, D), target (P,), "
             f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
         )
@@ -72,17 +73,17 @@ def linear_cross_entropy(
         rows = _LEAST_ROWS if matmul in (None, torch.float32) else 2 * _LEAST_ROWS
         chunk = max(rows, elements // weight.shape[0])
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected at least 1")
+        raise UserError(f"chunk={chunk}: below 1; pass at least one position")
     return _LinearCrossEntropy.apply(x, weight, target, chunk, matmul or weight.dtype)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16; elsewhere they are slower than in float32."""
+    """Return True if a device has instructions for products in bfloat16. Without them float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    # Private to PyTorch, so it may go away: float32 then.
+    # These functions are private to PyTorch. If they disappear, float32 is used.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
@@ -112,12 +113,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             top_C1 = logits_CI.amax(1, keepdim=True)
             own_C1 = logits_CI.gather(1, target_C1)
-            weights_CI = logits_CI.sub_(top_C1).exp_()  # softmax but for its sum
+            weights_CI = logits_CI.sub_(top_C1).exp_()  # softmax before the division by its sum
             sum_C1 = weights_CI.sum(1, keepdim=True)
             loss += (sum_C1.log() + top_C1 - own_C1).sum()
             if not (want_x or want_weight):
                 continue
-            # Dividing x and the result by the sum is D divisions a position, dividing the weights I.
+            # Dividing x and the result by the sum takes D divisions for each position; dividing the weights takes I.
             own_weight_C1 = weights_CI.gather(1, target_C1) - sum_C1
             weights_CI.scatter_(1, target_C1, own_weight_C1)
             factor_CI, scale_C1 = weights_CI.to(matmul), sum_C1 * n_positions

@@ -1,8 +1,8 @@
-"""Dropout that is cheap on a CPU.
+"""Drop elements at random, fast on a CPU.
 
-PyTorch draws a Bernoulli number for each element there, one after the other, which costs as much as the matrix
-products around it in models this size. Here an element is dropped by comparing 16 random bits of its own, four elements
-a draw: several times faster, from the same generator (a seed still decides), and p is rounded to 1/65536.
+PyTorch draws one Bernoulli number after the other there, which costs as much as the matrix products of small models.
+Here 16 random bits decide on each element, and one draw serves four elements. This is several times faster. The
+generator is the same, so a seed still decides. p is rounded to 1/65536.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops._vmap import is_batched
 
 _LEVELS = 1 << 16
 
 
 def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
-    """Each element is 0 with probability ``p``, and what remains is scaled up so that the mean stays.
+    """Set each element to 0 with probability ``p`` and scale up the others, so that the mean stays.
 
     Args:
         x: Floating point, any shape.
-        p: Share dropped, from 0 to 1.
-        training: If not, ``x`` is returned as it is.
+        p: Share of elements to drop, from 0 to 1.
+        training: If False, return ``x`` as it is.
 
     Raises:
-        ValueError: ``p`` is below 0 or above 1.
+        UserError: ``p`` is below 0 or above 1.
     """
+    if not 0 <= p <= 1:
+        raise UserError(f"dropout probability {p}: not between 0 and 1; pass a share")
     n_dropped = round(p * _LEVELS)
-    # Under vmap PyTorch's draws differ from call to call; ours would be the same for all.
+    # Under vmap PyTorch draws other numbers for each call. Ours would be the same for all calls.
     own = x.device.type == "cpu" and not is_batched(x)
     if not training or not own or not 0 < n_dropped < _LEVELS:
         return F.dropout(x, p, training)
@@ -40,7 +43,7 @@ def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """:func:`dropout` as a module."""
+    """Apply :func:`dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, training=self.training)

@@ -1,14 +1,15 @@
-"""The items of the largest inner products with each user, exact, over the whole catalogue.
+"""Find the items with the largest inner products for each user, exactly, over the whole catalogue.
 
-    top(u) = the k first of the items i, ordered by  -query(u)·items(i),  then by i
+    top(u) = the first k of the items i, ordered by  -query(u)·items(i),  then by i
 
-Legend: U users, I items, D their vectors' size, k places, n pairs of a user and an item not to recommend.
+Legend: U users, I items, D the length of their vectors, k places, n pairs of a user and an item not to recommend.
 
-All scores of a catalogue, (U, I), are never in memory at once: making them is a product of matrices, but writing them
-to memory and reading them again takes longer than that.
+The scores of the whole catalogue, (U, I), are never in memory at once: writing them and reading them again takes longer
+than the matrix product that makes them.
 
-Two paths: :func:`_reference`, plain PyTorch for any device and dtype, some users at a time; a C++ kernel for float32
-and bfloat16 on CPU, which ranks a product while it is in a register and computes bfloat16's in float32.
+There are two paths: :func:`_reference`, plain PyTorch for any device and dtype, which takes some users at a time; and a
+C++ kernel for float32 and bfloat16 on the CPU, which ranks a product while it is in a register. The kernel multiplies
+bfloat16 vectors in float32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import diverged, rank_top_k, user_blocks
 from recsys_ssm.ops._dispatch import Operator
 
@@ -38,32 +40,32 @@ def rank_products(
     *,
     everything: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
-    """:func:`~recsys_ssm.metrics.rank_top_k` of ``query @ items.T``, of all items and without the excluded ones.
+    """Rank ``query @ items.T`` like :func:`~recsys_ssm.metrics.rank_top_k`, with and without the excluded items.
 
     Args:
         query: (U, D).
         items: (I, D).
-        k: places, at least 1; may be more than I.
-        exclude: users (n,) and items (n,), int64, in any order: items not to recommend to them; None: nothing is
-            excluded.
-        everything: whether the ranking of all items is wanted beside the other.
+        k: Places, at least 1; may be more than I.
+        exclude: Users (n,) and items (n,), int64, in any order: items not to recommend to these users. None excludes
+            nothing.
+        everything: If True, also rank all items.
 
     Returns:
-        (U, k) int64 of all items (None if not wanted), and (U, k) without the excluded ones (the same if nothing is).
-        Best first; of equal scores the item with the lower index; -1 where no item is left.
+        (U, k) int64 over all items (None unless ``everything``), and (U, k) without the excluded items. Without
+        ``exclude`` both are the same. The best item comes first. Of equal scores, the lower index comes first. -1 means
+        that no item is left.
 
     Raises:
-        UserError: a score that takes part is NaN, which means that the model has diverged.
-        ValueError: wrong shapes, k, or pairs.
+        UserError: Shapes, ``k`` or pairs are wrong, or a score is NaN because the model has diverged.
     """
     if query.dim() != 2 or items.dim() != 2 or query.shape[1] != items.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"query {tuple(query.shape)} and items {tuple(items.shape)} must be (U, D) and (I, D)"
         )
     if not len(items):
-        raise ValueError("there are no items to rank")
+        raise UserError("items is empty; pass at least one item to rank")
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise UserError(f"k must be at least 1, got {k}")
     pairs = None if exclude is None else _by_user(*exclude, len(query), len(items))
     rank = _kernel if _OPERATOR.takes(query, items) else _reference
     whole, without = rank(query, items, k, pairs, everything or pairs is None)
@@ -76,15 +78,15 @@ def rank_products(
 def _by_user(
     user: Tensor, item: Tensor, n_users: int, n_items: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs ordered by user and item, and where each user's begin: (n,), (n,), (U + 1,)."""
+    """Sort the pairs by user and item. Return them, (n,) and (n,), and where each user's begin, (U + 1,)."""
     if user.dim() != 1 or user.shape != item.shape:
-        raise ValueError(
-            f"exclude must be users and as many items, got {tuple(user.shape)} and {tuple(item.shape)}"
+        raise UserError(
+            f"exclude must be equal numbers of users and items, got {tuple(user.shape)} and {tuple(item.shape)}"
         )
     if user.numel():
         (u0, u1), (i0, i1) = (x.aminmax() for x in (user, item))
         if min(int(u0), int(i0)) < 0 or int(u1) >= n_users or int(i1) >= n_items:
-            raise ValueError(
+            raise UserError(
                 f"exclude names user {int(u1)} and item {int(i1)} (from {int(u0)} and {int(i0)}), "
                 f"of {n_users} users and {n_items} items"
             )
@@ -110,7 +112,7 @@ def _reference(
             continue
         user, item, starts = pairs
         here = slice(int(starts[start]), int(starts[start + len(block)]))
-        # Not excluded and -inf must stay apart, as rank_top_k has it.
+        # A score of -inf must not look like an excluded item.
         scores.clamp_(min=torch.finfo(scores.dtype).min)
         scores[user[here] - start, item[here]] = -math.inf
         top = rank_top_k(scores, min(k, len(items)))
@@ -135,7 +137,7 @@ def _kernel(
         return whole, without
     excluded = None if pairs is None else pairs[1]
     starts = None if pairs is None else pairs[2]
-    # RankProductsArgs of csrc/rank_products.cpp: 8-byte integers all.
+    # RankProductsArgs of csrc/rank_products.cpp, all 8-byte integers.
     values = [
         torch.get_num_threads(), len(query), len(items), query.shape[1], k, query.stride(0),
         items.stride(0), query.data_ptr(), items.data_ptr(),
@@ -151,6 +153,6 @@ def _kernel(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """float32 with adjacent elements, as the kernel reads them."""
+    """Return ``t`` in float32 with adjacent elements, as the kernel reads them."""
     t = t.float()
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()

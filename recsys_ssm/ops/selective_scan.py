@@ -1,15 +1,15 @@
-"""Selective scan: the recurrence of Mamba (Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling
-with Selective State Spaces", arXiv:2312.00752, algorithm 2 and equation 2a).
+"""Selective scan: the recurrence of Mamba (Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
+Spaces", arXiv:2312.00752, algorithm 2 and equation 2a).
 
 For every channel e and state n, with a step size Δ that depends on the input::
 
     h_t[e, n] = exp(Δ_t[e] · A[e, n]) · h_{t-1}[e, n] + Δ_t[e] · B_t[n] · u_t[e]
     y_t[e]    = Σ_n C_t[n] · h_t[e, n] + D[e] · u_t[e]
 
-Three paths, one result: :func:`selective_scan_reference` reads like the formula (and is what every
-other path is tested against, in float64); :func:`_scan_loop` is the best plain PyTorch we know, for
-any device and dtype; a C++ kernel serves float32 and bfloat16 on CPU, and ``mamba_ssm``'s CUDA
-kernel serves CUDA tensors where it is installed.  :func:`selective_scan` chooses.
+Three paths give the same result, and :func:`selective_scan` chooses. :func:`selective_scan_reference` reads like the
+formula; the tests hold the other paths against it, in float64. :func:`_scan_loop` is the fastest plain PyTorch we know,
+for any device and dtype. A C++ kernel serves float32 and bfloat16 on the CPU, and ``mamba_ssm``'s CUDA kernel serves
+CUDA tensors when it is installed.
 
 Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states (``d_state``).
 """
@@ -26,7 +26,14 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
+from recsys_ssm.ops._operators import (
+    INTEGERS,
+    check_tensors,
+    empty_like,
+    register_operator,
+    state_dtype,
+)
+from recsys_ssm.ops._vmap import each_call, is_batched
 from recsys_ssm.ops.sequences import starts_of
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_scan_step"]
@@ -89,32 +96,31 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run the selective scan over whole sequences, by the fastest path at hand.
+    """Run the selective scan over whole sequences, by the fastest path available.
 
     Args:
-        u: input, (B, L, E).  Like ``dt``, ``B``, ``C`` and ``z`` it may be a strided view.
-        dt: step size Δ, (B, L, E), before ``dt_bias`` and softplus.
-        A: decay rate, (E, N); negative for a stable recurrence.
-        B: input matrix, (B, L, N).
-        C: output matrix, (B, L, N).
-        D: skip weight, (E), or None for none.
-        z: gate, (B, L, E): the output is multiplied by ``silu(z)``, after the skip.
-        dt_bias: added to ``dt`` before the softplus, (E).
-        dt_softplus: Δ = softplus(dt + dt_bias) instead of dt + dt_bias.
-        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  Equal neighbours
-            are one sequence; where another begins the state is set to 0, so sequences packed into
-            one row do not see each other.  -1 is padding, wherever it stands: its output is 0, it
-            has no gradient, and it ends a sequence: what follows it is another one.
-        initial_state: state before the row's first sequence, (B, E, N).
-        return_final_state: also return the state after the row's last valid position.
+        u: Input, (B, L, E). Like ``dt``, ``B``, ``C`` and ``z`` it may be a strided view.
+        dt: Step size Δ, (B, L, E), before ``dt_bias`` and softplus.
+        A: Decay rate, (E, N); negative for a stable recurrence.
+        B: Input matrix, (B, L, N).
+        C: Output matrix, (B, L, N).
+        D: Skip weight, (E), or None.
+        z: Gate, (B, L, E): the output is multiplied by ``silu(z)``, after the skip.
+        dt_bias: Term added to ``dt`` before the softplus, (E).
+        dt_softplus: If True, Δ = softplus(dt + dt_bias), else dt + dt_bias.
+        seq_idx: number of the sequence at each position, (B, L), any integer dtype. Equal neighbours are one sequence.
+            The state is set to 0 where another sequence begins, so sequences packed into one row do not see each
+            other. -1 is padding, at any position: its output is 0, it has no gradient, and it ends a sequence.
+        initial_state: State before the row's first sequence, (B, E, N).
+        return_final_state: If True, also return the state after the row's last valid position.
 
     Returns:
-        y (B, L, E) in ``u``'s dtype; with ``return_final_state`` also the state (B, E, N), which is
-        float32 (float64 if an input is).  Both are differentiable in every floating-point argument.
+        y (B, L, E) in ``u``'s dtype; with ``return_final_state`` also the state (B, E, N), in float32 (float64 if an
+        input is). Both are differentiable in every floating-point argument.
 
     Raises:
-        UserError: shapes that do not fit together, a dtype that is not floating point (for
-            ``seq_idx``: not an integer), tensors on different devices; it names the argument.
+        UserError: Shapes do not fit together, a dtype is not floating point (``seq_idx``: not an integer), or tensors
+            are on different devices. The message names the argument.
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
     if _fit(inputs) and _OPERATOR.takes(*_floats(inputs)):
@@ -140,22 +146,22 @@ def selective_scan_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`selective_scan`: O(1) in the length of what came before.
+    """Run one step of :func:`selective_scan`, in constant time and memory.
 
     Args:
-        state: (B, E, N); left as it is.
+        state: (B, E, N); not written to.
         u, dt, z: (B, E).
         A: (E, N).
         B, C: (B, N).
         D, dt_bias: (E).
-        dt_softplus: as in :func:`selective_scan`.
+        dt_softplus: As in :func:`selective_scan`.
 
     Returns:
-        y (B, E) in ``u``'s dtype and the next state (B, E, N) in ``state``'s dtype, which should be
-        float32 or wider: rounding the state at every step loses what it remembers.
+        y (B, E) in ``u``'s dtype and the next state (B, E, N) in ``state``'s dtype. Keep the state in float32 or wider:
+        rounding it at every step loses the past.
 
     Raises:
-        UserError: shapes that do not fit together.
+        UserError: Shapes do not fit together.
     """
     if u.dim() != 2 or state.dim() != 3:
         raise UserError(
@@ -165,7 +171,7 @@ def selective_scan_step(
     u_B1E, dt_B1E, B_B1N, C_B1N = (x.unsqueeze(1) for x in (u, dt, B, C))
     z_B1E = None if z is None else z.unsqueeze(1)
     _check(u_B1E, dt_B1E, A, B_B1N, C_B1N, D, z_B1E, dt_bias, None, state)
-    wide = _state_dtype(u, dt, A, B, C)
+    wide = state_dtype(u, dt, A, B, C)
     dt_BE = dt.to(wide)
     if dt_bias is not None:
         dt_BE = dt_BE + dt_bias
@@ -195,10 +201,10 @@ def selective_scan_reference(
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula, written for the reader: no care for speed, no dtype chosen behind your back.
+    """Compute the formula in the plainest way, in the dtype of the inputs.
 
-    Arguments as in :func:`selective_scan`; returns y (B, L, E) and the final state (B, E, N).  Give
-    it float64 tensors to get the result every other path is measured against.
+    Takes the arguments of :func:`selective_scan` and returns y (B, L, E) and the final state (B, E, N). The tests hold
+    the other paths against its float64 result.
     """
     batch, length, channels = u.shape
     if seq_idx is None:
@@ -212,7 +218,7 @@ def selective_scan_reference(
         new_B11 = (~first_B & (seq_idx[:, t] != seq_idx[:, t - 1]))[:, None, None]
         first_B = first_B & ~valid_B
 
-        # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
+        # Inputs at padding count as 0, so that not even a NaN there reaches a gradient.
         delta_BE = torch.where(valid_B1, dt[:, t], 0)
         if dt_bias is not None:
             delta_BE = delta_BE + dt_bias
@@ -251,13 +257,13 @@ def _scan_loop(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The best plain PyTorch: all that is not the recurrence is done for all steps at once.
+    """Run the recurrence step by step, and everything else for all steps at once.
 
-    Inputs are ``unbind``-ed, because indexing ``x[:, t]`` makes the backward pass quadratic in the
-    length (every slice's gradient is a zero tensor of the full size); one exponential a step. Products
-    and sums as they are: fused and batched ones (``addcmul``, ``bmm``) take a quarter longer on CPU.
+    Inputs are ``unbind``-ed, because indexing ``x[:, t]`` makes the backward pass quadratic in the length: every
+    slice's gradient is a zero tensor of the full size. Each step takes one exponential. Fused and batched operators
+    (``addcmul``, ``bmm``) take a quarter longer on a CPU than products and sums.
     """
-    wide = _state_dtype(u, dt, A, B, C)
+    wide = state_dtype(u, dt, A, B, C, D, z, dt_bias, initial_state)
     with torch.autocast(u.device.type, enabled=False):
         u_BLE, dt_BLE, B_BLN, C_BLN = (x.to(wide) for x in (u, dt, B, C))
         A_EN = A.to(wide)
@@ -305,7 +311,7 @@ def _scan_loop(
 
 
 def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """``mamba_ssm``'s kernel, whose layout is (B, E, L) and whose parameters are float32."""
+    """Call ``mamba_ssm``'s kernel, with its layout (B, E, L) and float32 parameters."""
     function = _OPERATOR.cuda_function
     assert function is not None
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, _, _ = inputs
@@ -321,10 +327,6 @@ def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tens
 
 
 # --- the C++ kernel ------------------------------------------------------------------------------
-#
-# Two operators known to torch.library: torch.compile and torch.export see one node each.  Autograd is
-# a Function of our own under the first operator's Autograd key: torch.library.register_autograd does
-# the same at several times the cost a call, and FT-Mamba makes eight short calls a step.
 
 _CHUNK = 32  # kChunk and kBlock of csrc/selective_scan.cpp: the shape of the checkpoints
 _BLOCK = 64
@@ -333,11 +335,11 @@ _INPUTS = (
     "bool dt_softplus, Tensor? seq_idx, Tensor? initial_state"
 )
 _LIBRARY = torch.library.Library("recsys_ssm", "FRAGMENT")
-# -> y; the final state if wanted; if to be kept for backward: y before the gate, checkpoints
+# Returns y; with return_final_state the final state; with keep_for_backward y before the gate and checkpoints.
 _LIBRARY.define(
     f"selective_scan({_INPUTS}, bool return_final_state, bool keep_for_backward) -> Tensor[]"
 )
-# -> the gradients of those floating-point inputs that are given, in their order
+# Returns the gradients of the floating-point inputs that are passed, in their order.
 _LIBRARY.define(
     f"selective_scan_backward(Tensor? dy, Tensor? dfinal_state, {_INPUTS}, Tensor? ungated, "
     "Tensor checkpoints) -> Tensor[]"
@@ -358,15 +360,15 @@ def _scan_kernel(inputs: _Inputs, return_final_state: bool) -> list[Tensor]:
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    """Uninitialised outputs of the forward operator."""
+    """Allocate the outputs of the forward operator."""
     u, _, A, _, _, _, z, _, _, _, _, return_final_state, keep_for_backward = arguments
     (*calls, batch, length, channels), states = u.shape, A.shape[-1]
-    outputs = [_empty_like(u)]
+    outputs = [empty_like(u)]
     if return_final_state:
         outputs.append(A.new_empty((*calls, batch, channels, states)))
     if keep_for_backward:
         if z is not None:
-            outputs.append(_empty_like(u))
+            outputs.append(empty_like(u))
         chunks = (length + _CHUNK - 1) // _CHUNK
         blocks = (channels + _BLOCK - 1) // _BLOCK
         # The first chunk starts from the initial state.
@@ -376,20 +378,16 @@ def _fake(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
+    """Allocate the outputs of the backward operator."""
     u, dt, A, B, C, D, z, dt_bias, _, _, initial_state = arguments[2:13]
     given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    return [_empty_like(x) for x in given if x is not None]
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [empty_like(x) for x in given if x is not None]
 
 
 class _CallArguments:
-    """The ``Arguments`` of csrc/selective_scan.cpp, all of them 8-byte integers, in its order.
+    """Collect the ``Arguments`` of csrc/selective_scan.cpp in their order, all 8-byte integers.
 
-    Keeps what it points to alive.  A plain array: filling a ctypes structure by name takes longer
+    Keeps the tensors alive. The arguments are a plain array, because filling a ctypes structure by name takes longer
     than a short scan.
     """
 
@@ -403,7 +401,7 @@ class _CallArguments:
             self.dense(x)
 
     def strided(self, x: Tensor | None) -> None:
-        """A (batch, length, width) tensor by its strides; copied only if its last is not 1."""
+        """Add a (batch, length, width) tensor with its strides; copy it only if the last stride is not 1."""
         if x is None:
             self.values += (0, 0, 0, 0)
             return
@@ -415,6 +413,7 @@ class _CallArguments:
         self.values += (x.data_ptr(), batch, time, x.dtype == torch.bfloat16)
 
     def dense(self, x: Tensor | None) -> None:
+        """Add a tensor without gaps; copy it if it has any."""
         if x is None:
             self.values.append(0)
             return
@@ -507,49 +506,46 @@ class _Scan(torch.autograd.Function):
         return None, *rest, None, None, dinitial_state
 
 
-def _forward_autograd(*arguments: Any) -> list[Tensor]:
+def _differentiable(*arguments: Any) -> list[Tensor]:
     *inputs, return_final_state, _ = arguments
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return list(_Scan.apply(return_final_state, *inputs))
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.recsys_ssm.selective_scan.default(*arguments)
+    return list(_Scan.apply(return_final_state, *inputs))
 
 
-_LIBRARY.impl("selective_scan", _forward_cpu, "CPU")
-_LIBRARY.impl("selective_scan", _forward_autograd, "Autograd")
-_LIBRARY.impl("selective_scan_backward", _backward_cpu, "CPU")
-torch.library.register_fake("recsys_ssm::selective_scan", _fake, lib=_LIBRARY)
-torch.library.register_fake("recsys_ssm::selective_scan_backward", _backward_fake, lib=_LIBRARY)
-register_vmap("recsys_ssm::selective_scan", _LIBRARY)
-register_vmap("recsys_ssm::selective_scan_backward", _LIBRARY)
+register_operator(
+    "selective_scan",
+    _LIBRARY,
+    forward=_forward_cpu,
+    backward=_backward_cpu,
+    forward_fake=_fake,
+    backward_fake=_backward_fake,
+    differentiable=_differentiable,
+)
 
 
 def _resets(seq_idx: Tensor) -> Tensor:
-    """(B, L) bool: where a sequence begins that is not the row's first."""
+    """Mark (B, L) where a sequence begins that is not the row's first."""
     begins_BL = starts_of(seq_idx)
     return begins_BL & (begins_BL.cumsum(1) > 1)
 
 
-def _state_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is, else float32: states are never kept in half precision."""
-    double = any(x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if double else torch.float32
-
-
 def _floats(inputs: _Inputs) -> list[Tensor]:
-    """The floating-point inputs that are given."""
+    """Return the floating-point inputs that are not None."""
     *scan, _, _, initial_state = inputs
     return [x for x in (*scan, initial_state) if x is not None]
 
 
 def _fit(inputs: _Inputs) -> bool:
-    """Whether all shapes fit, at a small part of the cost of :func:`_check`, which can say why not."""
+    """Return True if all shapes fit the kernel: no channels or no states is left to plain PyTorch.
+
+    Costs a small part of :func:`_check`, which says what is wrong.
+    """
     u, dt, A, B, C, D, z, dt_bias, _, seq_idx, initial_state = inputs
     if u.dim() != 3 or A.dim() != 2:
         return False
     wide, narrow = u.shape, (u.shape[0], u.shape[1], A.shape[1])
     return (
-        dt.shape == wide
+        0 not in A.shape
+        and dt.shape == wide
         and A.shape[0] == wide[2]
         and B.shape == narrow
         and C.shape == narrow
@@ -559,12 +555,9 @@ def _fit(inputs: _Inputs) -> bool:
         and (initial_state is None or initial_state.shape == (wide[0], *A.shape))
         and (
             seq_idx is None
-            or (seq_idx.shape == wide[:2] and seq_idx.is_cpu and seq_idx.dtype in _INTEGERS)
+            or (seq_idx.shape == wide[:2] and seq_idx.is_cpu and seq_idx.dtype in INTEGERS)
         )
     )
-
-
-_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 
 def _check(
@@ -585,29 +578,19 @@ def _check(
             f"got {tuple(u.shape)} and {tuple(A.shape)}"
         )
     (batch, length, channels), states = u.shape, A.shape[1]
-    for name, tensor, shape in (
-        ("dt", dt, (batch, length, channels)),
-        ("A", A, (channels, states)),
-        ("B", B, (batch, length, states)),
-        ("C", C, (batch, length, states)),
-        ("D", D, (channels,)),
-        ("z", z, (batch, length, channels)),
-        ("dt_bias", dt_bias, (channels,)),
-        ("seq_idx", seq_idx, (batch, length)),
-        ("initial_state", initial_state, (batch, channels, states)),
-        ("u", u, (batch, length, channels)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise UserError(
-                f"selective_scan: {name} must have shape {shape} "
-                f"(u is {tuple(u.shape)}, A {tuple(A.shape)}), got {tuple(tensor.shape)}"
-            )
-        if name == "seq_idx":
-            if tensor.dtype not in _INTEGERS:
-                raise UserError(f"selective_scan: seq_idx must be an integer, got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise UserError(f"selective_scan: {name} must be floating point, got {tensor.dtype}")
-        if tensor.device != u.device:
-            raise UserError(f"selective_scan: {name} is on {tensor.device} but u on {u.device}")
+    check_tensors(
+        "selective_scan",
+        ("u", "A"),
+        (
+            ("dt", dt, (batch, length, channels)),
+            ("A", A, (channels, states)),
+            ("B", B, (batch, length, states)),
+            ("C", C, (batch, length, states)),
+            ("D", D, (channels,)),
+            ("z", z, (batch, length, channels)),
+            ("dt_bias", dt_bias, (channels,)),
+            ("seq_idx", seq_idx, (batch, length)),
+            ("initial_state", initial_state, (batch, channels, states)),
+            ("u", u, (batch, length, channels)),
+        ),
+    )

@@ -1,9 +1,9 @@
-"""Sequences packed into rows, each with a state of its own: where it starts from, and what it ends in.
+"""Work with sequences packed into rows, each with an initial state and a final state of its own.
 
-The operators run packed rows as they are, and carry one state into a row and one out of it. To continue each of many
-histories where it was left, which is what serving needs, the states of all of them are wanted: :func:`each_sequence`.
+The operators take packed rows as they are, with one state in and one state out for each row. Serving has to continue
+many histories, and so needs the states of all of them: use :func:`each_sequence`.
 
-Legend: B rows, L positions, S sequences in them, M positions of the longest.
+Legend: B rows, L positions, S sequences in the rows, M positions of the longest sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Sequences", "each_sequence", "seq_idx_of", "sequences_of", "starts_o
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of packed rows are: row by row, and in a row by position."""
+    """Places of the sequences in packed rows, ordered by row and position."""
 
     row: Tensor
     """(S,) int64."""
@@ -32,24 +32,24 @@ class Sequences(NamedTuple):
 
 
 def starts_of(seq_idx: Tensor) -> Tensor:
-    """(B, L) bool: where a sequence begins."""
+    """Mark (B, L) the positions where a sequence begins."""
     new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)[:, : seq_idx.shape[1]]
     return (seq_idx >= 0) & new
 
 
 def sequences_of(seq_idx: Tensor) -> Sequences:
-    """The sequences that ``seq_idx`` (B, L) marks: equal neighbours are one, -1 is padding and ends one."""
+    """Find the sequences that ``seq_idx`` (B, L) marks: equal neighbours are one, -1 is padding and ends one."""
     starts = starts_of(seq_idx)
     row, start = starts.nonzero(as_tuple=True)
-    of = starts.flatten().cumsum(0)[(seq_idx >= 0).flatten()] - 1
-    return Sequences(row, start, torch.bincount(of, minlength=row.numel()))
+    number = starts.flatten().cumsum(0)[(seq_idx >= 0).flatten()] - 1
+    return Sequences(row, start, torch.bincount(number, minlength=row.numel()))
 
 
 def seq_idx_of(cu_seqlens: Tensor) -> Tensor:
-    """The one row (1, L) of sequences that lie end to end from ``cu_seqlens`` (S + 1) on: 0 … L, as varlen kernels say.
+    """Make the row (1, L) of sequences that lie end to end, from their bounds ``cu_seqlens`` (S + 1), 0 … L.
 
     Raises:
-        UserError: It is not from 0 upwards.
+        UserError: The bounds do not rise from 0.
     """
     length = cu_seqlens.diff()
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens[0] != 0 or (length < 0).any():
@@ -65,19 +65,19 @@ def each_sequence(
     initial_state: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """A causal operator on packed rows, with a state in and out for each sequence.
+    """Run a causal operator on packed rows, with a state in and out for each sequence.
 
     >>> y, states = each_sequence(selective_scan, {"u": u, "dt": dt, "B": B, "C": C}, seq_idx, A=A)
 
-    Every sequence becomes a row of its own for that, as long as the longest: of rows whose sequences differ much in
-    length, that is more work than packed. Of the output alone, ``operator(…, seq_idx=seq_idx)`` is the same.
+    This pads every sequence to the longest, so it costs more than the packed call if lengths differ much. If you need
+    only the output, call ``operator(…, seq_idx=seq_idx)``.
 
     Args:
-        operator: ``selective_scan``, ``ssd``, ``causal_conv1d``.
-        over_time: Its arguments that are (B, L, …), by name.
+        operator: ``selective_scan``, ``ssd`` or ``causal_conv1d``.
+        over_time: The operator's arguments of shape (B, L, …), by name.
         seq_idx: (B, L).
-        initial_state: (S, …), of each sequence in the order of :func:`sequences_of`; none: zeros.
-        others: Its other arguments.
+        initial_state: (S, …), a state for each sequence in the order of :func:`sequences_of`; None for zeros.
+        others: The operator's other arguments.
 
     Returns:
         The output (B, L, …), 0 at padding, and the state after each sequence (S, …). Both are differentiable in

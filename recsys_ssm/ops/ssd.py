@@ -1,19 +1,19 @@
-"""State space duality: the recurrence of Mamba-2 (Dao and Gu, 2024, "Transformers are SSMs",
-arXiv:2405.21060, equation 1 with a scalar A a head; the chunked form is its section 6).
+"""State space duality: the recurrence of Mamba-2 (Dao and Gu, 2024, "Transformers are SSMs", arXiv:2405.21060, equation
+1 with a scalar A for each head; the chunked form is its section 6).
 
 For every head h with its P channels p and N states n, with B and C shared by the heads of a group::
 
     h_t[h, p, n] = exp(Δ_t[h] · A[h]) · h_{t-1}[h, p, n] + Δ_t[h] · B_t[g, n] · x_t[h, p]
     y_t[h, p]    = Σ_n C_t[g, n] · h_t[h, p, n] + D[h] · x_t[h, p]
 
-Three paths, one result: :func:`ssd_reference` reads like the formula (and is what every other path
-is tested against, in float64); :func:`_chunked` is the best plain PyTorch we know, for any device
-and dtype; a C++ kernel serves float32 and bfloat16 on CPU, and ``mamba_ssm``'s Triton kernels serve
-CUDA tensors where it is installed.  :func:`ssd` chooses.
+Three paths give the same result, and :func:`ssd` chooses. :func:`ssd_reference` reads like the formula; the tests hold
+the other paths against it, in float64. :func:`_chunked` is the fastest plain PyTorch we know, for any device and dtype.
+A C++ kernel serves float32 and bfloat16 on the CPU, and ``mamba_ssm``'s Triton kernels serve CUDA tensors when it is
+installed.
 
-Legend of shape suffixes: B batch, L length, H heads, P channels a head (``headdim``), G groups,
-R heads a group (H / G), N states (``d_state``); in the chunked form K chunks of Q positions each,
-the second Q of a pair of positions written S.
+Legend of shape suffixes: B batch, L length, H heads, P channels of a head (``headdim``), G groups, R heads of a group
+(H / G), N states (``d_state``). In the chunked form: K chunks of Q positions each; the second Q of a pair of positions
+is written S.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._vmap import each_call, is_batched, register_vmap
-from recsys_ssm.ops.selective_scan import _resets, _state_dtype
+from recsys_ssm.ops._operators import check_tensors, empty_like, register_operator, state_dtype
+from recsys_ssm.ops._vmap import each_call, is_batched
+from recsys_ssm.ops.selective_scan import _resets
 
 __all__ = ["ssd", "ssd_reference", "ssd_step"]
 
@@ -85,35 +86,32 @@ def ssd(
     return_final_state: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run Mamba-2's recurrence over whole sequences, by the fastest path at hand.
+    """Run Mamba-2's recurrence over whole sequences, by the fastest path available.
 
     Args:
-        x: input, (B, L, H, P).  Like ``dt``, ``B`` and ``C`` it may be a strided view.
-        dt: step size Δ, (B, L, H), before ``dt_bias`` and softplus.
-        A: decay rate, (H); negative for a stable recurrence.
-        B: input matrix, (B, L, G, N); H must be a multiple of G, head h reads group h // (H / G).
-        C: output matrix, (B, L, G, N).
-        D: skip weight, (H), or None for none.
-        dt_bias: added to ``dt`` before the softplus, (H).
-        dt_softplus: Δ = softplus(dt + dt_bias) instead of dt + dt_bias.
-        seq_idx: which sequence a position belongs to, (B, L), any integer dtype.  Equal neighbours
-            are one sequence; where another begins the state is set to 0, so sequences packed into
-            one row do not see each other.  -1 is padding, wherever it stands: its output is 0, it
-            has no gradient, and it ends a sequence: what follows it is another one.
-        initial_state: state before the row's first sequence, (B, H, P, N).
-        return_final_state: also return the state after the row's last valid position.
-        chunk_size: positions the plain PyTorch and the CUDA path treat as one block of attention;
-            it changes speed and memory, not the result.  None for what is fast; our kernel always
-            picks its own.
+        x: Input, (B, L, H, P). Like ``dt``, ``B`` and ``C`` it may be a strided view.
+        dt: Step size Δ, (B, L, H), before ``dt_bias`` and softplus.
+        A: Decay rate, (H); negative for a stable recurrence.
+        B: Input matrix, (B, L, G, N). H must be a multiple of G; head h reads group h // (H / G).
+        C: Output matrix, (B, L, G, N).
+        D: Skip weight, (H), or None.
+        dt_bias: Term added to ``dt`` before the softplus, (H).
+        dt_softplus: If True, Δ = softplus(dt + dt_bias), else dt + dt_bias.
+        seq_idx: number of the sequence at each position, (B, L), any integer dtype. Equal neighbours are one sequence.
+            The state is set to 0 where another sequence begins, so sequences packed into one row do not see each
+            other. -1 is padding, at any position: its output is 0, it has no gradient, and it ends a sequence.
+        initial_state: State before the row's first sequence, (B, H, P, N).
+        return_final_state: If True, also return the state after the row's last valid position.
+        chunk_size: Positions that plain PyTorch and the CUDA path treat as one block of attention. It changes speed and
+            memory, not the result. None chooses a fast one. The C++ kernel always chooses its own.
 
     Returns:
-        y (B, L, H, P) in ``x``'s dtype; with ``return_final_state`` also the state (B, H, P, N),
-        which is float32 (float64 if an input is).  Both are differentiable in every floating-point
-        argument.
+        y (B, L, H, P) in ``x``'s dtype; with ``return_final_state`` also the state (B, H, P, N), in float32 (float64 if
+        an input is). Both are differentiable in every floating-point argument.
 
     Raises:
-        UserError: shapes that do not fit together, a dtype that is not floating
-            point (for ``seq_idx``: not an integer); the message names the argument.
+        UserError: Shapes do not fit together, a dtype is not floating point (``seq_idx``: not an integer), or tensors
+            are on different devices. The message names the argument.
     """
     _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
     floats = [t for t in (x, dt, A, B, C, D, dt_bias, initial_state) if t is not None]
@@ -143,27 +141,26 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`ssd`: O(1) in the length of what came before.
+    """Run one step of :func:`ssd`, in constant time and memory.
 
     Args:
-        state: (B, H, P, N); left as it is.
+        state: (B, H, P, N); not written to.
         x: (B, H, P).
         dt: (B, H).
         A, D, dt_bias: (H).
         B, C: (B, G, N).
-        dt_softplus: as in :func:`ssd`.
+        dt_softplus: As in :func:`ssd`.
 
     Returns:
-        y (B, H, P) in ``x``'s dtype and the next state (B, H, P, N) in ``state``'s dtype, which
-        should be float32 or wider: rounding the state at every step loses what it remembers.
+        y (B, H, P) in ``x``'s dtype and the next state (B, H, P, N) in ``state``'s dtype. Keep the state in float32 or
+        wider: rounding it at every step loses the past.
 
     Raises:
-        UserError: shapes that do not fit together, a dtype that is not floating
-            point (for ``seq_idx``: not an integer); the message names the argument.
+        UserError: As :func:`ssd`.
     """
     rows = [tensor.unsqueeze(1) if tensor.dim() else tensor for tensor in (x, dt, B, C)]
     _check(rows[0], rows[1], A, rows[2], rows[3], D, dt_bias, None, state, 1)
-    wide = _state_dtype(x, dt, A, B, C, state)
+    wide = state_dtype(x, dt, A, B, C, state)
     with torch.autocast(x.device.type, enabled=False):
         dt_BH = dt.to(wide)
         if dt_bias is not None:
@@ -195,10 +192,10 @@ def ssd_reference(
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula, written for the reader: no care for speed, no dtype chosen behind your back.
+    """Compute the formula in the plainest way, in the dtype of the inputs.
 
-    Arguments as in :func:`ssd`; returns y (B, L, H, P) and the final state (B, H, P, N).  Give it
-    float64 tensors to get the result every other path is measured against.
+    Takes the arguments of :func:`ssd` and returns y (B, L, H, P) and the final state (B, H, P, N). The tests hold the
+    other paths against its float64 result.
     """
     batch, length, heads, headdim = x.shape
     groups, states = B.shape[2:]
@@ -216,7 +213,7 @@ def ssd_reference(
         delta_BH = dt[:, t] if dt_bias is None else dt[:, t] + dt_bias
         if dt_softplus:
             delta_BH = F.softplus(delta_BH)
-        # At padding every input is taken as 0, so that not even a NaN there reaches a gradient.
+        # Inputs at padding count as 0, so that not even a NaN there reaches a gradient.
         delta_BH = torch.where(valid_B[:, None], delta_BH, 0)
         x_BHP = torch.where(valid_B11, x[:, t], 0)
         B_BHN = torch.where(valid_B11, B[:, t], 0).repeat_interleave(heads // groups, 1)
@@ -249,10 +246,11 @@ def _chunked(
     initial_state: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The best plain PyTorch: attention within a chunk, a state handed from chunk to chunk, all in
-    matrix products.  Wherever the heads of a group share B or C they share one product.
+    """Compute attention within each chunk and pass a state from chunk to chunk, all in matrix products.
+
+    Heads that share B or C share one product.
     """
-    wide = _state_dtype(x, dt, A, B, C)
+    wide = state_dtype(x, dt, A, B, C, D, dt_bias, initial_state)
     batch, length, heads, headdim = x.shape
     groups, states = B.shape[2:]
     if length == 0:
@@ -264,7 +262,7 @@ def _chunked(
         return x.clone(), state
     per_group = heads // groups
     if chunk_size is None:
-        # The (Q, Q) weights are each head's own: the more heads, the smaller they should be.
+        # Each head has (Q, Q) weights of its own, so many narrow heads want small chunks.
         chunk_size = 16 if headdim < 16 else 64
     Q = min(chunk_size, length)
     K = -(-length // Q)
@@ -277,7 +275,7 @@ def _chunked(
             x_BLHP, B_BLGN, C_BLGN = (
                 tensor.masked_fill(pad_BL1.unsqueeze(-1), 0) for tensor in (x_BLHP, B_BLGN, C_BLGN)
             )
-            # Numbered along the row, so that sequences are the same iff their numbers are.
+            # Numbers along the row: two positions are of one sequence if and only if their numbers are equal.
             sequence_BKQ = _to_chunks(_resets(seq_idx).cumsum(1), K, Q, repeat_last=True)
         if dt_bias is not None:
             dt_BLH = dt_BLH + dt_bias
@@ -304,12 +302,14 @@ def _chunked(
         CB_BGKQS = C_BGKQN @ B_BGKQN.transpose(-1, -2)
         y_BGRKQP = (CB_BGKQS.unsqueeze(2) * decay_BGRKQS.exp()) @ x_BKQGRP.permute(0, 3, 4, 1, 2, 5)
 
-        # From chunk to chunk: what a chunk adds to the state at its end, …
+        # From chunk to chunk: the state that a chunk adds at its end, …
         to_end_BGRKQ = _sums_after(log_a_BGRKQ)
         from_start_BGRKQ = log_a_BGRKQ.cumsum(-1)
         keep_BGRK = from_start_BGRKQ[..., -1].exp()
         if sequence_BKQ is not None:
-            first_BK = F.pad(sequence_BKQ[:, :-1, -1], (1, 0))  # what the state at its start is of
+            first_BK = F.pad(
+                sequence_BKQ[:, :-1, -1], (1, 0)
+            )  # the sequence of the state at its start
             last_BK = sequence_BKQ[:, :, -1]
             to_end_BGRKQ = to_end_BGRKQ.masked_fill(
                 (sequence_BKQ != last_BK[..., None])[:, None, None], -torch.inf
@@ -334,7 +334,7 @@ def _chunked(
         for keep_BGR, new_BGNRP in zip(keep_BGRK.unbind(3), added_BGKNRP.unbind(2), strict=True):
             starts.append(h_BGNRP)
             h_BGNRP = keep_BGR[:, :, None, :, None] * h_BGNRP + new_BGNRP
-        # … and what it adds to the outputs.
+        # … and the outputs from that state.
         h_BGKNRP = torch.stack(starts, 2)
         from_state_BGKQRP = (C_BGKQN @ h_BGKNRP.flatten(4)).unflatten(4, (per_group, headdim))
         from_state_BGKQRP = (
@@ -349,7 +349,7 @@ def _chunked(
 
 
 def _to_chunks(tensor: Tensor, chunks: int, size: int, repeat_last: bool = False) -> Tensor:
-    """(B, L, …) to (B, chunks, size, …), filled up with zeros or with the last position."""
+    """Split (B, L, …) into (B, chunks, size, …), filled up with zeros or with the last position."""
     missing = chunks * size - tensor.shape[1]
     if missing and repeat_last:
         tensor = torch.cat([tensor, tensor[:, -1:].expand(-1, missing)], 1)
@@ -359,9 +359,9 @@ def _to_chunks(tensor: Tensor, chunks: int, size: int, repeat_last: bool = False
 
 
 def _segment_sums(x: Tensor) -> Tensor:
-    """(…, Q) to (…, Q, Q): the sum of x[s+1 … q] at (q, s), -inf above the diagonal.
+    """Sum x[s+1 … q] at (q, s), with -inf above the diagonal: (…, Q) to (…, Q, Q).
 
-    Summed from s on, not taken as a difference of two sums from 0: no cancellation.
+    The sums start at s. A difference of two sums from 0 would lose digits by cancellation.
     """
     Q = x.shape[-1]
     ones = torch.ones(Q, Q, dtype=torch.bool, device=x.device)
@@ -370,18 +370,17 @@ def _segment_sums(x: Tensor) -> Tensor:
 
 
 def _sums_after(x: Tensor) -> Tensor:
-    """(…, Q): the sum of x[q+1 …] at q."""
+    """Sum x[q+1 …] at each q of (…, Q)."""
     return F.pad(x[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
 
 
 # --- the C++ kernel ------------------------------------------------------------------------------
 #
-# Two operators known to torch.library, registered as in selective_scan.py. Step sizes are small beside
-# the rest: their bias and softplus are left to PyTorch.
+# PyTorch adds the bias to the step sizes and applies softplus, because they are small beside the other tensors.
 
 
 class _Args(ctypes.Structure):
-    """``SsdArgs`` in csrc/ssd.cpp."""
+    """Mirror ``SsdArgs`` in csrc/ssd.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("threads", "batch", "length", "groups", "heads")),
@@ -399,9 +398,9 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? seq_idx, "
     "Tensor? initial_state"
 )
-# -> y; the final state if wanted; if to be kept for backward: what y takes from blocks before
+# Returns y; with return_final_state the final state; with keep_for_backward the part of y from earlier blocks.
 _LIBRARY.define(f"ssd({_INPUTS}, bool return_final_state, bool keep_for_backward) -> Tensor[]")
-# -> the gradients of those floating-point inputs that are given, in their order
+# Returns the gradients of the floating-point inputs that are passed, in their order.
 _LIBRARY.define(
     f"ssd_backward(Tensor? dy, Tensor? dfinal_state, {_INPUTS}, Tensor others) -> Tensor[]"
 )
@@ -440,9 +439,9 @@ def _by_kernel(
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    """Uninitialised outputs of the forward operator."""
+    """Allocate the outputs of the forward operator."""
     x, _, A, B, *_, return_final_state, keep_for_backward = arguments
-    outputs = [_empty_like(x)]
+    outputs = [empty_like(x)]
     if return_final_state:
         *calls, batch, _, heads, headdim = x.shape
         outputs.append(A.new_empty((*calls, batch, heads, headdim, B.shape[-1])))
@@ -452,13 +451,9 @@ def _fake(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    """Uninitialised outputs of the backward operator: dense, whatever the inputs' strides."""
+    """Allocate the outputs of the backward operator."""
     x, dt, A, B, C, D, _, initial_state = arguments[2:10]
-    return [_empty_like(t) for t in (x, dt, A, B, C, D, initial_state) if t is not None]
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [empty_like(t) for t in (x, dt, A, B, C, D, initial_state) if t is not None]
 
 
 def _forward_cpu(*arguments: Any) -> list[Tensor]:
@@ -496,7 +491,7 @@ def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     args, _alive = _arguments(*inputs)
     dy = _dense_rows(torch.zeros_like(x) if dy is None else dy.to(x.dtype))
     dfinal_state = None if dfinal_state is None else dfinal_state.float().contiguous()
-    # Sums over the batch come after the kernel, in one order whatever the number of threads.
+    # The sums over the batch follow the kernel, in an order that does not depend on the number of threads.
     dA_BH = x.new_empty(batch, heads, dtype=torch.float32)
     dD_BHP = x.new_empty(batch, heads, headdim, dtype=torch.float32)
     args.dy, args.dy_batch, args.dy_time = dy.data_ptr(), dy.stride(0), dy.stride(1)
@@ -505,7 +500,7 @@ def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     args.dx, args.ddt = next(left).data_ptr(), next(left).data_ptr()
     dA = next(left)
     dB, dC = next(left), next(left)
-    # Groups that share B and C have a gradient each.
+    # Each of the groups that share B and C has a gradient of its own.
     parts = [
         d if args.sharing == 1 else d.new_empty(*d.shape[:2], args.groups, d.shape[3])
         for d in (dB, dC)
@@ -534,7 +529,7 @@ def _arguments(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[_Args, list[Tensor | None]]:
-    """What both directions need, and the tensors that must live until the kernel is done."""
+    """Return the arguments of both directions, and the tensors that must live until the kernel is done."""
     batch, length, heads, headdim = x.shape
     groups, states = B.shape[2:]
     x, B, C = _dense_rows(x), _dense_rows(B), _dense_rows(C)
@@ -542,8 +537,7 @@ def _arguments(
     dense = [None if t is None else t.contiguous() for t in (dt, A, D, seq_idx, initial_state)]
     at = [None if t is None else t.data_ptr() for t in dense]
     threads, per_group = torch.get_num_threads(), heads // groups
-    # A task is a group of a row. Where there are too few for the threads, a group becomes several,
-    # with a part of its heads each.
+    # A task is one group of one row. If there are fewer tasks than threads, the heads of a group are split.
     wanted = -(-threads // max(1, batch * groups))
     sharing = next(n for n in range(min(wanted, per_group), 0, -1) if per_group % n == 0)
     args = _Args(
@@ -576,7 +570,7 @@ def _arguments(
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """With all that belongs to one position side by side, as the kernel reads it."""
+    """Return ``x`` with all values of a position side by side, as the kernel reads them."""
     strides, (heads, width) = x.stride(), x.shape[2:]
     dense = (width == 1 or strides[3] == 1) and (heads == 1 or strides[2] == width)
     return x if dense else x.contiguous()
@@ -586,7 +580,7 @@ _BLOCK = 16  # kT in csrc/ssd.cpp
 
 
 def _kernel_chunk(length: int, channels: int, states: int) -> int:
-    """The chunk with the fewest multiplications, forward and backward, that stays in the cache."""
+    """Return the chunk length that needs the fewest multiplications and stays in the cache."""
     best, least = _BLOCK, float("inf")
     for chunks in range(1, -(-length // _BLOCK) + 1):
         chunk = -(-length // (chunks * _BLOCK)) * _BLOCK
@@ -623,21 +617,20 @@ class _Ssd(torch.autograd.Function):
         )
 
 
-def _forward_autograd(*arguments: Any) -> list[Tensor]:
+def _differentiable(*arguments: Any) -> list[Tensor]:
     *inputs, return_final_state, _ = arguments
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return list(_Ssd.apply(return_final_state, *inputs))
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.recsys_ssm.ssd.default(*arguments)
+    return list(_Ssd.apply(return_final_state, *inputs))
 
 
-_LIBRARY.impl("ssd", _forward_cpu, "CPU")
-_LIBRARY.impl("ssd", _forward_autograd, "Autograd")
-_LIBRARY.impl("ssd_backward", _backward_cpu, "CPU")
-torch.library.register_fake("recsys_ssm::ssd", _fake, lib=_LIBRARY)
-torch.library.register_fake("recsys_ssm::ssd_backward", _backward_fake, lib=_LIBRARY)
-register_vmap("recsys_ssm::ssd", _LIBRARY)
-register_vmap("recsys_ssm::ssd_backward", _LIBRARY)
+register_operator(
+    "ssd",
+    _LIBRARY,
+    forward=_forward_cpu,
+    backward=_backward_cpu,
+    forward_fake=_fake,
+    backward_fake=_backward_fake,
+    differentiable=_differentiable,
+)
 
 
 def _check(
@@ -659,31 +652,21 @@ def _check(
         )
     (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
     if groups == 0 or heads % groups:
-        raise UserError(f"ssd: {heads} heads (x) are no multiple of {groups} groups (B)")
+        raise UserError(f"ssd: {heads} heads (x) are not a multiple of {groups} groups (B)")
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
-    for name, tensor, shape in (
-        ("dt", dt, (batch, length, heads)),
-        ("A", A, (heads,)),
-        ("B", B, (batch, length, groups, states)),
-        ("C", C, (batch, length, groups, states)),
-        ("D", D, (heads,)),
-        ("dt_bias", dt_bias, (heads,)),
-        ("seq_idx", seq_idx, (batch, length)),
-        ("initial_state", initial_state, (batch, heads, headdim, states)),
-        ("x", x, (batch, length, heads, headdim)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise UserError(
-                f"ssd: {name} must have shape {shape} "
-                f"(x is {tuple(x.shape)}, B {tuple(B.shape)}), got {tuple(tensor.shape)}"
-            )
-        if name == "seq_idx":
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise UserError(f"ssd: seq_idx must be an integer, got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise UserError(f"ssd: {name} must be floating point, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise UserError(f"ssd: {name} is on {tensor.device} but x on {x.device}")
+    check_tensors(
+        "ssd",
+        ("x", "B"),
+        (
+            ("dt", dt, (batch, length, heads)),
+            ("A", A, (heads,)),
+            ("B", B, (batch, length, groups, states)),
+            ("C", C, (batch, length, groups, states)),
+            ("D", D, (heads,)),
+            ("dt_bias", dt_bias, (heads,)),
+            ("seq_idx", seq_idx, (batch, length)),
+            ("initial_state", initial_state, (batch, heads, headdim, states)),
+            ("x", x, (batch, length, heads, headdim)),
+        ),
+    )

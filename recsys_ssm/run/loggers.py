@@ -197,7 +197,13 @@ def log_results(
     W&B gets them as summary values and images. Other loggers get the numbers as metrics; pictures go to those that can
     show one (TensorBoard, MLflow, Comet, Neptune).
     """
-    summary = run_summary(results)
+    log_summary(loggers, run_summary(results), int(results.get("steps") or 0), pictures)
+
+
+def log_summary(
+    loggers: Sequence[Logger], summary: Mapping[str, Any], step: int, pictures: Sequence[Path]
+) -> None:
+    """Send summary values and pictures to every logger; see :func:`log_results`."""
     numbers = {
         name: float(value)
         for name, value in summary.items()
@@ -207,7 +213,7 @@ def log_results(
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(summary)
         else:
-            logger.log_metrics(numbers, step=int(results.get("steps") or 0))
+            logger.log_metrics(numbers, step=step)
         for picture in pictures:
             _log_picture(logger, picture)
         logger.save()

@@ -1,4 +1,4 @@
-"""Models of several seeds at once: each is as if it were trained alone."""
+"""Train models of several seeds at once: each ends as if it were trained alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_ssm.batched_seeds.data import SeedsData
-from recsys_ssm.batched_seeds.model import Seeds, batchable_softmax
+from recsys_ssm.batched_seeds.model import BatchableSoftmax, Seeds
 from recsys_ssm.data.spotify import SpotifyData
 from recsys_ssm.errors import UserError
-from recsys_ssm.models.heads import in_batch_softmax
+from recsys_ssm.models.losses import InBatchSoftmax
 from recsys_ssm.models.two_tower import TwoTower
 
 _BACKBONES = "recsys_ssm.models.backbones"
@@ -92,7 +92,7 @@ def furthest(models: Seeds, number: int, model: TwoTower) -> float:
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
 def test_each_seed_is_its_single_run(tmp_path: Path, backbone: str) -> None:
-    """The bar: 200 steps in float64, within 1e-8."""
+    """Check 200 steps in float64, within 1e-8."""
     seeds = [3, 4]
     models = at_once(tmp_path, seeds, 200, {"backbone": backbone}, {})
     assert models.user_tower.head[0].weight.dtype == torch.float64
@@ -114,8 +114,8 @@ def test_each_seed_is_its_single_run(tmp_path: Path, backbone: str) -> None:
         ({"backbone": "mamba2"}, {}),
         ({"backbone": "hydra"}, {}),
         ({"backbone": "identity"}, {}),
-        ({"head": {"loss": "softmax"}}, {}),
-        ({"head": {"loss": "bce"}}, {}),
+        ({"loss": {"_target_": "recsys_ssm.models.losses.InBatchSoftmax"}}, {}),
+        ({"loss": {"_target_": "recsys_ssm.models.losses.BinaryCrossEntropy"}}, {}),
         (
             {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-2, "weight_decay": 0.3}},
             {"gradient_clip_val": 0.02},
@@ -142,7 +142,7 @@ def test_other_models_losses_and_optimizers(tmp_path: Path, options: dict, train
 
 
 def test_float32_runs_on_the_kernels(tmp_path: Path) -> None:
-    """Rounding alone separates them: after few steps they are near, and not the same seed twice."""
+    """Check that rounding alone separates the runs: after few steps they are close, and seeds differ."""
     models = at_once(tmp_path, [0, 1], 5, {}, {"precision": "32-true"})
     for number in range(2):
         model = alone(tmp_path, number, 5, {}, {"precision": "32-true"})
@@ -190,8 +190,8 @@ def test_softmax_of_fixed_shapes_is_the_softmax() -> None:
     user, item = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
     index = torch.randint(5, (12,))
     for target in (torch.randint(-1, 2, (12,)), torch.zeros(12)):
-        found = batchable_softmax(user, item, target, index)
-        wanted = in_batch_softmax(user, item, target, index)
+        found = BatchableSoftmax()(user, item, target, index)
+        wanted = InBatchSoftmax()(user, item, target, index)
         torch.testing.assert_close(found, wanted)
         for a, b in zip(
             torch.autograd.grad(found, (user, item)),
@@ -280,3 +280,14 @@ def test_batches_are_each_seeds_own_and_go_on_where_they_stopped() -> None:
     again = SeedsData([data_of(seed) for seed in (0, 1)]).train_dataloader()
     again.load_state_dict(state)
     assert torch.equal(next(iter(again)).user_index, next(batches).user_index)
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"foreach": None, "fused": None}, True), ({"foreach": True}, None)],
+)
+def test_adam_is_fused_on_the_cpu_unless_an_option_is_given(
+    options: dict[str, Any], fused: bool | None
+) -> None:
+    models = Seeds([model_of(seed, optimizer={**ADAM, **options}) for seed in (0, 1)], [0, 1])
+    assert models.configure_optimizers().defaults["fused"] == fused

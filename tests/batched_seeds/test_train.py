@@ -1,4 +1,4 @@
-"""Several seeds at once through the training command: each seed's folder is a single run's."""
+"""Train several seeds at once by the command: each seed's folder is like a single run's."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ FILES = {
 }
 
 
+COMMAND = "batched_seeds.__main__"
+
+
 def only(folder: Path, root: str = "runs") -> Path:
     [run] = folder.glob(f"{root}/*/*")
     return run
@@ -39,7 +42,7 @@ def read(path: Path) -> dict:
 
 
 def test_each_seed_ends_as_its_single_run(cli, tmp_path: Path) -> None:
-    outcome = cli("train", *QUICK, DOUBLE, "seed=3", "train.seeds=2")
+    outcome = cli(COMMAND, *QUICK, DOUBLE, "seed=3", "seeds=2")
     assert outcome.code == 0, outcome.text
     run = only(tmp_path)
     for seed in (3, 4):
@@ -52,10 +55,12 @@ def test_each_seed_ends_as_its_single_run(cli, tmp_path: Path) -> None:
             assert found[name] == wanted[name], name
         assert found["cost"].keys() - wanted["cost"].keys() == {"seeds_at_once"}
         assert found["cost"]["seeds_at_once"] == 2
+        assert not [each for each in found["overrides"] if each.startswith("seeds")]
         config = yaml.safe_load((own / "config.yaml").read_text())
         expected = yaml.safe_load((single / "config.yaml").read_text())
         assert config["seed"] == config["dataset"]["seed"] == seed
-        for option in ("backbone", "dataset", "optimizer", "head", "train", "name"):
+        assert config.keys() == expected.keys()
+        for option in ("backbone", "dataset", "optimizer", "head", "loss", "model", "name"):
             assert config[option] == expected[option], option
         records, others = read(own / "history.json"), read(single / "history.json")
         assert len(records) == len(others)
@@ -76,12 +81,14 @@ def test_each_seed_ends_as_its_single_run(cli, tmp_path: Path) -> None:
 
 
 def test_the_whole_run_reports_means(cli, tmp_path: Path) -> None:
-    outcome = cli("train", *QUICK, "train.seeds=3")
+    outcome = cli(COMMAND, *QUICK, "seeds=3")
     assert outcome.code == 0, outcome.text
-    for word in ("mean of 3", "± 95 %", "published", "oracle", "hr@10", "spotify-mamba-seeds0-2"):
+    for word in ("mean of 3", "± 95 %", "oracle", "hr@10", "spotify-mamba-seeds0-2"):
         assert word in outcome.out
     run = only(tmp_path)
-    assert run.parent.name == "spotify-mamba-seeds0-2", "a single run's ckpt_path=last passes it by"
+    assert run.parent.name == "spotify-mamba-seeds0-2", (
+        "ckpt_path=last of a single run must not find it"
+    )
     results = read(run / "metrics.json")
     each = [read(run / f"seed{seed}" / "metrics.json") for seed in range(3)]
     assert results["seeds"] == [0, 1, 2] and results["cost"]["seeds_at_once"] == 3
@@ -98,7 +105,7 @@ def test_the_whole_run_reports_means(cli, tmp_path: Path) -> None:
 
 
 def test_a_seeds_folder_is_evaluated_like_a_run(cli, tmp_path: Path) -> None:
-    assert cli("train", *QUICK, "train.seeds=2").code == 0
+    assert cli(COMMAND, *QUICK, "seeds=2").code == 0
     own = only(tmp_path) / "seed1"
     outcome = cli("evaluate", f"run={own}", "output_dir=again")
     assert outcome.code == 0, outcome.text
@@ -107,7 +114,7 @@ def test_a_seeds_folder_is_evaluated_like_a_run(cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("test", ["last", "null"])
 def test_the_last_state_or_none_is_tested(cli, tmp_path: Path, test: str) -> None:
-    assert cli("train", *QUICK, "train.seeds=2", f"test={test}", "monitor_mode=min").code == 0
+    assert cli(COMMAND, *QUICK, "seeds=2", f"test={test}", "monitor_mode=min").code == 0
     run = only(tmp_path)
     if test == "null":
         assert "metrics" not in read(run / "seed0/metrics.json")
@@ -120,9 +127,9 @@ def test_the_last_state_or_none_is_tested(cli, tmp_path: Path, test: str) -> Non
 
 
 def test_killed_and_resumed_is_as_if_never_stopped(cli, tmp_path: Path) -> None:
-    base = [*QUICK, "train.seeds=2", "trainer.max_steps=60", "validations=30"]
+    base = [*QUICK, "seeds=2", "trainer.max_steps=60", "validations=30"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "recsys_ssm.train", *base],
+        [sys.executable, "-m", "recsys_ssm.batched_seeds", *base],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -136,9 +143,9 @@ def test_killed_and_resumed_is_as_if_never_stopped(cli, tmp_path: Path) -> None:
     process.communicate(timeout=100)
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
 
-    outcome = cli("train", *base, "ckpt_path=last")
+    outcome = cli(COMMAND, *base, "ckpt_path=last")
     assert outcome.code == 0, outcome.text
-    assert cli("train", *base, "output_root=whole").code == 0
+    assert cli(COMMAND, *base, "output_root=whole").code == 0
     resumed, whole = only(tmp_path), only(tmp_path, "whole")
     for seed in (0, 1):
         a, b = (read(run / f"seed{seed}" / "metrics.json") for run in (resumed, whole))
@@ -156,9 +163,9 @@ def test_killed_and_resumed_is_as_if_never_stopped(cli, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_number_of_seeds(cli, tmp_path: Path) -> None:
-    assert cli("train", *QUICK, "train.seeds=2").code == 0
+    assert cli(COMMAND, *QUICK, "seeds=2").code == 0
     last = only(tmp_path) / "checkpoints/last.ckpt"
-    outcome = cli("train", *QUICK, "train.seeds=3", f"ckpt_path={last}")
+    outcome = cli(COMMAND, *QUICK, "seeds=3", f"ckpt_path={last}")
     assert outcome.code == 1 and "a checkpoint of another architecture" in outcome.err
     assert "Traceback" not in outcome.text
 
@@ -166,8 +173,8 @@ def test_a_checkpoint_of_another_number_of_seeds(cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.seeds=0"], "train.seeds=0: give how many"),
-        (["train.seeds=two"], "train.seeds=two: give how many"),
+        (["seeds=0"], "seeds=0: not a number of seeds; give 1 or more"),
+        (["seeds=two"], "seeds=two: not a number of seeds"),
         (["optimizer=sgd", "optimizer._target_=torch.optim.LBFGS"], "element by element"),
         (["callbacks=early_stopping"], "callbacks.early_stopping: it would stop all 2 seeds"),
         (["monitor=val/hits"], "monitor=val/hits: validation found no such value"),
@@ -177,18 +184,18 @@ def test_a_checkpoint_of_another_number_of_seeds(cli, tmp_path: Path) -> None:
 )
 def test_what_seeds_at_once_cannot_do_is_one_line(cli, arguments: list, message: str) -> None:
     if "optimizer=sgd" in arguments:
-        arguments = [*arguments, "~optimizer.momentum", "~optimizer.weight_decay"]
+        arguments = [*arguments, "~optimizer.momentum"]
     quick = [a for a in QUICK if not a.startswith("optimizer.lr")]
-    outcome = cli("train", *quick, "train.seeds=2", *arguments)
+    outcome = cli(COMMAND, *quick, "seeds=2", *arguments)
     assert outcome.code == 1
     assert message in outcome.err, outcome.err
     assert "Traceback" not in outcome.text
 
 
 def test_next_item_models_are_refused(cli) -> None:
-    outcome = cli("train", "dataset=ml_100k", "backbone=mamba", "train.seeds=2", "logger=none")
+    outcome = cli(COMMAND, "dataset=ml_100k", "backbone=mamba", "seeds=2", "logger=none")
     assert outcome.code == 1
-    assert "NextItem is none; give train.seeds=1, or a sweep: --multirun" in outcome.err
+    assert "NextItem is not one; use python -m recsys_ssm.train --multirun" in outcome.err
 
 
 def test_wandb_has_means_and_each_seed(
@@ -199,7 +206,7 @@ def test_wandb_has_means_and_each_seed(
     logged: dict = {}
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda self, data, **_: logged.update(data))
     arguments = [a for a in QUICK if a != "logger=none"]
-    outcome = cli("train", *arguments, "train.seeds=2", "logger=wandb", "logger.mode=offline")
+    outcome = cli(COMMAND, *arguments, "seeds=2", "logger=wandb", "logger.mode=offline")
     assert outcome.code == 0, outcome.text
     for name in ("val/ndcg@10/mean", "val/ndcg@10/seed0", "val/ndcg@10/seed1", "train/loss"):
         assert name in logged

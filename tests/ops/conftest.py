@@ -1,4 +1,4 @@
-"""Shared by the operators' tests: which kernels there are, and a way to force one."""
+"""Fixtures of the operators' tests: list the available kernels, and select one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ISAS = ("baseline", "avx2", "avx512")
 
 
 def available_isas() -> list[str]:
-    """Instruction sets of the library that this processor runs; "plain" where there is no library."""
+    """Return the library's instruction sets that this processor runs, or "plain" without a library."""
     library = kernel_library()
     return list(ISAS[: ISAS.index(library.isa) + 1]) if library.handle else ["plain"]
 
@@ -26,7 +26,7 @@ def forget() -> None:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``use(RECSYS_SSM_MAX_ISA="avx2")``: set the environment and look for kernels anew."""
+    """Set environment variables and look for kernels again: ``use(RECSYS_SSM_MAX_ISA="avx2")``."""
 
     def set_environment(**values: str) -> None:
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Causal convolution: every path against the formula written as loops, in float64."""
+"""Check every path of the causal convolution against the formula written as loops, in float64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def formula(
     state: Tensor | None,
     ahead: int,
 ) -> Tensor:
-    """y[t] = bias + sum over taps of weight · x, position by position, over the row's sequences."""
+    """Compute y[t] = bias + sum over taps of weight · x, position by position, over the row's sequences."""
     (B, L), W = x.shape[:2], weight.shape[1]
     rows = []
     for b in range(B):
@@ -60,7 +60,7 @@ def formula(
 
 
 def random_sequences(batch: int, length: int, rng: random.Random) -> Tensor:
-    """Rows of sequences of 1 to 12 positions, padding before, between and after; some rows empty."""
+    """Make rows of sequences of 1 to 12 positions, with padding before, between and after; some rows are empty."""
     seq_idx = torch.full((batch, length), -1)
     for row in seq_idx:
         t, name = rng.randint(0, 2), 0
@@ -72,7 +72,7 @@ def random_sequences(batch: int, length: int, rng: random.Random) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|."""
+    """Return max|a - b| / max|b|."""
     if expected.numel() == 0:
         return 0.0
     scale = expected.abs().max().item()

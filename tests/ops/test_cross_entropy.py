@@ -1,4 +1,4 @@
-"""The chunked softmax loss against the plain one."""
+"""Check the chunked softmax loss against the plain one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
@@ -91,14 +92,14 @@ def test_of_no_position_it_is_zero_and_so_are_the_gradients() -> None:
 
 def test_shapes_are_checked() -> None:
     x, weight, target = inputs(4, 10, 3)
-    with pytest.raises(ValueError, match=r"got \(4, 3\), \(10, 3\), \(3,\)"):
+    with pytest.raises(UserError, match=r"got \(4, 3\), \(10, 3\), \(3,\)"):
         linear_cross_entropy(x, weight, target[:3])
-    with pytest.raises(ValueError, match="chunk=0"):
+    with pytest.raises(UserError, match="chunk=0"):
         linear_cross_entropy(x, weight, target, chunk=0)
 
 
 def test_a_million_items_fit_into_two_gibibytes() -> None:
-    """4,096 positions: all logits would be 16 GB. Weights and their gradient are 2 × 256 MB."""
+    """Use 4,096 positions: all logits would take 16 GB, the weights and their gradient take 2 × 256 MB."""
     script = """
 import resource, torch
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy

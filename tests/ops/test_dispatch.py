@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import torch
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops import backends, describe_backends, selective_scan
-from recsys_ssm.ops._dispatch import Operator, kernel_library
-from recsys_ssm.ops.build import SOURCES, library_path
+from recsys_ssm.ops._dispatch import SOURCES, Operator, kernel_library, library_path, source_hash
 from tests.ops.conftest import ISAS
 
 
@@ -69,18 +67,29 @@ def test_a_missing_library_says_how_to_build_it(use: Any, tmp_path: Path, monkey
     use(RECSYS_SSM_LIBRARY=str(tmp_path / "none.so"))
     row = scan_backend()
     assert row["cpu"] == "plain PyTorch"
-    assert "python -m recsys_ssm.ops.build" in row["cpu_why"]
+    assert "install recsys-ssm again with a C++ compiler" in row["cpu_why"]
+
+
+def test_the_build_and_the_package_hash_the_sources_alike(
+    use: Any, kernel: None, monkeypatch: Any
+) -> None:
+    handle = kernel_library().handle
+    assert handle is not None
+    assert handle.recsys_abi() == source_hash()
+    monkeypatch.setattr("recsys_ssm.ops._dispatch.source_hash", lambda: source_hash() ^ 1)
+    use()
+    assert "built from other sources" in scan_backend()["cpu_why"]
 
 
 def test_sources_without_a_library_take_that_of_an_install(
     use: Any, kernel: None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """``pip install .``, then ``python -m recsys_ssm.train`` in the checkout: its sources, pip's library."""
+    """Use pip's library with the checkout's sources (``pip install .``, then ``python -m`` in the checkout)."""
     beside = tmp_path / "checkout" / library_path().name
     installed = tmp_path / "site-packages" / "recsys_ssm" / "ops" / beside.name
     installed.parent.mkdir(parents=True)
     shutil.copy(library_path(), installed)
-    monkeypatch.setattr("recsys_ssm.ops.build.library_path", lambda: beside)
+    monkeypatch.setattr("recsys_ssm.ops._dispatch.library_path", lambda: beside)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
     use()
     assert "C++ kernel" in scan_backend()["cpu"]
@@ -97,44 +106,9 @@ def test_a_broken_library_is_not_used(use: Any, tmp_path: Path, monkeypatch: Any
     assert "does not load" in scan_backend()["cpu_why"]
 
 
-def build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recsys_ssm.ops.build", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def test_without_a_compiler_the_build_says_what_it_lacks(tmp_path: Path) -> None:
-    output = tmp_path / library_path().name
-    done = build("--output", str(output), CXX="no-such-compiler")
-    assert done.returncode == 1
-    assert "no-such-compiler" in done.stderr
-    assert "Traceback" not in done.stderr
-    if sys.platform != "win32":
-        done = build("--output", str(output), CXX="", PATH=str(tmp_path))
-        assert "no C++ compiler found" in done.stderr
-        assert "python -m recsys_ssm.ops.build" in done.stderr
-    assert not output.exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a program that fails")
-def test_a_failing_compiler_leaves_the_old_library(tmp_path: Path) -> None:
-    output = tmp_path / library_path().name
-    output.write_text("old")
-    done = build("--output", str(output), CXX="false")
-    assert done.returncode == 1
-    assert "kernels not built" in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == [output.name]
-    assert output.read_text() == "old"
-
-
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm on this machine")
 def test_no_code_is_shared_between_instruction_sets(kernel: None) -> None:
-    """Kernels export their entry points and nothing else; a weak symbol could be another set's."""
+    """Check that kernels export only their entry points: a weak symbol could come from another instruction set."""
     said = subprocess.run(
         ["nm", "-D", "--defined-only", str(library_path())],
         capture_output=True, text=True, check=False,
@@ -150,7 +124,7 @@ def test_no_code_is_shared_between_instruction_sets(kernel: None) -> None:
 
 
 def test_sources_keep_to_the_rule_that_makes_one_library_safe() -> None:
-    """Only the runtime may use the standard library's templates (see runtime.h)."""
+    """Check that only the runtime uses the standard library's templates (see runtime.h)."""
     allowed = {"cmath", "cstddef", "cstdint", "cstdlib", "cstring", "immintrin.h", "arm_neon.h"}
     allowed |= {"intrin.h"}
     for path in [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]:

@@ -1,10 +1,11 @@
-"""What is dropped, how often, and how what is left is scaled."""
+"""Check the share of dropped elements and the scale of the others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.ops.dropout import Dropout, dropout
 
 
@@ -26,7 +27,7 @@ def test_share_scale_and_gradient(dtype: torch.dtype, p: float) -> None:
 
 
 def test_neighbours_and_rows_are_dropped_independently() -> None:
-    """Four elements share a draw of 64 bits: their 16 are independent of each other's."""
+    """Check that the four elements of one 64-bit draw are independent of each other."""
     torch.manual_seed(0)
     kept = (dropout(torch.ones(250_000, 8), 0.3) > 0).double()
     correlation = torch.corrcoef(kept.T) - torch.eye(8)
@@ -63,5 +64,5 @@ def test_none_all_and_not_in_training() -> None:
     assert torch.equal(dropout(x, 0.5, training=False), x)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert not torch.equal(Dropout(0.5)(x), x)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="between 0 and 1"):
         dropout(x, 1.5)

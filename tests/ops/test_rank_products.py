@@ -1,4 +1,4 @@
-"""The best items by inner product: every path follows the rule of rank_top_k, and never holds all scores."""
+"""Check that every path of rank_products follows the rule of rank_top_k and never holds all scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ops.conftest import available_isas
 
 @pytest.fixture(params=["plain", *(isa for isa in available_isas() if isa != "plain")])
 def path(request: pytest.FixtureRequest, use: Callable[..., None]) -> str:
-    """Every path there is on this machine, one after the other."""
+    """Run the test on every path of this machine."""
     if request.param == "plain":
         use(RECSYS_SSM_NO_KERNELS="1")
     else:
@@ -31,7 +31,7 @@ def path(request: pytest.FixtureRequest, use: Callable[..., None]) -> str:
 
 
 def whole_numbers(generator: torch.Generator, *shape: int) -> Tensor:
-    """Ties galore, and products that do not depend on the order of the sum."""
+    """Make vectors with many ties, whose products do not depend on the order of the sum."""
     return torch.randint(-2, 3, shape, generator=generator).float()
 
 
@@ -64,7 +64,7 @@ def test_equals_ranking_the_whole_product(path: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("ascending", [False, True])
 def test_large_catalogue(path: str, ascending: bool) -> None:
-    """Real numbers, more users than a task has, also in the order in which every item is better than the last."""
+    """Rank real numbers for more users than one task takes, also with every item better than the last."""
     generator = torch.Generator().manual_seed(1)
     query, items = (torch.randn(n, 64, generator=generator) for n in (1100, 3001))
     if ascending:
@@ -80,7 +80,7 @@ def test_large_catalogue(path: str, ascending: bool) -> None:
 
 
 def test_items_with_equal_vectors_are_ranked_by_index(path: str) -> None:
-    """Wherever they stand: their scores are the same sum in the same order."""
+    """Check equal vectors at all positions: their scores are the same sum in the same order."""
     if path == "plain":
         pytest.skip("a matrix product sums in another order at its edge")
     generator = torch.Generator().manual_seed(2)
@@ -103,7 +103,7 @@ def test_any_layout(path: str) -> None:
 
 
 def test_threads_change_nothing(path: str, threads: Callable[[int], None]) -> None:
-    """Nor does who else is asked for: products that only their rounding tells apart are ranked alike."""
+    """Check that the other users do not matter, with products that differ only by rounding."""
     if path == "plain":
         pytest.skip("a matrix product sums as its shape suggests")
     generator = torch.Generator().manual_seed(4)
@@ -179,9 +179,9 @@ def test_nan_of_an_excluded_item_takes_no_part(path: str) -> None:
     ("query", "items", "k", "pairs", "message"),
     [
         ((2, 3), (4, 2), 1, None, r"\(U, D\) and \(I, D\)"),
-        ((2, 3), (0, 3), 1, None, "no items"),
+        ((2, 3), (0, 3), 1, None, "items is empty"),
         ((2, 3), (4, 3), 0, None, "k must be at least 1"),
-        ((2, 3), (4, 3), 1, ([0, 1], [0]), "as many items"),
+        ((2, 3), (4, 3), 1, ([0, 1], [0]), "equal numbers of users and items"),
         ((2, 3), (4, 3), 1, ([0, 2], [0, 0]), "user 2 and item 0.* of 2 users and 4 items"),
         ((2, 3), (4, 3), 1, ([0, 1], [0, 4]), "user 1 and item 4"),
         ((2, 3), (4, 3), 1, ([0, -1], [0, 0]), "from -1"),
@@ -196,5 +196,5 @@ def test_what_does_not_fit_is_told(
     message: str,
 ) -> None:
     exclude = None if pairs is None else (torch.tensor(pairs[0]), torch.tensor(pairs[1]))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         rank_products(torch.zeros(query), torch.zeros(items), k, exclude)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def make(
     leave_out: tuple[str, ...] = (),
     packed: bool = False,
 ) -> Inputs:
-    """Inputs of the kind a model makes; those named in ``leave_out`` are None."""
+    """Make inputs like a model's; those named in ``leave_out`` are None."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -74,7 +75,7 @@ def reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """A copy whose floating-point tensors are leaves that want gradients."""
+    """Copy the inputs; the floating-point tensors are leaves that require gradients."""
     return {
         name: x if not (isinstance(x, Tensor) and x.is_floating_point())
         else x.detach().to(dtype or x.dtype).clone().requires_grad_()
@@ -83,7 +84,7 @@ def leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
 
 def run(function: Any, inputs: Inputs, weights: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """y, state, and every gradient of their weighted sum."""
+    """Return y, the state, and every gradient of their weighted sum."""
     y, state = function(inputs)
     given = {name: inputs[name] for name in FLOATS if inputs[name] is not None}
     cotangents = [w.to(o.dtype) for w, o in zip(weights, (y, state), strict=True)]
@@ -103,7 +104,7 @@ def loop(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """max|a - b| / max|b|."""
+    """Return max|a - b| / max|b|."""
     if expected.numel() == 0:
         assert found.shape == expected.shape
         return 0.0
@@ -219,7 +220,7 @@ def test_float64_and_float16_run_too() -> None:
 
 
 def test_long_and_perturbed() -> None:
-    """A as in a trained model: away from -(1 ... N), steps from .001 to .1."""
+    """Use A as in a trained model: away from -(1 ... N), with steps from .001 to .1."""
     x = make(9, 2, 300, 70, 16, leave_out=("initial_state",))
     spread = 1 + 0.3 * torch.randn(70, 16, generator=torch.Generator().manual_seed(1))
     x["A"] = -(torch.arange(1.0, 17.0) * spread.abs())
@@ -239,7 +240,7 @@ def test_mixed_dtypes() -> None:
 
 
 def rows(x: Inputs, b: int, where: Tensor) -> Inputs:
-    """Row b's positions `where`, alone in a batch."""
+    """Take the positions `where` of row b as a batch of their own."""
     alone = dict(x, seq_idx=None, initial_state=None)
     for name in ("u", "dt", "B", "C", "z"):
         alone[name] = x[name][b : b + 1, where]
@@ -338,7 +339,7 @@ def test_step_is_forward() -> None:
 
 
 def test_two_halves_are_the_whole() -> None:
-    """State out of one half and into the other, gradients through both."""
+    """Pass the state from one half to the other, with gradients through both."""
     x = make(11, 2, 41, 20, 4)
     weights = (torch.randn(2, 41, 20), torch.randn(2, 20, 4))
 
@@ -358,7 +359,7 @@ def test_two_halves_are_the_whole() -> None:
 
 
 def test_strided_views_are_taken_as_they_are() -> None:
-    """u and z halves of one projection, dt, B and C slices of another, as in a Mamba block."""
+    """Pass u and z as halves of one projection, and dt, B and C as slices of another, as a Mamba block does."""
     g = torch.Generator().manual_seed(0)
     xz = torch.randn(2, 21, 80, generator=g)
     dbc = torch.randn(2, 21, 40 + 5 + 5, generator=g)
@@ -463,7 +464,7 @@ def test_extreme_values_do_not_crash_and_stay_where_they_are() -> None:
 
 
 def test_large_steps_forget() -> None:
-    """exp(dt A) far below the smallest float is 0, not NaN."""
+    """Check that exp(dt A) far below the smallest float is 0, not NaN."""
     x = make(0, 1, 3, 16, 2, leave_out=("z", "D", "dt_bias"))
     x["dt"][:, 1] = 1e4
     y, _ = public(x)
@@ -519,7 +520,7 @@ def _script(body: str, **environment: str) -> str:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("own_threads", [False, True])
 def test_survives_a_fork(own_threads: bool, kernel: None) -> None:
-    """A child made after the threads have started has none of them."""
+    """Check that a child forked after the threads have started works without them."""
     out = _script(f"""
         if {own_threads}:
             kernel_library().handle.recsys_use_gomp(None)
@@ -650,3 +651,38 @@ def test_inputs_are_left_as_they_are() -> None:
     public(x)
     for name, value in before.items():
         assert not isinstance(value, Tensor) or torch.equal(x[name], value)
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Make PyTorch fill memory that nobody has written to with NaN."""
+    torch.use_deterministic_algorithms(True)  # without it the fill is off
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("channels", "states"), [(0, 4), (4, 0)])
+def test_no_channels_or_no_states_leave_no_memory_uninitialised(
+    uninitialised_is_nan: None, channels: int, states: int
+) -> None:
+    torch.manual_seed(0)
+    shapes = {
+        "u": (2, 3, channels), "dt": (2, 3, channels), "A": (channels, states),
+        "B": (2, 3, states), "C": (2, 3, states), "D": (channels,), "z": (2, 3, channels),
+        "dt_bias": (channels,), "initial_state": (2, channels, states),
+    }  # fmt: skip
+    inputs = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    found, wanted = (
+        torch.autograd.grad(
+            sum((x + x * x).sum() for x in outputs),
+            list(inputs.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for outputs in (
+            selective_scan(**inputs, dt_softplus=True, return_final_state=True),
+            selective_scan_reference(**inputs, dt_softplus=True),
+        )
+    )
+    for name, a, b in zip(inputs, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, msg=name)

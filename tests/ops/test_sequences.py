@@ -1,4 +1,4 @@
-"""What ``seq_idx`` means is the same for every operator: equal neighbours are one sequence, -1 ends it."""
+"""Check that ``seq_idx`` means the same to every operator: equal neighbours are one sequence, -1 ends it."""
 
 from __future__ import annotations
 

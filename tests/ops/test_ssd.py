@@ -1,4 +1,4 @@
-"""State space duality: every path against the formula, in float64."""
+"""Check every path of state space duality against the formula, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOATS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
 def random_sequences(batch: int, length: int, rng: random.Random) -> Tensor:
-    """Rows of sequences of 1 to 40 positions, padding before, between and after; some rows empty."""
+    """Make rows of sequences of 1 to 40 positions, with padding before, between and after; some rows are empty."""
     seq_idx = torch.full((batch, length), -1)
     for row in seq_idx:
         t, name = rng.randint(0, 2), 0
@@ -51,7 +51,7 @@ def random_inputs(
     decay: float = 4.0,
     state: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of ``ssd``; x, B and C are views of one tensor, as the convolution gives them."""
+    """Make arguments of ``ssd``; x, B and C are views of one tensor, as they come from the convolution."""
     channels, width = heads * headdim, groups * states
     xBC = torch.randn(batch, length, channels + 2 * width).to(dtype)
     x, B, C = xBC.split([channels, width, width], dim=-1)
@@ -91,7 +91,7 @@ def gradients(
 
 
 def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
-    """max|a - b| / max|b|."""
+    """Return max|a - b| / max|b|."""
     scale = max(scale, expected.abs().max().item())
     error = (found.double() - expected).abs().max().item()
     return error / scale if scale else error
@@ -149,7 +149,7 @@ def check_random_shapes(dtype: torch.dtype, bound: float, count: int) -> None:
 
 
 def cancelled_scale(name: str, inputs: dict[str, Any], given: list[Tensor]) -> float:
-    """The root of the summed squares of what each channel of each position adds to the gradient of
+    """Return the root of the summed squares of the terms that each channel of each position adds to the gradient of
     A, D or dt_bias: the same scan with every channel a head and every position's parameter its own."""
     batch, length, heads, headdim = inputs["x"].shape
     spread = inputs[name].detach()[:, None].expand(batch, length, heads, headdim).flatten(2)
@@ -355,7 +355,7 @@ def test_registered_with_torch_library(packed: bool, final: bool) -> None:
 
 
 class Model(torch.nn.Module):
-    """A projection and the operator, as a block has them."""
+    """Combine a projection and the operator, as in a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -406,8 +406,8 @@ def test_autocast_keeps_the_recurrence_in_float32() -> None:
     ("changes", "words"),
     [
         ({"x": torch.zeros(2, 6, 4)}, r"x must be \(B, L, H, P\)"),
-        ({"B": torch.zeros(2, 6, 3, 5)}, "no multiple of 3 groups"),
-        ({"B": torch.zeros(2, 6, 0, 5)}, "no multiple of 0 groups"),
+        ({"B": torch.zeros(2, 6, 3, 5)}, "not a multiple of 3 groups"),
+        ({"B": torch.zeros(2, 6, 0, 5)}, "not a multiple of 0 groups"),
         ({"C": torch.zeros(2, 6, 2, 4)}, "C must have shape"),
         ({"dt": torch.zeros(2, 6, 3)}, "dt must have shape"),
         ({"A": torch.zeros(4, 2)}, "A must have shape"),
@@ -469,3 +469,21 @@ def test_nan_and_infinity_stay_in_their_future() -> None:
         x = inputs["x"].detach().clone()
         x[0, 20] = poison
         torch.testing.assert_close(ssd(**inputs | {"x": x})[:, :20], y[:, :20])
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "D", "dt_bias", "initial_state"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_float64_input_among_float32_ones(name: str, packed: bool) -> None:
+    torch.manual_seed(0)
+    inputs = {
+        "x": torch.randn(2, 5, 4, 3), "dt": torch.rand(2, 5, 4), "A": -torch.rand(4),
+        "B": torch.randn(2, 5, 2, 6), "C": torch.randn(2, 5, 2, 6), "D": torch.randn(4),
+        "dt_bias": torch.randn(4), "initial_state": torch.randn(2, 4, 3, 6),
+    }  # fmt: skip
+    others = {"dt_softplus": True, "seq_idx": torch.tensor([[0, 0, 1, 1, -1]] * 2) * packed}
+    mixed = inputs | {name: inputs[name].double()}
+    y, state = ssd(**mixed, **others, return_final_state=True)
+    assert (y.dtype, state.dtype) == (torch.float32, torch.float64)
+    wanted = ssd_reference(**{name: x.double() for name, x in inputs.items()}, **others)
+    torch.testing.assert_close(y.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, wanted[1], rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Operators under torch.vmap: as one call after the other, and one call to the dispatcher."""
+"""Check the operators under torch.vmap: the results of one call after the other, by one call to the dispatcher."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recsys_ssm.batched_seeds.attention import register_attention_rule
 from recsys_ssm.ops import causal_conv1d, same_conv1d, selective_scan, ssd
 from recsys_ssm.ops.dropout import dropout
 
@@ -21,14 +22,14 @@ CALLS, B, L, E, N, W = 3, 2, 9, 8, 4, 3
 
 @pytest.fixture(autouse=True)
 def _no_fallback() -> Iterator[None]:
-    """A warning that vmap goes call by call is an error."""
+    """Make PyTorch's warning about a missing vmap rule an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
 class Calls(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
+    """Count the calls that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ def randn(*shape: int, calls: int = CALLS, dtype: torch.dtype = torch.float32) -
 
 
 def sequences(calls: int = CALLS) -> Tensor:
-    """Packed rows with padding, different for each call."""
+    """Make packed rows with padding, different for each call."""
     rows = torch.tensor([[0, 0, 0, 1, 1, -1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, -1, -1]])
     return torch.stack([rows.roll(i, 0) for i in range(calls)])
 
@@ -106,6 +107,7 @@ def duality(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Calla
 
 
 def attention(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Callable, dict]:
+    register_attention_rule()
     inputs = {name: randn(B, 2, L, 4, calls=calls, dtype=dtype) for name in "qkv"}
     if packed:
         rows = sequences(calls)
@@ -118,7 +120,7 @@ OPERATORS = [convolution, centred_convolution, scan, duality, attention]
 
 
 def gradients(call: Callable, inputs: dict[str, Tensor], batched: bool) -> tuple[list, list]:
-    """Outputs and the gradients of all floating-point inputs, of all calls at once or one after the other."""
+    """Return outputs and gradients of all floating-point inputs, for all calls at once or one after the other."""
     leaves = {
         name: x.clone().requires_grad_() if x.is_floating_point() and name != "mask" else x
         for name, x in inputs.items()
@@ -159,7 +161,7 @@ def test_all_at_once_is_one_after_the_other(
 
 @pytest.mark.parametrize("operator", [convolution, scan, duality, attention])
 def test_operands_that_all_calls_share(operator: Callable) -> None:
-    """Each operand in turn belongs to no single call; its gradient is the sum over the calls."""
+    """Share one operand after the other between the calls: its gradient is the sum over the calls."""
     torch.manual_seed(1)
     call, inputs = operator(torch.float64 if operator is attention else torch.float32, True)
     names = list(inputs)

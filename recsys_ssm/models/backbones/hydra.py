@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack
-from recsys_ssm.models.backbones.mamba2 import GatedRMSNorm, at_least_float32, initial_dt_bias
+from recsys_ssm.models.backbones.base import Mixer, Stack, at_least_float32
+from recsys_ssm.models.backbones.mamba2 import GatedRMSNorm, initial_dt_bias
 from recsys_ssm.ops.causal_conv1d import same_conv1d
 from recsys_ssm.ops.ssd import ssd
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack
+from recsys_ssm.models.backbones.base import Mixer, Stack, at_least_float32
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.ssd import ssd, ssd_step
 
@@ -49,11 +49,6 @@ def initial_dt_bias(heads: int, dt_min: float, dt_max: float, dt_init_floor: flo
     dt = torch.exp(torch.rand(heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
     dt = dt.clamp(min=dt_init_floor)
     return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The parameters of the recurrence stay in (at least) float32 whatever the precision of the rest."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Mamba2State(NamedTuple):
