@@ -62,6 +62,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "dataset": data.name,
         "generated": data.splits.generated,
         "notes": data.splits.notes,
+        "data": data.sources,
         "versions": versions(),
         **test_model(trainer, model, data),
         "checkpoint": str(checkpoint),

@@ -87,6 +87,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             "parameters": model.parameter_counts(),
             "overrides": assemble.overrides(),
             "notes": data.splits.notes,
+            "data": data.sources,
             "versions": versions(),
         }
         if cfg.test is not None:
