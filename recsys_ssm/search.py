@@ -6,16 +6,18 @@ The study is a SQLite file in the search's folder. The same command again resume
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import signal
 import sqlite3
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +26,7 @@ from omegaconf import DictConfig
 
 from recsys_ssm.cli.command import command
 from recsys_ssm.errors import UserError
-from recsys_ssm.instantiate import make, plain
+from recsys_ssm.instantiate import instantiate, plain
 from recsys_ssm.sweeps.identity import (
     job_folder,
     job_hash,
@@ -47,7 +49,8 @@ from recsys_ssm.sweeps.space import distribution, flatten_space, spell
 from recsys_ssm.sweeps.status import job_state, validations
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
@@ -86,6 +89,10 @@ def search(cfg: DictConfig) -> dict[str, Any]:
         return running.report()
 
 
+class NoValueError(Exception):
+    """The job of a trial failed or was interrupted; its folder has the reason."""
+
+
 class Search:
     """A search in its folder: the options that are fixed, those that are searched, and the study.
 
@@ -95,10 +102,11 @@ class Search:
 
     def __init__(self, cfg: DictConfig) -> None:
         hydra_cfg = HydraConfig.get()
-        launcher = str(hydra_cfg.launcher.get("_target_")).rpartition(".")[2]
-        if launcher not in ("BasicLauncher", "JoblibLauncher"):
+        plugin = str(hydra_cfg.launcher.get("_target_")).rpartition(".")[2]
+        if plugin not in ("BasicLauncher", "JoblibLauncher"):
+            launcher = hydra_cfg.runtime.choices.get("launcher", plugin)
             raise UserError(
-                f"launcher={hydra_cfg.runtime.choices.get('launcher', launcher)}: a search runs its trials on this machine; choose launcher=basic or launcher=joblib"
+                f"launcher={launcher}: a search runs its trials on this machine; choose basic or joblib"
             )
         if cfg.test is not None:
             raise UserError(
@@ -111,7 +119,8 @@ class Search:
         self.folder = Path(hydra_cfg.runtime.output_dir)
         self.shown = _from_here(self.folder)
         self.monitor, self.mode = str(cfg.monitor), str(cfg.monitor_mode)
-        self.given = list(hydra_cfg.overrides.task)
+        # Without the `++` by which a command lets any argument of a class be given.
+        self.given = [each.removeprefix("++") for each in hydra_cfg.overrides.task]
         self.fixed = [each for each in self.given if not _key(each).startswith("search")]
         self.space = searched_options(plain(cfg.search.space), self.given)
         self.distributions = {
@@ -120,7 +129,6 @@ class Search:
         self.arguments = [*config_arguments(), *hydra_overrides()]
         self.processes = int(cfg.launcher.processes)
         self.threads = min(int(cfg.launcher.threads), threads_for(self.processes))
-        self._asking = threading.Lock()
         self._stop = threading.Event()
         self._hashes: set[str] = set()
         self.since = time.time()
@@ -135,32 +143,33 @@ class Search:
             UserError: The folder holds a search of other options, or a file that cannot be read.
         """
         import optuna
-        from sqlalchemy.exc import SQLAlchemyError
 
         path = self.folder / STUDY
+
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(path, timeout=60, check_same_thread=False)
+
         try:
-            storage = optuna.storages.RDBStorage(
-                "sqlite:///study.db",  # the path itself may have characters that are special in a URL
-                engine_kwargs={
-                    "creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)
-                },
-            )
-            self.study = optuna.create_study(
-                storage=storage,
-                study_name="search",
-                direction="minimize" if self.mode == "min" else "maximize",
-                load_if_exists=True,
-            )
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            reason = str(error).strip().splitlines()[0]
+            with contextlib.closing(connect()) as database:
+                database.execute("PRAGMA schema_version")
+        except sqlite3.Error as error:
             raise UserError(
-                f"{path}: cannot be read as a study ({reason}); remove it to begin anew"
+                f"{self.shown / STUDY}: cannot be read as a study ({error}); remove it to begin anew"
             ) from error
+        self.study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(
+                "sqlite:///study.db",  # the path itself may have characters that are special in a URL
+                engine_kwargs={"creator": connect},
+            ),
+            study_name="search",
+            direction="minimize" if self.mode == "min" else "maximize",
+            load_if_exists=True,
+        )
         self._check_same_search()
         states = optuna.trial.TrialState
         for trial in self.study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             if trial.params:
-                self.study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+                self._retry(trial.number, trial.params)
             self.study.tell(trial.number, state=states.FAIL)
         trials = self.study.get_trials(deepcopy=False)
         self._hashes.update(
@@ -170,8 +179,8 @@ class Search:
         )
         # The same seed would draw the earlier trials again.
         seed = int(self.cfg.search.seed) + len(trials)
-        self.study.sampler = make(self._part("sampler"), "search.sampler", seed=seed)
-        pruner = make(self._part("pruner"), "search.pruner")
+        self.study.sampler = instantiate(self._part("sampler"), "search.sampler", seed=seed)
+        pruner = instantiate(self._part("pruner"), "search.pruner")
         self.study.pruner = pruner or optuna.pruners.NopPruner()
 
     def _check_same_search(self) -> None:
@@ -205,29 +214,51 @@ class Search:
 
     def run(self) -> None:
         """Run the trials that are missing, ``launcher.processes`` at once."""
-        n_done = len(self._done())
+        missing = self.n_trials - len(self._done())
         line = ProgressLine(self._summary, self._spell, every_s=1.0)
-        pool = ThreadPoolExecutor(self.processes, thread_name_prefix="trial")
         try:
-            trials = [pool.submit(self._run_trial) for _ in range(self.n_trials - n_done)]
-            for each in wait(trials, return_when=FIRST_EXCEPTION).done:
-                each.result()
+            with self._ctrl_c():
+                if missing > 0:
+                    self.study.optimize(
+                        self._value,
+                        n_trials=missing,
+                        n_jobs=self.processes,
+                        catch=(NoValueError,),
+                    )
         finally:
-            self._stop.set()
-            pool.shutdown(cancel_futures=True)
             line.stop()
 
-    def _run_trial(self) -> None:
-        """Draw one trial, run its job, and record its value, or that it was pruned or failed."""
+    @contextlib.contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C stop the trials that other threads run, too."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop.set()
+            raise KeyboardInterrupt
+
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_default:
+            signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            if is_default:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _value(self, trial: Trial) -> float:
+        """Run a trial's job and return its value.
+
+        Raises:
+            TrialPruned: Its validations are worse than other trials'.
+            NoValueError: The job failed or was interrupted.
+        """
         import optuna
 
-        states = optuna.trial.TrialState
-        if self._stop.is_set():
-            return
-        with self._asking:
-            trial = self.study.ask(self.distributions)
-        overrides = self.overrides(trial.params)
-        folder = self.folder / job_folder(_readable(trial.params), overrides)
+        params = {
+            option: _suggest(trial, option, each) for option, each in self.distributions.items()
+        }
+        overrides = self.overrides(params)
+        folder = self.folder / job_folder(_readable(params), overrides)
         self._hashes.add(folder.name[-8:])
         trial.set_user_attr("folder", folder.name)
         seen = 0
@@ -242,24 +273,34 @@ class Search:
             is_new, seen = len(values) > seen, max(seen, len(values))
             return "pruned" if is_new and trial.should_prune() else None
 
-        value = run_in_folder(
-            folder,
-            [*self.arguments, *overrides],
-            command="train",
-            overrides=overrides,
-            threads=self.threads,
-            monitor=self.monitor,
-            mode=self.mode,
-            sweep=this_process(),
-            poll=poll,
-            lock_wait_s=math.inf,  # another trial with the same values may run
-        )
+        try:
+            value = run_in_folder(
+                folder,
+                [*self.arguments, *overrides],
+                command="train",
+                overrides=overrides,
+                threads=self.threads,
+                monitor=self.monitor,
+                mode=self.mode,
+                sweep=this_process(),
+                poll=poll,
+                lock_wait_s=math.inf,  # another trial with the same values may run
+            )
+        except KeyboardInterrupt:
+            self._retry(trial.number, params)
+            raise
         if value is not None and math.isfinite(value):
-            self.study.tell(trial, value)
-        elif job_state(folder) == "pruned":
-            self.study.tell(trial, state=states.PRUNED)
-        elif job_state(folder) != "interrupted":  # that is left RUNNING, to be resumed
-            self.study.tell(trial, state=states.FAIL)
+            return value
+        state = job_state(folder)
+        if state == "pruned":
+            raise optuna.TrialPruned
+        if state == "interrupted":
+            self._retry(trial.number, params)
+        raise NoValueError
+
+    def _retry(self, number: int, params: dict[str, Any]) -> None:
+        """Queue the values of a trial that was cut short: its job goes on from its checkpoint."""
+        self.study.enqueue_trial(params, user_attrs={"retry_of": number})
 
     def _done(self) -> list[FrozenTrial]:
         import optuna
@@ -378,6 +419,18 @@ def searched_options(space: dict[str, Any] | None, overrides: Sequence[str]) -> 
             "search.space: nothing to search; give 'search.space.optimizer.lr={low: 1e-5, high: 1e-3, log: true}'"
         )
     return found
+
+
+def _suggest(trial: Trial, option: str, among: BaseDistribution) -> Any:
+    """Return the value that the study's sampler draws for an option."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(among, CategoricalDistribution):
+        return trial.suggest_categorical(option, among.choices)
+    if isinstance(among, IntDistribution):
+        return trial.suggest_int(option, among.low, among.high, step=among.step, log=among.log)
+    assert isinstance(among, FloatDistribution)
+    return trial.suggest_float(option, among.low, among.high, step=among.step, log=among.log)
 
 
 def _assignments(params: dict[str, Any]) -> list[str]:

@@ -206,7 +206,7 @@ class SweepProgress(Callback):
         for job in self.summary().failed:
             overrides = read_status(job).get("overrides", ())
             own = [each for each in overrides if each.partition("=")[0] not in self._fixed]
-            found.append((" ".join(own) or job.name, error_line(job), job))
+            found.append((" ".join(each.removeprefix("++") for each in own) or job.name, error_line(job), job))
         return found
 
 
@@ -289,7 +289,7 @@ def print_sweep(folder: Path, monitor: str, mode: str) -> None:
         [*options, monitor, "± 95 %", "seeds"],
         [
             [
-                *(result.options.get(key, "").strip("'") for key in options),
+                *(result.options.get(key, "default").strip("'") for key in options),
                 f"{result.mean:.4f}",
                 f"{result.half_width:.4f}" if math.isfinite(result.half_width) else "–",
                 str(len(result.values)),
