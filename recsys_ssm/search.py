@@ -7,6 +7,7 @@ The study is a SQLite file in the search's folder. The same command again resume
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import signal
@@ -65,14 +66,10 @@ def search(cfg: DictConfig) -> dict[str, Any]:
     """Run trials until ``search.n_trials`` of them are complete, and print the best.
 
     Raises:
-        UserError: An option is wrong, Optuna is not installed, or no trial is complete.
+        UserError: An option is wrong, or no trial is complete.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError(
-            'a search needs Optuna, which is not installed; pip install "recsys-ssm[optuna]"'
-        ) from error
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     running = Search(cfg)
@@ -460,8 +457,14 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     """Return the command line with options to search marked as new, and with a name for the search.
 
     Raises:
-        UserError: The command line asks for a sweep of searches.
+        UserError: The command line asks for a sweep of searches, or Optuna is not installed.
     """
+    try:
+        importlib.import_module("optuna")
+    except ImportError as error:
+        raise UserError(
+            'a search needs Optuna, which is not installed; pip install "recsys-ssm[optuna]"'
+        ) from error
     if not {"--multirun", "-m"}.isdisjoint(arguments):
         raise UserError("--multirun: a search runs many trials by itself; leave it out")
     # Hydra refuses an option that no file names; `++` adds it.

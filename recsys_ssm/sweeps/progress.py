@@ -206,7 +206,13 @@ class SweepProgress(Callback):
         for job in self.summary().failed:
             overrides = read_status(job).get("overrides", ())
             own = [each for each in overrides if each.partition("=")[0] not in self._fixed]
-            found.append((" ".join(each.removeprefix("++") for each in own) or job.name, error_line(job), job))
+            found.append(
+                (
+                    " ".join(each.removeprefix("++") for each in own) or job.name,
+                    error_line(job),
+                    job,
+                )
+            )
         return found
 
 

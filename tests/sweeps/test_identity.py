@@ -9,9 +9,11 @@ import hydra
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import open_dict
 
+from recsys_ssm.cli.command import complete, open_options
 from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.instantiate import plain
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.reports import archive
 from recsys_ssm.reports.collect import Cell, Run, Setting, Task
@@ -91,9 +93,10 @@ def hash_of(*overrides: str) -> str:
 def settings_of(*overrides: str) -> dict[str, object]:
     register_resolvers()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = hydra.compose("train", [*overrides, "output_dir=."])
-        node = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("name", "hydra")])
-        return settings({**OmegaConf.to_container(node, resolve=True), "name": str(overrides)})
+        cfg = hydra.compose("train", open_options([*overrides, "output_dir=."]))
+    with open_dict(cfg):
+        cfg.name = str(overrides)  # needs a running Hydra
+    return settings(plain(complete(cfg)))
 
 
 def command_of(*overrides: str) -> str | None:
