@@ -183,8 +183,6 @@ def _unfinished(folder: Path) -> str:
     if state == "failed":
         lines = str(read_status(folder).get("error") or "").strip().splitlines() or ["no message"]
         return f"failed: {lines[-1].removeprefix('error: ')}"
-    if state == "pruned":
-        return "pruned by a search"
     return "not finished: no metrics.json"
 
 
