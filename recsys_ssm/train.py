@@ -22,7 +22,7 @@ from recsys_ssm.instantiate import plain
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.training import StepSeed
 from recsys_ssm.run import assemble
-from recsys_ssm.run.callbacks import Cost, History
+from recsys_ssm.run.callbacks import Cost, History, ValidationLog
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.loggers import finish, log_results
@@ -66,6 +66,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         StepSeed(cfg.seed),
         RunRecord(config, identity),
         history,
+        ValidationLog(output),
         cost,
     ]
     loggers: list[Any] = []

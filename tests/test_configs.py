@@ -152,7 +152,11 @@ def data_of_task(task: str) -> Any:
         splits = SimpleNamespace(user_schema=schema, item_schema=schema, **common)
         return SimpleNamespace(splits=splits, name="tiny")
     splits = SimpleNamespace(
-        histories=None, item_schema=None, item_counts=torch.ones(3, dtype=torch.long), **common
+        histories=None,
+        item_schema=None,
+        item_counts=torch.ones(3, dtype=torch.long),
+        repeat_share=0.0,
+        **common,
     )
     return SimpleNamespace(splits=splits, name="tiny", max_length=5, objective="all")
 
@@ -277,6 +281,7 @@ def test_next_item_models_have_the_papers_parameters(
         item_schema=None,
         items=None,
         item_counts=torch.ones(3416, dtype=torch.long),
+        repeat_share=0.0,
     )
     data = SimpleNamespace(
         splits=splits,

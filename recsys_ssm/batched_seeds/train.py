@@ -187,6 +187,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
             "name": name,
             "seeds": model.seeds,
             "notes": first.data.splits.notes,
+            "data": first.data.sources,
             **published_results(plain(cfg)),
             **summarise(each),
         }
@@ -315,6 +316,7 @@ def finish_seed(
         "name": part.name,
         "seed": part.seed,
         "notes": part.data.splits.notes,
+        "data": part.data.sources,
     }
     if part.cfg.test is not None:
         results |= {

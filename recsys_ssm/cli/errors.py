@@ -17,7 +17,6 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import suggest
 from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.sweeps.progress import all_failed
 
 USERS = (
     UserError,
@@ -35,7 +34,6 @@ def is_users(error: BaseException) -> bool:
     return (
         isinstance(error, USERS)
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
-        or all_failed(error)
         or launcher_of(error) is not None
     )
 
@@ -44,12 +42,10 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     """An error as a line for people; for an option that does not exist, with what does."""
     if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
-    if all_failed(error):
-        return "no trial of the search is complete; the same command again goes on with others"
     text = str(error).strip()
     if launcher := launcher_of(error):
         return f"the launcher {launcher} cannot start jobs: {text.partition(chr(10))[0]}"
-    if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray|optuna)\w*)'", text):
+    if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray)\w*)'", text):
         return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
     if missing := re.match(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"

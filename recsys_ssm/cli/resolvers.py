@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from recsys_ssm.errors import UserError
 from recsys_ssm.run.assemble import check_name
 from recsys_ssm.sweeps.identity import cores, job_folder, processes_for
-from recsys_ssm.sweeps.progress import trials_left
 
 
 def register_resolvers() -> None:
@@ -24,7 +23,6 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("cores", cores, replace=True)
     OmegaConf.register_new_resolver("processes_for", processes_for, replace=True)
-    OmegaConf.register_new_resolver("trials_left", trials_left, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
     OmegaConf.register_new_resolver("if_none", _if_none, replace=True)
 

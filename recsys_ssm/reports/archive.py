@@ -16,6 +16,7 @@ from recsys_ssm.reports.shipped import display_name, grid_of, kind_of
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.run.files import write_json
 from recsys_ssm.run.settings import settings
+from recsys_ssm.sweeps.identity import published_overrides, sweep_command
 
 _OF_A_SEED = (
     "metrics",
@@ -30,19 +31,6 @@ _OF_A_SEED = (
     "train_seconds",
     "versions",
 )
-# A reader on another machine has no use for the folder, the name or the checkpoint of a run.
-_PLACES = (
-    "ckpt_path=",
-    "hydra.",
-    "launcher",
-    "logger=",
-    "name=",
-    "output_root=",
-    "seed=",
-    "sweep=",
-    "tags=",
-)
-
 
 _LONGEST = 120
 """Most characters of a file's name; the file holds the setting in full."""
@@ -108,11 +96,10 @@ def command(cell: Cell) -> str | None:
     overrides = next((each for each in all_kept if isinstance(each, list)), None)
     if overrides is None:
         return None
-    kept = [str(each) for each in overrides if not str(each).startswith(_PLACES)]
     seeds = [run.seed for run in cell.runs]
     is_range = seeds == list(range(len(seeds)))
-    seed = f"'seed=range({len(seeds)})'" if is_range else "seed=" + ",".join(map(str, seeds))
-    return " ".join(["python -m recsys_ssm.train --multirun", *kept, seed])
+    seed = f"seed=range({len(seeds)})" if is_range else "seed=" + ",".join(map(str, seeds))
+    return sweep_command([*published_overrides(overrides), seed])
 
 
 def _machine(run: Run) -> str:

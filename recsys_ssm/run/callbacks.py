@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -14,6 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
+
+from recsys_ssm.run.files import VALIDATIONS, write_text
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +152,47 @@ class History(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records = state_dict["records"]
+
+
+class ValidationLog(L.Callback):
+    """Append the metrics of each validation to ``validations.jsonl`` while the run goes on.
+
+    A resumed run keeps the lines up to its checkpoint's step, any other run begins the file anew.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / VALIDATIONS
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_text(self.path, "".join(self._lines_until(trainer.global_step)))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            found = {
+                name: number
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/") and math.isfinite(number := float(value))
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": trainer.global_step, **found}) + "\n")
+
+    def _lines_until(self, step: int) -> list[str]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except OSError:
+            return []
+        return [line for line in lines if step and _step_of(line) <= step]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that was cut short
+        return math.inf
 
 
 class Cost(L.Callback):

@@ -17,6 +17,9 @@ import polars as pl
 
 from recsys_ssm.errors import UserError
 
+VALIDATIONS = "validations.jsonl"
+"""File in a run's folder with one line of metrics for each validation."""
+
 
 def write_json(path: Path | str, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Writes results with sorted keys, whole or not at all.

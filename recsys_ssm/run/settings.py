@@ -1,11 +1,11 @@
-"""What a run was made of, as flat ``option -> value``, without what its figures do not depend on."""
+"""List the options that a result does not depend on, and read a run's other options as flat ``option -> value``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -15,40 +15,103 @@ Settings = dict[str, Any]
 
 _MOST_VALUES = 100_000
 
-_INCIDENTAL = re.compile(
-    r"(name|seed|sweep|tags|versions|published|published_by_cell|published_by_dataset|output_\w+|ckpt_path|test|debug"
-    r"|logger|launcher|search|callbacks|metrics|dataset\.(seed|root|cache_dir|eval_batch_size)"
-    r"|trainer\.(accelerator|devices|default_root_dir|enable_\w+|log_every_n_steps|profiler|num_nodes|deterministic))"
-    r"(\..*)?"
-)
+Use = Literal["job", "setting", "command"]
+"""A purpose that options are left out for (:func:`is_incidental`):
+
+- ``job``: two jobs of a sweep are the same job, which leaves the same files;
+- ``setting``: two runs are seeds of one setting, whose figures belong in one mean;
+- ``command``: a published command, which someone else runs elsewhere.
+"""
+
+_JOB: tuple[Use, ...] = ("job", "setting", "command")
+_PUBLISHED: tuple[Use, ...] = ("setting", "command")
+_SETTING: tuple[Use, ...] = ("setting",)
+
+# An option, or a group of options, and the uses it is left out for.
+_INCIDENTAL: dict[str, tuple[Use, ...]] = {
+    # where a run is kept, what it is called, how it is started and logged
+    "ckpt_path": _JOB,
+    "hydra": _JOB,
+    "launcher": _JOB,
+    "logger": _JOB,
+    "name": _JOB,
+    "output_dir": _JOB,
+    "output_root": _JOB,
+    "search": _JOB,
+    "sweep": _JOB,
+    "tags": _JOB,
+    "versions": _JOB,
+    # figures that are only printed beside the run's
+    "published": _JOB,
+    "published_by_cell": _JOB,
+    "published_by_dataset": _JOB,
+    # what is shown and kept on the way
+    "callbacks.checkpoint.dirpath": _JOB,
+    "callbacks.checkpoint_last": _JOB,
+    "callbacks.learning_rate_monitor": _JOB,
+    "callbacks.progress": _JOB,
+    "dataset.cache_dir": _JOB,
+    "trainer.default_root_dir": _JOB,
+    "trainer.enable_model_summary": _JOB,
+    "trainer.enable_progress_bar": _JOB,
+    # the machine: a sweep may compare two of them, so each is a job of its own
+    "dataset.eval_batch_size": _PUBLISHED,
+    "dataset.root": _PUBLISHED,
+    "trainer.accelerator": _PUBLISHED,
+    "trainer.deterministic": _PUBLISHED,
+    "trainer.log_every_n_steps": _PUBLISHED,
+    "trainer.profiler": _PUBLISHED,
+    # the seeds of a setting; a published command names them itself
+    "seed": _PUBLISHED,
+    "seeds": _PUBLISHED,
+    "train.seeds": _PUBLISHED,
+    # another seed of the data than the run's is part of the command
+    "dataset.seed": _SETTING,
+    # how the trained model is measured
+    "metrics": _SETTING,
+    "test": _SETTING,
+}
+
+
+def is_incidental(option: str, use: Use) -> bool:
+    """Return True if a result does not depend on ``option``, for a use of it.
+
+    Args:
+        option: A dotted option, ``trainer.max_steps``, or the key of an override: ``+``, ``++`` or ``~`` before it
+            and ``@package`` behind it do not matter.
+        use: See :data:`Use`.
+    """
+    parts = re.split(r"[./]", option.lstrip("+~").partition("@")[0])
+    heads = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return any(use in _INCIDENTAL.get(head, ()) for head in heads)
 
 
 def settings(config: Mapping[str, Any]) -> Settings:
-    """A run's config, flattened to dotted options, without names, places, logging and the seed."""
-    return {key: value for key, value in flatten(config) if not _INCIDENTAL.fullmatch(key)}
+    """Return a run's config as dotted options, without those that its figures do not depend on."""
+    return {key: value for key, value in flatten(config) if not is_incidental(key, "setting")}
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings in a run's ``config.yaml``.
+    """Return the settings in a run's ``config.yaml``.
 
     Raises:
-        UserError: It is not there, or no YAML mapping.
+        UserError: The file is absent, or is not a YAML mapping.
     """
     return settings(read_config(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's ``config.yaml``.
+    """Read a run's ``config.yaml``.
 
     Raises:
-        UserError: It is not there, or no YAML mapping.
+        UserError: The file is absent, or is not a YAML mapping.
     """
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not the options of a run")
+        raise UserError(f"{path}: not the options of a run; give the folder of a run")
     if _size(config, _MOST_VALUES) > _MOST_VALUES:
         raise UserError(
             f"{path}: more than {_MOST_VALUES:,} options; it is not the config of a run"
@@ -70,7 +133,7 @@ def _size(node: Any, limit: int) -> int:
 
 
 def differences(first: Settings, second: Settings) -> dict[str, tuple[Any, Any]]:
-    """Options that both have and that differ. What only one has came or went with a version of the code."""
+    """Return the options that both have and that differ; an option of one alone belongs to another version."""
     return {
         key: (first[key], second[key])
         for key in sorted(first.keys() & second.keys())

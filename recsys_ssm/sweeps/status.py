@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recsys_ssm.run.files import VALIDATIONS
+
 STATUS = "job_status.json"
 CONSOLE = "console.log"
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """``job_status.json`` of a job's folder; empty where there is none that can be read."""
+    """Return ``job_status.json`` of a job's folder; empty if the file is absent or broken."""
     try:
         status = json.loads((folder / STATUS).read_text())
     except (OSError, ValueError):
@@ -25,7 +27,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the job's result is there, whole: ``metrics.json`` is renamed into place at a run's end."""
+    """Return True if the job's result is complete: ``metrics.json`` is renamed into place at a run's end."""
     try:
         return isinstance(json.loads((folder / "metrics.json").read_text()), dict)
     except (OSError, ValueError):
@@ -33,7 +35,11 @@ def is_finished(folder: Path) -> bool:
 
 
 def job_state(folder: Path) -> str:
-    """``finished``, ``failed``, ``running``, ``interrupted`` (its processes are gone) or ``missing``."""
+    """Return the state of a job.
+
+    ``finished``, ``failed``, ``running``, ``pruned`` (stopped by a search), ``interrupted`` (stopped by a person, or
+    its processes are gone) or ``missing``.
+    """
     if is_finished(folder):
         return "finished"
     status = read_status(folder)
@@ -44,8 +50,9 @@ def job_state(folder: Path) -> str:
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
+    """Return False if the process ``pid`` on ``host`` has ended; True if it runs, or runs on another machine."""
     if status.get("host") != socket.gethostname():
-        return True  # it cannot be seen from here
+        return True
     try:
         os.kill(int(status["pid"]), 0)
     except (ProcessLookupError, KeyError, ValueError):
@@ -56,10 +63,26 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 
 
 def objective(folder: Path, monitor: str, mode: str) -> float:
-    """The best value of the monitored metric in a run's ``history.json``; NaN where there is none."""
+    """Return the best value of the monitored metric in a run's ``history.json``; NaN without one."""
     try:
         records = json.loads((folder / "history.json").read_text())
         values = [float(r[monitor]) for r in records if r.get(monitor) is not None]
     except (OSError, ValueError, TypeError, AttributeError):
         return math.nan
     return (min if mode == "min" else max)(values, default=math.nan)
+
+
+def validations(folder: Path, monitor: str) -> list[float]:
+    """Return the monitored metric of each validation so far, in order, while the job runs and after it."""
+    try:
+        lines = (folder / VALIDATIONS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return []
+    found: dict[int, float] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found[int(record["step"])] = float(record[monitor])
+        except (ValueError, KeyError, TypeError):  # a line that is being written
+            continue
+    return [found[step] for step in sorted(found)]
