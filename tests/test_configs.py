@@ -101,6 +101,9 @@ def test_a_run_is_made_of_few_files_and_each_option_stands_in_one(
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_a_file_names_only_what_deviates_from_its_class(path: Path) -> None:
+    # The choice itself; a default that older versions of Optuna do not have.
+    exempt = ("name", "kind", "constant_liar")
+
     def check(node: Any, where: str) -> None:
         if not isinstance(node, dict):
             return
