@@ -20,7 +20,7 @@ from typing import Any
 
 COMMON = ["logger=none", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 INCIDENTAL = {"train_seconds", "cost", "latency", "versions", "checkpoint", "overrides", "notes", "published",
-              "published_label", "name", "data", "training"}  # fmt: skip
+              "published_label", "name", "data", "filter_seen"}  # fmt: skip
 
 SHORT = ["trainer.max_steps=120", "validations=3"]
 EPOCH = ["trainer.max_epochs=1"]
