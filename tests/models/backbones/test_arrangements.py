@@ -174,7 +174,7 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             Mamba(**{"d_model": 16, "n_layers": 1, **options})
     for kind in (Transformer, Ligr):
-        with pytest.raises(ValueError, match="d_model=30 is no multiple of nhead=4"):
+        with pytest.raises(ValueError, match="d_model=30 is not a multiple of nhead=4"):
             kind(d_model=30, nhead=4)
         with pytest.raises(ValueError, match="n_layers=0"):
             kind(n_layers=0)
