@@ -46,6 +46,7 @@ def main() -> None:
         item_schema=None,
         items=None,
         item_counts=torch.ones(args.items, dtype=torch.long),
+        repeat_share=0.0,
     )
     data: Any = SimpleNamespace(splits=splits, max_length=64, objective="all", name="random")
     model = make_model(cfg, data)

@@ -45,6 +45,7 @@ def step_of(backbone: str, length: int, rows: int) -> Callable[[], None]:
         item_schema=None,
         items=None,
         item_counts=torch.ones(N_ITEMS, dtype=torch.long),
+        repeat_share=0.0,
     )
     data: Any = SimpleNamespace(splits=splits, max_length=length, objective="all", name="random")
     torch.manual_seed(0)

@@ -144,7 +144,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["p", "p@", "p@0", "p@-1", "p@five", "p@1.5", "p@²"])
     def test_a_cut_off_is_a_whole_number_above_0(self, name):
-        with pytest.raises(UserError, match="whole number above 0: for example p@10"):
+        with pytest.raises(UserError, match="whole number above 0; write for example p@10"):
             MetricName.parse(name)
 
     def test_every_family_has_a_definition_and_a_function(self):

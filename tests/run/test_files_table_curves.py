@@ -140,7 +140,7 @@ class TestTable:
     def test_generated_data_is_marked(self):
         text = printed({**RESULTS, "generated": True})
         assert text.splitlines()[0].startswith("hm-mamba (generated data)")
-        assert "Generated data: these figures say nothing about the real data set." in text
+        assert "Generated data: these figures say nothing about the real dataset." in text
         assert "enerated" not in printed({**RESULTS, "generated": False})
 
     @pytest.mark.parametrize("width", [10, 40, 80, 200])
