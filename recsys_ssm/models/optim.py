@@ -22,7 +22,7 @@ class WarmupCosine(LambdaLR):
 
     Args:
         optimizer: Optimizer whose rate is scheduled.
-        warmup_steps: Steps until the full rate; a tenth of ``total_steps`` if that is shorter.
+        warmup_steps: Steps until the full rate. A training that is not longer warms up for a tenth of its steps.
         total_steps: Steps until the lowest rate. In a config, -1 means all steps of the training.
         min_factor: Lowest rate divided by the full rate.
     """
