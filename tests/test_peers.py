@@ -70,7 +70,10 @@ def test_training_events_come_in_order(modules: dict[str, ModuleType]) -> None:
 
 
 def test_batches_hold_as_many_positions_as_the_peers(modules: dict[str, ModuleType]) -> None:
-    """Two users of 4 and 9 events: 2 and 7 are trained on, so 1 and 6 inputs, or 1 and 1 + 2 + … + 6."""
+    """Two users of 4 and 9 events have 2 and 7 for training.
+
+    That is 1 and 6 inputs, or prefixes of 1 and 1 + 2 + … + 6 items.
+    """
     compare = modules["compare"]
     data = {"offsets": np.array([0, 4, 13])}
     one, prefixes = compare.CONTESTS["sasrec-softmax"], compare.CONTESTS["recbole"]

@@ -1,4 +1,4 @@
-"""The command that recommends: users in, a file of recommendations out."""
+"""Test the command that recommends: users in, a file of recommendations out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def next_item(cli, tmp_path: Path) -> Path:
 
 
 def test_new_histories_as_the_model_would(cli, next_item: Path, tmp_path: Path) -> None:
-    """Unsorted rows, a user whose items nobody knows, an item nobody knows."""
+    """The file has unsorted rows, a user with unknown items only, and an unknown item."""
     rows = [
         ("ann", "i3", 9),
         ("bob", "i7", 1),
