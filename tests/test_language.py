@@ -30,7 +30,6 @@ WIDTH = 120
 NOT_YET: tuple[str, ...] = (
     r"(README|CHANGELOG)\.md",
     r"docs/.*",
-    r"recsys_ssm/sweeps/.*",
 )
 
 # First words of a function's docstring that are not verbs, and endings of words that are not.
