@@ -1,9 +1,9 @@
-"""What a training step holds with a large catalogue: the whole softmax over a million items.
+"""Measure the memory of a training step with a large catalogue: the whole softmax over a million items.
 
     python benchmarks/catalogue_memory.py [--items 1000000] [--positions 4096] [--json FILE]
 
-Peak memory of whole steps (forward, backward, Adam) in a process of its own, less what weights, their
-gradient and Adam's two moments take; beside it, what all logits of the batch would take at once.
+The figure is the peak memory of whole steps (forward, backward, Adam) in this process, less weights, their gradient
+and Adam's two moments. Beside it stands the memory that all logits of the batch would take at once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from configs import config
 from timing import let_threads_sleep, machine, peak_memory, table, write_json
 
 from recsys_ssm.batches import SequenceBatch
-from recsys_ssm.cli.resolvers import register_resolvers
-from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.run.assemble import make_model
 
 
@@ -35,22 +33,20 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
 
-    register_resolvers()
     torch.set_num_threads(args.threads)
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", ["dataset=amazon_beauty_2014", f"backbone={args.backbone}",
-                                "name=benchmark", "output_dir=."])  # fmt: skip
+    cfg = config(["dataset=amazon_beauty_2014", f"backbone={args.backbone}"])
     splits: Any = SimpleNamespace(
         histories=None,
         item_ids=range(args.items),
         item_schema=None,
         items=None,
         item_counts=torch.ones(args.items, dtype=torch.long),
+        repeat_share=0.0,
     )
     data: Any = SimpleNamespace(splits=splits, max_length=64, objective="all", name="random")
     model = make_model(cfg, data)
     optimizer: Any = model.configure_optimizers()
-    rows = args.positions // 64
+    rows = max(1, args.positions // 64)
     item = torch.randint(args.items, (rows, 65))
     batch = SequenceBatch(
         item=item[:, :-1],
@@ -61,7 +57,7 @@ def main() -> None:
     seconds = []
 
     def steps() -> None:
-        for _ in range(2):  # Adam's moments are made in the first
+        for _ in range(2):  # Adam allocates its moments in the first step
             start = time.perf_counter()
             loss, _ = model._loss(batch)
             optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""Ranking the catalogue for many users: our kernel, the same on plain PyTorch, and the product and topk of it.
+"""Time the ranking of the catalogue for many users: our kernel, plain PyTorch, and product with topk.
 
     python benchmarks/ranking.py [--shapes 512,12101,64 …] [--threads 1 2] [--json FILE]
 
-A shape is users, items and the size of their vectors. Twenty places, eight items a user left out. "product alone" is
-``query @ items.T`` and no ranking; GFLOP/s are the product's. The catalogue's features are random, so is its order.
+A shape is users, items and vector size. The ranking has 20 places, and 8 items of each user are left out. "product
+alone" is ``query @ items.T`` without a ranking, and GFLOP/s count the product. Vectors are random.
 """
 
 from __future__ import annotations

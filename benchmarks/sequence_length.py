@@ -1,9 +1,9 @@
-"""What a training step of the next-item models costs at long histories.
+"""Time training steps of the next-item models with long histories.
 
     python benchmarks/sequence_length.py [--lengths 50 200 1000] [--rows 16] [--json FILE]
 
-The same number of rows, each one history as long as said, over ML-1M's 3,416 items; models as their
-configs have them (`conf/model`), all positions trained on with the whole softmax. Models take turns.
+Each row is one history of the given length over ML-1M's 3,416 items. Models are those of `dataset=ml_1m`, with a
+target at every position and the softmax over all items. They take turns.
 """
 
 from __future__ import annotations
@@ -15,36 +15,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from configs import config
 from timing import let_threads_sleep, machine, peak_memory, table, take_turns, write_json
 
 from recsys_ssm.batches import SequenceBatch
-from recsys_ssm.cli.resolvers import register_resolvers
-from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.run.assemble import make_model
 
 N_ITEMS = 3416
 
 
 def step_of(backbone: str, length: int, rows: int) -> Callable[[], None]:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [
-                "dataset=ml_1m",
-                f"backbone={backbone}",
-                f"dataset.max_length={length}",
-                f"dataset.batch_positions={length}",
-                "name=benchmark",
-                "output_dir=.",
-            ],
-        )
+    """Return a function that makes a training step."""
+    cfg = config(
+        [
+            "dataset=ml_1m",
+            f"backbone={backbone}",
+            f"dataset.max_length={length}",
+            f"dataset.batch_positions={length}",
+        ]
+    )
     splits: Any = SimpleNamespace(
         histories=None,
         item_ids=[str(i) for i in range(N_ITEMS)],
         item_schema=None,
         items=None,
         item_counts=torch.ones(N_ITEMS, dtype=torch.long),
+        repeat_share=0.0,
     )
     data: Any = SimpleNamespace(splits=splits, max_length=length, objective="all", name="random")
     torch.manual_seed(0)
@@ -79,7 +75,6 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
 
-    register_resolvers()
     torch.set_num_threads(args.threads)
     steps = {
         (backbone, length): step_of(backbone, length, args.rows)

@@ -1,10 +1,9 @@
-"""What every benchmark here shares: fair timing, peak memory, floors of the machine, tables, JSON.
+"""Share the tools of the benchmarks: fair timing, peak memory, speed limits of the machine, tables, JSON.
 
-Fair means: contenders take turns (a busy neighbour then slows all of them alike), medians, threads
-that sleep rather than spin, and both clocks: wall time, and the processor time that was spent, which
-a neighbour disturbs less. A short call is made twice a turn and the second is timed, as it would be in
-a training loop: else it pays for what the contender before it did to the caches and gave back to the
-system, whose pages cost as much as the call.
+Contenders take turns, so a busy neighbour slows all of them alike. Figures are medians. Threads sleep rather than
+spin. Both clocks are read: wall time, and processor time, which a neighbour disturbs less. A short call is made twice
+a turn and the second is timed, as in a training loop. The first call restores the caches and the memory pages that the
+contender before gave back to the system, which can cost as much as the call.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ __all__ = [
 def let_threads_sleep(unless: str = "") -> None:
     """Start the program again with OMP_WAIT_POLICY=PASSIVE, which OpenMP reads when it is loaded.
 
-    Spinning threads inflate both clocks several fold on a machine that is shared. With the flag ``unless`` among the
-    arguments they spin as long as recsys_ssm has a user's spin.
+    Spinning threads inflate both clocks several fold on a shared machine. If the flag ``unless`` is among the
+    arguments, threads spin for as long as in a user's run.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         if unless in sys.argv:
-            os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # for as long as GOMP_SPINCOUNT says
+            os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # for GOMP_SPINCOUNT rounds
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         else:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -58,7 +57,7 @@ def let_threads_sleep(unless: str = "") -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians, in milliseconds."""
+    """Median times in milliseconds."""
 
     wall: float
     cpu: float
@@ -71,10 +70,9 @@ _SHORT = 0.05  # seconds
 def take_turns(
     contenders: dict[str, Callable[[], Any]], repetitions: int, budget: float
 ) -> dict[str, Timing]:
-    """Time each contender `repetitions` times, interleaved, after one call to warm up.
+    """Time each contender ``repetitions`` times, interleaved, after one call to warm up.
 
-    A contender whose calls would take longer than `budget` seconds together is called less often,
-    but twice at least.
+    A contender whose calls would take longer than ``budget`` seconds together is called less often, but at least twice.
     """
     turns, short, spent = {}, set(), {name: ([], []) for name in contenders}
     for name, call in contenders.items():
@@ -102,7 +100,7 @@ def take_turns(
 
 
 def peak_memory(call: Callable[[], Any]) -> float | None:
-    """MiB that `call` holds at its peak beyond what was held before; None where it is not known."""
+    """Return the MiB that ``call`` holds at its peak beyond those held before; None if unknown."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -139,9 +137,9 @@ extern "C" double exponentials(int repetitions) {  // of 4096 numbers that stay 
 
 
 class Floors:
-    """What this machine can do in a second of one thread's processor time.
+    """Speed limits of this machine for one thread: exponentials and bytes a second of processor time.
 
-    To be measured again and again during a run: the clock rate changes.
+    Measure them repeatedly during a run, since the clock rate changes.
     """
 
     def __init__(self) -> None:
@@ -176,6 +174,7 @@ class Floors:
         return function
 
     def measure(self) -> None:
+        """Measure both limits once more."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         start, repetitions = time.process_time(), 2000
@@ -192,16 +191,17 @@ class Floors:
 
     @property
     def exponentials(self) -> float:
-        """A second and thread."""
+        """Return the median of exponentials a second."""
         return statistics.median(self.rates)
 
     @property
     def bandwidth(self) -> float:
-        """Bytes read and written a second, one thread copying."""
+        """Return the median of bytes read and written a second, while one thread copies."""
         return statistics.median(self.bandwidths)
 
 
 def machine() -> dict[str, Any]:
+    """Return the processor, its load, and versions."""
     names = [
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -217,7 +217,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown; the columns are those of all rows, in the order they appear."""
+    """Return rows as a Markdown table with the columns of all rows, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:
@@ -233,6 +233,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
     beside.replace(path)

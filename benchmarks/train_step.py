@@ -1,9 +1,9 @@
-"""Whole training steps (forward, backward, optimizer) of every backbone beside each other.
+"""Time whole training steps (forward, backward, optimizer) of every backbone.
 
     python benchmarks/train_step.py [--dataset spotify] [--backbones mamba transformer] [--json FILE]
 
-Each backbone comes with its published recipe for the dataset where there is one. Backbones take
-turns, step by step, on the same batches; medians; wall time, and the processor time spent.
+Each backbone has its published setting for the dataset if there is one. Backbones take turns, step by step, on the
+same batches. Figures are medians of wall time and of processor time.
 """
 
 from __future__ import annotations
@@ -12,29 +12,22 @@ import argparse
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from configs import config
 from timing import let_threads_sleep, machine, table, take_turns, write_json
 
 from recsys_ssm import ops
-from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data.two_tower import TwoTowerData
-from recsys_ssm.instantiate import make
 from recsys_ssm.models.two_tower import TwoTower
-from recsys_ssm.paths import CONF_DIR
-from recsys_ssm.run.assemble import make_model
+from recsys_ssm.run.assemble import make_data, make_model
 
 
 def step_of(dataset: str, backbone: str, data: TwoTowerData) -> tuple[Callable[[], None], int]:
-    """A function that makes the next training step, and the model's number of parameters."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [f"dataset={dataset}", f"backbone={backbone}", "name=benchmark", "output_dir=."],
-        )
+    """Return a function that makes the next training step, and the model's number of parameters."""
     torch.manual_seed(0)
-    model = make_model(cfg, data)
+    model = make_model(config([f"dataset={dataset}", f"backbone={backbone}"]), data)
     assert isinstance(model, TwoTower), f"{dataset}: not a dataset of two towers"
     optimizer = model.configure_optimizers()
     batches = cycle(list(islice(data.train_dataloader(), 20)))
@@ -59,15 +52,12 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument(
-        "--spin", action="store_true", help="threads wait as a user's do, not asleep at once"
+        "--spin", action="store_true", help="let waiting threads spin as in a user's run"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
     args = parser.parse_args()
 
-    register_resolvers()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", [f"dataset={args.dataset}", "name=benchmark", "output_dir=."])
-    data: TwoTowerData = make(cfg.dataset, "dataset")
+    data: Any = make_data(config([f"dataset={args.dataset}"]))
     print(ops.describe_backends())
     rows = []
     for threads in args.threads:

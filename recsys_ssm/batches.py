@@ -34,7 +34,7 @@ class Ragged:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Ragged:
-        """From a (U, I) bool matrix."""
+        """Make lists from a (U, I) bool matrix."""
         user, item = mask.nonzero(as_tuple=True)
         return cls.from_pairs(user, item, mask.shape[0])
 
@@ -50,7 +50,7 @@ class Ragged:
         return Ragged(self.values.pin_memory(), self.offsets.pin_memory())
 
     def mask(self, start: int, stop: int, n_items: int) -> Tensor:
-        """Users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
+        """Return users ``start`` to ``stop`` as a (stop - start, I) bool matrix."""
         mask = torch.zeros(stop - start, n_items, dtype=torch.bool)
         rows = torch.repeat_interleave(torch.arange(stop - start), self.lengths[start:stop])
         mask[rows, self.values[self.offsets[start] : self.offsets[stop]]] = True
@@ -111,4 +111,4 @@ class HistoryBatch(NamedTuple):
     user: Tensor
     """(U,) int64, row of the user table."""
     seen: Ragged
-    """What each of the U users had before the target: the whole history, however long."""
+    """Items that each of the U users had before the target: the whole history, however long."""

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Test ``cfg.run`` on its dataset, which ``cfg.dataset`` may change (``conf/evaluate.yaml``).
+    """Test the model of ``cfg.run`` on its dataset; ``cfg.dataset`` may change options of the dataset.
 
     Raises:
         UserError: There is no such run or checkpoint, or it does not fit the dataset.
@@ -45,12 +45,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     if not model.fits(data):
         raise UserError(
-            f"run={cfg.run}: the dataset's columns, categories or items are not those of the training; "
+            f"run={cfg.run}: the dataset's columns, categories or items differ from those of the training; "
             "evaluate on the data the run was trained with, or train again"
         )
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
-        devices=1,  # one process: no user is counted twice, and a test is short
+        devices=1,  # one process, so no user is counted twice
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -75,10 +75,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def find_run(run: str, which: str) -> tuple[Path, Path]:
-    """Return the checkpoint, and the folder of the run it belongs to.
+    """Return the checkpoint, and the folder of the run that it belongs to.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such checkpoint.
     """
     path = Path(run)
     if path.is_file():
@@ -101,7 +101,7 @@ def load_config(run: Path) -> DictConfig:
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the run's config says which dataset to test on")
+        raise UserError(f"{path}: no such file; give a folder in which a run left its config")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config
@@ -111,11 +111,11 @@ def model_class(trained: DictConfig, run: Path) -> str:
     """Return the dotted path of the model's class in a run's config.
 
     Raises:
-        UserError: The config names none.
+        UserError: The config does not name a class.
     """
     path = OmegaConf.select(trained, "model._target_")
     if not isinstance(path, str):
-        raise UserError(f"{run}: config.yaml names no model; give a run of this version")
+        raise UserError(f"{run}: config.yaml does not name a model; give a run of this version")
     return path
 
 

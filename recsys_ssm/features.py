@@ -68,7 +68,19 @@ class CategoricalField:
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """Columns of a table, and their encoding as :class:`Features`."""
+    """Columns of a table, and their encoding as :class:`Features`.
+
+    Example:
+        >>> import polars as pl
+        >>> from recsys_ssm import FeatureSchema
+        >>> songs = pl.DataFrame({"tempo": [90.0, 110.0, None], "genre": ["pop", "rock", "pop"]})
+        >>> schema = FeatureSchema.fit(songs, numeric=["tempo"], categorical=["genre"])
+        >>> encoded = schema.encode(songs)
+        >>> encoded.numeric.flatten().tolist()
+        [-1.0, 1.0, 0.0]
+        >>> encoded.categorical.flatten().tolist()
+        [1, 2, 1]
+    """
 
     numeric: tuple[NumericField, ...] = ()
     categorical: tuple[CategoricalField, ...] = ()

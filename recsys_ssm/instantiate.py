@@ -64,7 +64,7 @@ class Configurable:
 
 
 Part = Spec | Configurable | type | functools.partial
-"""How a part of a model may be given: a spec, an object, a class, or a ``functools.partial`` of a class."""
+"""Forms in which a part of a model is given: a spec, an object, a class, or a ``functools.partial`` of a class."""
 
 
 def to_spec(part: Part | None, option: str, default: type | None = None) -> dict[str, Any]:

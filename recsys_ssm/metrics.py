@@ -1,10 +1,10 @@
-"""Ranking metrics over the full catalogue, vectorised and exact.
+"""Compute ranking metrics over the full catalogue, vectorised and exact.
 
     scores (U, I) ──rank_top_k──► top (U, K) ──per_user──► {"p@5": (U,), …} ──mean──► {"p@5": (), …}
                   └──────────────────────────── RankingMetrics ────────────────────────────┘
 
-A metric is named ``family@k``, for example ``"ndcg@10"``; `METRICS` says what each family means.
-A new one that has a value for each user is a function in `_PER_USER` and its definition there.
+A metric is named ``family@k``, for example ``"ndcg@10"``; `METRICS` defines each family.
+To add a metric that has a value for each user, add a function to `_PER_USER` and its definition there.
 
 Two rules hold everywhere:
 
@@ -13,9 +13,9 @@ device. A model that gives many items the same score is therefore ranked by cata
 flatters it where the catalogue happens to be sorted by popularity.
 
 *Users without a relevant item* have no recall. They are left out of the averages, and counted in
-``n_users_without_relevant``. `over_all_users` gives the other convention, zeros counted for them.
+``n_users_without_relevant``. `over_all_users` gives the other convention, which counts them as zeros.
 
-Dimension key: U users, I items of the catalogue, K places of the longest ranking asked for.
+Dimension key: U users, I items of the catalogue, K places of the longest ranking requested.
 """
 
 import math
@@ -31,16 +31,16 @@ from recsys_ssm.errors import UserError
 # Apple's GPUs have no float64: the sums stay on the CPU there, only the ranking runs on the GPU.
 _DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
 
-# Items a block in the CPU pre-selection of `_top_values`: long enough to vectorise the maximum.
+# Items in a block of the CPU pre-selection of `_top_values`: enough to vectorise the maximum.
 _BLOCK_ITEMS = 64
 
-# Scores that are ranked at a time on the CPU: their copies stay in memory that is in use already
-# (larger ones are fetched from the system, page by page, each time).
+# Scores ranked at a time on the CPU. Copies of this size reuse memory of the process.
+# Larger ones would be fetched from the system, page by page, each time.
 _BLOCK_ELEMENTS = 1 << 20
 
 
 class _Hits(NamedTuple):
-    """What a per-user metric is computed from, the first k places of each user's ranking."""
+    """Input of a per-user metric: the first k places of each user's ranking."""
 
     hit_UK: Tensor  # float64; 1 where the item at that place is relevant
     rank_K: Tensor  # float64; 1, 2, …
@@ -107,11 +107,11 @@ DEFAULT_METRICS: tuple[str, ...] = (
 )
 
 COUNTS: tuple[str, ...] = ("n_users", "n_users_without_relevant")
-"""The two counts that `RankingMetrics.compute` gives beside the metrics."""
+"""Names of the two counts that `RankingMetrics.compute` returns beside the metrics."""
 
 
 class MetricName(NamedTuple):
-    """A metric's name, taken apart: ``"p@5"`` is ``MetricName("p", 5)``."""
+    """Name of a metric in two parts: ``"p@5"`` is ``MetricName("p", 5)``."""
 
     family: str
     k: int
@@ -121,27 +121,27 @@ class MetricName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "MetricName":
-        """Takes ``"p@5"`` apart.
+        """Split a name such as ``"p@5"`` into its parts.
 
         Raises:
-            UserError: the family is unknown or the cut-off is not a whole number above 0.
+            UserError: The family is unknown, or the cut-off is not a whole number above 0.
         """
         family, _, k = name.partition("@")
         if family not in METRICS:
             raise UserError(
-                f"unknown metric {name!r}: write family@k with a family of {', '.join(METRICS)}, "
+                f"unknown metric {name!r}; write family@k with one of the families {', '.join(METRICS)}, "
                 "for example ndcg@10"
             )
         if not (k.isascii() and k.isdecimal() and int(k) > 0):
             raise UserError(
-                f"metric {name!r} needs a cut-off, a whole number above 0: for example {family}@10"
+                f"metric {name!r}: the cut-off is not a whole number above 0; write for example {family}@10"
             )
         return cls(family, int(k))
 
 
 @torch.no_grad()
 def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
-    """The exact k best items of every user, best first.
+    """Return the exact k best items of every user, best first.
 
     Of equal scores the item with the lower index comes first. Excluded items never appear; places
     for which no item is left hold -1. A score of -inf ranks with the lowest finite number, so an
@@ -149,15 +149,15 @@ def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
 
     Args:
         scores: (U, I), any real dtype; compared as they are, integers as float64.
-        k: places, at least 1; may be more than I.
+        k: Number of places, at least 1; may be more than I.
         exclude: (U, I) bool, True for items not to recommend (those a user has already seen).
 
     Returns:
         (U, k) int64 catalogue indices on the device of ``scores``.
 
     Raises:
-        UserError: a score that takes part is NaN, which means that the model has diverged.
-        ValueError: wrong shape, dtype or k.
+        UserError: A score that takes part is NaN, which means that the model has diverged.
+        ValueError: Wrong shape, dtype or k.
     """
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores must be (users, items) with items > 0, got {tuple(scores.shape)}")
@@ -175,9 +175,9 @@ def rank_top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> Tensor:
 
 
 def user_blocks(rows: Tensor, n_items: int) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of users' rows and where each starts: on the CPU their scores stay in cache.
+    """Yield blocks of users' rows with the row each starts at; on the CPU their scores then stay in cache.
 
-    One block at least, also of no users.
+    There is at least one block, also without users.
     """
     n_users = len(rows)
     size = max(1, n_users if rows.device.type != "cpu" else _BLOCK_ELEMENTS // n_items)
@@ -186,7 +186,7 @@ def user_blocks(rows: Tensor, n_items: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def diverged(user: int) -> UserError:
-    """What to raise where a user of a batch has a score that is NaN."""
+    """Return the error to raise if a user of a batch has a score that is NaN."""
     return UserError(
         f"the scores of user {user} of this batch contain NaN: the model has diverged; "
         "try a smaller learning rate, gradient clipping or trainer.precision=32"
@@ -194,20 +194,20 @@ def diverged(user: int) -> UserError:
 
 
 def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int) -> Tensor:
-    """`rank_top_k` of a few users: floating point scores and k <= I."""
+    """Apply `rank_top_k` to a few users, with floating point scores and k <= I."""
     n_items = scores.shape[1]
     if exclude is not None:
         lowest = torch.finfo(scores.dtype).min
         scores = scores.clamp(min=lowest).masked_fill_(exclude, -math.inf)
-    # One place more than asked for: it tells whether a tie crosses the cut-off.
+    # One place more than requested shows if a tie crosses the cut-off.
     value, top = _top_values(scores, min(k + 1, n_items))
     nan_U = value[:, 0].isnan()  # topk and amax put NaN above all numbers
     if nan_U.any():
         raise diverged(first_user + int(nan_U.nonzero()[0, 0]))
 
     if k < n_items:
-        # Of the items that tie at the cut-off topk takes any. Their places go to those with the
-        # lowest indices: one comparison of the row instead of a stable sort of it.
+        # Of the items that tie at the cut-off, topk takes any. Their places go to the items with the
+        # lowest indices. One comparison of the row replaces a stable sort.
         cut_U1 = value[:, k - 1 : k]
         row_T = (value[:, k : k + 1] == cut_U1).nonzero()[:, 0]  # T users with such a tie
         if row_T.numel():
@@ -220,8 +220,8 @@ def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int)
             fits = place < k
             top[row_T[tied[fits]], place[fits]] = item[fits]
 
-    # Ties inside the cut-off: by index first, then a stable sort by score. Adding 0 turns -0 into
-    # 0, which a radix sort would otherwise put below.
+    # Ties inside the cut-off: sort by index first, then stably by score. Adding 0 turns -0 into
+    # 0, since a radix sort would put -0 below.
     top = top[:, :k].sort(dim=1).values
     value, order = (scores.gather(1, top) + 0.0).sort(dim=1, descending=True, stable=True)
     top = top.gather(1, order)
@@ -229,11 +229,11 @@ def _rank_block(scores: Tensor, k: int, exclude: Tensor | None, first_user: int)
 
 
 def _top_values(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``scores.topk(k)``, on the CPU by way of block maxima where the catalogue is large.
+    """Return ``scores.topk(k)``, on the CPU by way of block maxima if the catalogue is large.
 
-    The k largest values lie in the k blocks with the largest maxima: an item outside that is larger
-    than the k-th value found would make k block maxima larger than it too. Finding maxima is a
-    vectorised pass over the memory, topk is not.
+    The k largest values lie in the k blocks with the largest maxima: if an item outside these blocks were
+    larger than the k-th value found, k block maxima would be larger too. Finding maxima is a vectorised
+    pass over the memory, and topk is not.
     """
     n_users, n_items = scores.shape
     n_blocks = n_items // _BLOCK_ITEMS
@@ -252,29 +252,29 @@ def _top_values(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def per_user(top: Tensor, relevant: Tensor, metrics: Sequence[str]) -> dict[str, Tensor]:
-    """Each user's value of each metric.
+    """Compute each user's value of each metric.
 
-    With k above the catalogue's size the places beyond it count as misses.
+    With k above the catalogue's size, the places beyond it count as misses.
 
     Args:
         top: (U, K) int64 from `rank_top_k`, K at least the largest cut-off; -1 is an empty place.
         relevant: (U, I) bool; or (U,) int64, the one relevant item of each user. A relevant item
             that was excluded from the ranking counts as missed.
-        metrics: names such as ``"p@5"``, all but ``coverage`` and ``popularity``, which have no
+        metrics: Names such as ``"p@5"``; all but ``coverage`` and ``popularity``, which have no
             value for one user.
 
     Returns:
-        name -> (U,) float64 on the device of ``top`` (the CPU where the device has no float64); NaN
+        Name -> (U,) float64 on the device of ``top`` (the CPU if the device has no float64); NaN
         for users without a relevant item.
 
     Raises:
-        UserError: an unknown name, ``coverage`` or ``popularity``.
+        UserError: A name is unknown, or is ``coverage`` or ``popularity``.
         ValueError: ``top`` has fewer places than a metric needs.
     """
     names = [MetricName.parse(metric) for metric in metrics]
     if other := [name.family for name in names if name.family not in _PER_USER]:
         raise UserError(
-            f"{other[0]} has no value for one user; per user there is {list(_PER_USER)}"
+            f"metric {other[0]} has no value for one user; choose from {', '.join(_PER_USER)}"
         )
     if any(name.k > top.shape[1] for name in names):
         raise ValueError(f"top has {top.shape[1]} places, too few for {list(metrics)}")
@@ -293,7 +293,7 @@ def per_user(top: Tensor, relevant: Tensor, metrics: Sequence[str]) -> dict[str,
 
 
 def _hits(top: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, K) bool, which places hold a relevant item; (U,), how many relevant items there are."""
+    """Return the places that hold a relevant item, (U, K) bool, and the number of relevant items, (U,)."""
     if relevant.dim() == 1:
         if relevant.dtype != torch.int64 or relevant.shape != top.shape[:1]:
             raise ValueError(
@@ -306,20 +306,28 @@ def _hits(top: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RankingMetrics(torchmetrics.Metric):
-    """Means of ranking metrics over users, exact whatever the batches and the number of processes.
+    """Means of ranking metrics over users, exact for any batches and any number of processes.
 
     The states are sums and counts that are added up over processes, so no process needs to see
-    all users, and no user may be seen twice (a padding sampler would do that). They are float64 and
+    all users, and no user may be counted twice (a padding sampler would do that). They are float64 and
     int64, and stay so when a trainer casts the model to half precision.
 
     Args:
-        metrics: names such as ``("p@5", "map@12", "coverage@10")``, see `METRICS`.
+        metrics: Names such as ``("p@5", "map@12", "coverage@10")``, see `METRICS`.
         n_items: I, the catalogue's size.
         item_counts: (I,) training interactions of each item, which ``popularity`` needs.
-        kwargs: those of ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        UserError: an unknown metric, or ``popularity`` without ``item_counts``.
+        UserError: A metric is unknown, or ``popularity`` comes without ``item_counts``.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import RankingMetrics
+        >>> metrics = RankingMetrics(["hr@1", "mrr@2"], n_items=3)
+        >>> metrics.update(torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.8, 0.5]]), torch.tensor([0, 2]))
+        >>> {name: float(value) for name, value in metrics.compute().items()}
+        {'hr@1': 0.5, 'mrr@2': 0.75, 'n_users': 2.0, 'n_users_without_relevant': 0.0}
     """
 
     full_state_update = False
@@ -339,30 +347,30 @@ class RankingMetrics(torchmetrics.Metric):
     ) -> None:
         super().__init__(**kwargs)
         if not metrics:
-            raise UserError("metrics is empty: name at least one, for example ndcg@10")
+            raise UserError("metrics is empty; name at least one, for example ndcg@10")
         names = list(dict.fromkeys(MetricName.parse(metric) for metric in metrics))
         self.n_items = n_items
         self.names = names
         self.max_k = max(name.k for name in names)
         self._averaged = [str(name) for name in names if name.family in _PER_USER]
-        # As given, not a copy: a model's are read from its checkpoint after its metrics are made.
+        # Not a copy: a model's counts are read from its checkpoint after its metrics are made.
         self._item_counts = item_counts
         if self._item_counts is None and any(name.family == "popularity" for name in names):
             raise UserError(
-                "metric popularity needs the items' training counts, and there are none"
+                "metric popularity needs the items' training counts; pass item_counts, or leave popularity out"
             )
-        # Both are of the recommendations alone, and follow from how often each item was made one.
+        # Coverage and popularity follow from the number of times each item was recommended.
         self._counted_ks = sorted({name.k for name in names if name.family not in _PER_USER})
         zero = torch.tensor(0)
         self.add_state("sums", torch.zeros(len(self._averaged)).double(), dist_reduce_fx="sum")
         self.add_state("n_users", zero, dist_reduce_fx="sum")
         self.add_state("n_users_without_relevant", zero.clone(), dist_reduce_fx="sum")
-        for k in self._counted_ks:  # how often each item was among the first k
+        for k in self._counted_ks:  # times each item was among the first k
             counts = torch.zeros(n_items, dtype=torch.int64)
             self.add_state(f"recommended_{k}", counts, dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, relevant: Tensor, exclude: Tensor | None = None) -> None:
-        """Adds a batch of users.
+        """Add a batch of users.
 
         Args:
             scores: (U, I), the higher the better.
@@ -370,8 +378,8 @@ class RankingMetrics(torchmetrics.Metric):
             exclude: (U, I) bool, items that are not to be recommended.
 
         Raises:
-            UserError: a score is NaN.
-            ValueError: a wrong shape or dtype.
+            UserError: A score is NaN.
+            ValueError: Wrong shape or dtype.
         """
         if scores.dim() != 2 or scores.shape[1] != self.n_items:
             raise ValueError(
@@ -382,13 +390,13 @@ class RankingMetrics(torchmetrics.Metric):
         self.update_from_top(rank_top_k(scores, self.max_k, exclude), relevant)
 
     def update_from_top(self, top: Tensor, relevant: Tensor) -> None:
-        """Adds users that are ranked already, for example to write `per_user` beside the means.
+        """Add users that are ranked already, for example to write `per_user` beside the means.
 
         Args:
             top: (U, K) from `rank_top_k`, K at least ``max_k``.
-            relevant: as for `update`.
+            relevant: As for `update`.
         """
-        # What torchmetrics does around `update`: without it compute() would give the value before, with a warning.
+        # torchmetrics does this around `update`; without it compute() would return the earlier value and warn.
         self._computed = None
         self._update_count += 1
         values = per_user(top, relevant, self._averaged)
@@ -404,9 +412,9 @@ class RankingMetrics(torchmetrics.Metric):
             counts += torch.bincount(places[places >= 0], minlength=self.n_items)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics in the order asked for, then ``n_users`` and ``n_users_without_relevant``.
+        """Return the metrics in the order requested, then ``n_users`` and ``n_users_without_relevant``.
 
-        All are float64 scalars, ready for ``log_dict``. Averages over no user are NaN.
+        All are float64 scalars, ready for ``log_dict``. An average over zero users is NaN.
         """
         n_averaged = self.n_users - self.n_users_without_relevant
         means = dict(zip(self._averaged, self.sums / n_averaged, strict=True))
@@ -429,7 +437,7 @@ class RankingMetrics(torchmetrics.Metric):
         self, fn: Callable[..., Tensor], exclude_state: Sequence[str] = ""
     ) -> torch.nn.Module:
         # Follow a move to another device but never a cast: a trainer's "bf16-true" would otherwise
-        # turn the sums into bfloat16, which cannot count beyond 256.
+        # turn the sums into bfloat16, and bfloat16 cannot count beyond 256.
         device = fn(torch.zeros(1, device=self.device)).device
         if device.type in _DEVICES_WITHOUT_FLOAT64:
             return self
@@ -437,18 +445,18 @@ class RankingMetrics(torchmetrics.Metric):
 
 
 def _count_relevant(relevant: Tensor) -> Tensor:
-    """(U, I) bool -> (U,) int32."""
+    """Count relevant items: (U, I) bool to (U,) int32."""
     return torch.cat(
         [block.sum(1, dtype=torch.int32) for _, block in user_blocks(relevant, relevant.shape[1])]
     )
 
 
 def over_all_users(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """The second convention: zeros counted for users without a relevant item, none left out.
+    """Convert metrics to the second convention: users without a relevant item count as zeros.
 
     Args:
-        values: from `RankingMetrics.compute`: names such as ``"p@5"`` and both counts. Coverage and
-            other entries are passed on as they are.
+        values: Result of `RankingMetrics.compute`: names such as ``"p@5"`` and both counts. Coverage
+            and other entries are kept as they are.
 
     Returns:
         The same keys.
@@ -457,14 +465,14 @@ def over_all_users(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     every = {name: float(value) for name, value in values.items()}
     for name, mean in every.items():
         if name.partition("@")[0] in _PER_USER:
-            # Where no user has a relevant item the mean is NaN: only the zeros remain.
+            # If no user has a relevant item, the mean is NaN and only zeros remain.
             total = mean * (n_users - n_without) if n_without < n_users else 0.0
             every[name] = total / n_users if n_users else math.nan
     return every
 
 
 def _check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """A mask must be bool: a target of -1 that is read as True would go unnoticed."""
+    """Check that a mask is bool: an index of -1 would otherwise be read as True."""
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
         raise ValueError(
             f"{name} must be bool of shape {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"

@@ -1,4 +1,4 @@
-"""Where the shipped configs are."""
+"""Locate the shipped configs."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ __all__ = ["CONF_DIR"]
 
 def _conf_dir() -> Path:
     package = Path(__file__).resolve().parent
-    inside = package / "conf"  # a wheel carries the configs within the package
-    return inside if inside.is_dir() else package.parent / "conf"  # a checkout, beside it
+    inside = package / "conf"  # in a wheel
+    return inside if inside.is_dir() else package.parent / "conf"  # in a checkout
 
 
 CONF_DIR: Path = _conf_dir()
-"""The folder of the shipped Hydra configs: ``recsys_ssm/conf`` when installed from a wheel,
-``conf`` beside the package in a checkout."""
+"""Folder of the shipped Hydra configs: ``recsys_ssm/conf`` when installed from a wheel, ``conf`` beside the package in
+a checkout."""

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def recommend(cfg: DictConfig) -> Path:
-    """The ``cfg.k`` best items for each of ``cfg.users``, written to ``cfg.output`` (``conf/recommend.yaml``).
+    """Write the ``cfg.k`` best items for each of ``cfg.users`` to ``cfg.output``.
 
     Raises:
         UserError: There is no such run or file, the file does not fit the model, or an option is wrong.
@@ -41,7 +41,7 @@ def recommend(cfg: DictConfig) -> Path:
             raise UserError(f"{option}={cfg[option]}: give a whole number above 0")
     path = Path(cfg.output)
     if path.is_dir():
-        raise UserError(f"output={path}: is a folder; name the file to write")
+        raise UserError(f"output={path} is a folder; name a file")
     check_writable(path.parent, "output")
     checkpoint, run = find_run(cfg.run, cfg.checkpoint)
     trained = load_config(run)
@@ -51,7 +51,9 @@ def recommend(cfg: DictConfig) -> Path:
     elif isinstance(model, TwoTower):
         blocks, n_users = _by_features(cfg, model)
     else:
-        raise UserError(f"run={run}: a {type(model).__name__} has no door to recommend by")
+        raise UserError(
+            f"run={run}: cannot recommend with a {type(model).__name__}; give a run of TwoTower or NextItem"
+        )
     model.to(_device(cfg.accelerator))
     with tqdm(total=n_users, unit="user", disable=None) as bar:
         tables = []
@@ -59,7 +61,10 @@ def recommend(cfg: DictConfig) -> Path:
             tables.append(table.with_columns(user=users.gather(table["user"])))
             bar.update(users.len())
     if not tables:
-        raise UserError(f"users={cfg.users}: none of them has an item of the model's catalogue")
+        raise UserError(
+            f"users={cfg.users}: no user has an item of the model's catalogue; "
+            "check that ids are spelt as in the training"
+        )
     table = pl.concat(tables)
     if path.suffix == ".csv":
         write_text(path, table.write_csv())
@@ -72,12 +77,16 @@ def recommend(cfg: DictConfig) -> Path:
 def _by_history(
     cfg: DictConfig, trained: DictConfig, model: NextItem
 ) -> tuple[Iterator[tuple[pl.Series, pl.DataFrame]], int]:
-    """Blocks of users with what follows their histories, and how many users there are."""
+    """Return blocks of users with the items that follow their histories, and the number of users."""
     data = instantiate(OmegaConf.merge(trained.dataset, cfg.dataset), "dataset")
     if not isinstance(data, Interactions):
-        raise UserError(f"run={cfg.run}: its dataset, {data.name}, is not one of interactions")
+        raise UserError(
+            f"run={cfg.run}: its dataset, {data.name}, is not read from interactions; give a run whose dataset is"
+        )
     if cfg.user is not None:
-        raise UserError(f"user={cfg.user}: the run's column is dataset.user; change it there")
+        raise UserError(
+            f"user={cfg.user}: this run reads users by dataset.user; give dataset.user={cfg.user}"
+        )
     if cfg.users is None:
         data.setup("test")
         splits = data.splits
@@ -92,7 +101,7 @@ def _by_history(
     if left_out := has_any.size - len(users):
         first = user_ids[int(has_any.argmin())]
         log.warning(
-            "%s of %s users had no item of the catalogue and are left out, the first is %s",
+            "%s of %s users have no item of the catalogue and are left out, the first is %s",
             f"{left_out:,}",
             f"{has_any.size:,}",
             first,
@@ -114,10 +123,10 @@ def _by_history(
 def _by_features(
     cfg: DictConfig, model: TwoTower
 ) -> tuple[Iterator[tuple[pl.Series, pl.DataFrame]], int]:
-    """Blocks of users with the items that suit their features, and how many users there are."""
+    """Return blocks of users with the items that suit their features, and the number of users."""
     if cfg.users is None:
         raise UserError(
-            "users=null: name a table of users, with the columns "
+            "users=null: two towers need a table of users; name one with the columns "
             + ", ".join(model.user_schema.names)
         )
     columns = [*model.user_schema.names, *([] if cfg.user is None else [cfg.user])]
@@ -137,7 +146,7 @@ def _by_features(
 
 
 def _device(accelerator: str) -> torch.device:
-    """Where an accelerator of Lightning's name computes."""
+    """Return the device on which the accelerator of a Lightning name computes."""
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if accelerator not in AcceleratorRegistry:

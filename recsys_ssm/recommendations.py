@@ -1,4 +1,4 @@
-"""Who was recommended what: one row a test user, kept beside a run's figures."""
+"""Record the recommendations of a test: one row for each user, written to a run's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Block(NamedTuple):
 
 
 class Rankings:
-    """Collects the test's rankings, batch by batch and over all processes.
+    """Recommendations of a test, collected batch by batch and over all processes.
 
     Legend: U users of a batch, K places.
     """
@@ -27,6 +27,7 @@ class Rankings:
         self._blocks: list[_Block] = []
 
     def clear(self) -> None:
+        """Remove all users."""
         self._blocks.clear()
 
     def add(self, user: Tensor, recommended: Tensor, relevant: Tensor) -> None:
@@ -34,8 +35,8 @@ class Rankings:
 
         Args:
             user: (U,) rows of the user table.
-            recommended: (U, K) catalogue indices, best first, -1 where nothing was left to recommend.
-            relevant: (U, I) bool; or (U,) catalogue indices, where one item a user is relevant.
+            recommended: (U, K) catalogue indices, best first; -1 where no item was left to recommend.
+            relevant: (U, I) bool; or (U,) catalogue indices, where each user has one relevant item.
         """
         if relevant.dim() == 1:
             lists = [[item] for item in relevant.tolist()]
@@ -46,9 +47,9 @@ class Rankings:
         self._blocks.append(_Block(user.cpu(), recommended.to("cpu", torch.int32), lists))
 
     def frame(self) -> pl.DataFrame:
-        """Columns ``user``, ``n_relevant``, ``recommended`` and ``relevant`` (lists of catalogue indices), by user.
+        """Return a table by user: ``user``, ``n_relevant``, ``recommended``, ``relevant`` (lists of catalogue indices).
 
-        With several processes each of them has to call this; all get the whole.
+        With several processes, each of them must call this method, and each gets all users.
         """
         blocks: Sequence[_Block] = self._blocks
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

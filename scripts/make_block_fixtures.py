@@ -1,8 +1,8 @@
-"""Outputs and gradients of the public Mamba, Mamba-2 and Hydra blocks, written to ``tests/fixtures/blocks.npz``.
+"""Write outputs and gradients of the public Mamba, Mamba-2 and Hydra blocks to ``tests/fixtures/blocks.npz``.
 
-The public code runs its own reference paths (plain PyTorch), in float64; only numbers leave this script: parameters,
-inputs, outputs and gradients of a few small blocks. Needs einops, a checkout of state-spaces/mamba and one of
-goombalab/hydra; no CUDA, no Triton.
+The public code runs its own reference paths (plain PyTorch) in float64. The file holds only numbers: parameters,
+inputs, outputs and gradients of a few small blocks. The script needs einops, a checkout of state-spaces/mamba and one
+of goombalab/hydra. It does not need CUDA or Triton.
 
     pip install einops
     python scripts/make_block_fixtures.py path/to/mamba path/to/hydra
@@ -28,7 +28,7 @@ from torch import nn
 
 OUTPUT = Path(__file__).parents[1] / "tests" / "fixtures" / "blocks.npz"
 
-# One block a case: constructor arguments, (batch, length).
+# Each case is one block: constructor arguments, (batch, length).
 CASES: dict[str, list[tuple[dict[str, Any], tuple[int, int]]]] = {
     "mamba": [
         ({"d_model": 8, "d_state": 4}, (2, 9)),
@@ -68,7 +68,7 @@ CASES: dict[str, list[tuple[dict[str, Any], tuple[int, int]]]] = {
 
 
 def load_public_blocks(mamba: Path, hydra: Path) -> dict[str, type[nn.Module]]:
-    """The public classes, their CUDA and Triton operators replaced by the references beside these."""
+    """Load the public classes, with their CUDA and Triton operators replaced by the public references."""
     for name in (
         "triton",
         "triton.language",
@@ -76,14 +76,14 @@ def load_public_blocks(mamba: Path, hydra: Path) -> dict[str, type[nn.Module]]:
         "mamba_ssm.ops.triton.layer_norm",
     ):
         sys.modules[name] = MagicMock(__version__="3.0.0")
-    # One module reads the block sizes of its autotuned kernels when it is imported.
+    # A module reads the block sizes of its autotuned kernels on import.
     triton = sys.modules["triton"]
     triton.Config = lambda sizes, **_: types.SimpleNamespace(kwargs=sizes)  # type: ignore[attr-defined]
     triton.autotune = lambda configs, **_: lambda _: types.SimpleNamespace(configs=configs)  # type: ignore[attr-defined]
     hub = types.ModuleType("huggingface_hub")
     hub.PyTorchModelHubMixin = type("PyTorchModelHubMixin", (), {})  # type: ignore[attr-defined]
     sys.modules["huggingface_hub"] = hub
-    # Packages without their __init__, which would import everything.
+    # Packages without their __init__, because that would import everything.
     for name, folder in (
         ("mamba_ssm", mamba / "mamba_ssm"),
         ("mamba_ssm.modules", mamba / "mamba_ssm" / "modules"),
@@ -103,7 +103,7 @@ def load_public_blocks(mamba: Path, hydra: Path) -> dict[str, type[nn.Module]]:
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
 
     class RMSNormGated(nn.Module):
-        """The public module's parameters around the public reference."""
+        """Parameters of the public module around the public reference."""
 
         def __init__(
             self,
@@ -150,7 +150,7 @@ def load_public_blocks(mamba: Path, hydra: Path) -> dict[str, type[nn.Module]]:
 
 @contextlib.contextmanager
 def float64_throughout() -> Iterator[None]:
-    """The references cast to float32 in places; here ``.float()`` means float64."""
+    """Let ``.float()`` mean float64 in the block, since the references cast to float32 in places."""
     single = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     try:
@@ -160,9 +160,9 @@ def float64_throughout() -> Iterator[None]:
 
 
 def run(block: nn.Module, batch: int, length: int, d_model: int) -> dict[str, np.ndarray]:
-    """Parameters, an input, the output, and the gradients that a random gradient of it gives."""
+    """Return parameters, an input, the output, and the gradients that a random gradient of the output gives."""
     block.double()
-    with torch.no_grad():  # away from ones and zeros, where mistakes do not show
+    with torch.no_grad():  # ones and zeros would hide mistakes
         for parameter in block.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     x = torch.randn(batch, length, d_model, dtype=torch.float64, requires_grad=True)

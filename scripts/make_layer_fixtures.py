@@ -1,10 +1,10 @@
-"""Makes tests/fixtures/layers_<peer>.npz: a peer's own layers on random numbers, outputs and gradients in float64.
+"""Write outputs and gradients of a peer's layers on random numbers to tests/fixtures/layers_<peer>.npz, in float64.
 
     <folder>/recbole/bin/python scripts/make_layer_fixtures.py recbole      # SASRec's encoder, two layers
     <folder>/rectools/bin/python scripts/make_layer_fixtures.py rectools    # LiGR, two layers (eSASRec)
     <folder>/skrecsys/bin/python scripts/make_layer_fixtures.py skrecsys    # Mamba4Rec, one layer and two
 
-The environments are those of benchmarks/peers/install.py. Only numbers are stored.
+The environments are those of benchmarks/peers/install.py. The file holds only numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Made = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]
 
 
 def hidden() -> Tensor:
-    """(L, L), True where a position may not look."""
+    """Return a mask (L, L) that is True where a position may not look."""
     return torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
 
 

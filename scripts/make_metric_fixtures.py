@@ -1,10 +1,10 @@
-"""Makes tests/fixtures/metrics_<peer>.npz: random cases and what a peer's own code says of them.
+"""Write random cases, and their metrics by a peer's own code, to tests/fixtures/metrics_<peer>.npz.
 
     <folder>/rectools/bin/python scripts/make_metric_fixtures.py rectools
     <folder>/recbole/bin/python scripts/make_metric_fixtures.py recbole
 
-The environments are those of benchmarks/peers/install.py. Scores are small integers, so most cases have ties; the
-ranking the peer is given is numpy's: by score, equal ones by index. Only numbers are stored.
+The environments are those of benchmarks/peers/install.py. Scores are small integers, so most cases have ties. NumPy
+ranks the items that the peer is given: by score, equal scores by index. The file holds only numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 CUTS = (1, 5, 10)
-SIZES = {7: 500, 40: 500, 150: 500}  # items: cases, a user each
-WORST = 10  # relevant items of a user, at most
+SIZES = {7: 500, 40: 500, 150: 500}  # items -> cases; each case is a user
+WORST = 10  # most relevant items of a user
 
 Cases = dict[str, np.ndarray]
 
 
 def make_cases(rng: np.random.Generator, n_items: int, n_users: int, *, exclude: bool) -> Cases:
-    """Scores with few, some and hardly any ties; 1 to 10 relevant items; up to half of the rest excluded."""
+    """Draw scores with few, some or hardly any ties, 1 to 10 relevant items, and up to half of the rest excluded."""
     levels = rng.choice([2, 5, 100], size=(n_users, 1))
     scores = rng.integers(0, levels, size=(n_users, n_items)).astype(np.int8)
     order = rng.random((n_users, n_items)).argsort(1).argsort(1)
@@ -34,7 +34,7 @@ def make_cases(rng: np.random.Generator, n_items: int, n_users: int, *, exclude:
 
 
 def rank(cases: Cases) -> list[np.ndarray]:
-    """Each user's items, best first, without the excluded ones."""
+    """Rank each user's items, best first, without the excluded ones."""
     rankings = []
     for scores, excluded in zip(cases["scores"], cases["excluded"], strict=True):
         order = np.lexsort((np.arange(scores.size), -scores.astype(int)))
@@ -64,7 +64,7 @@ def rectools(cases: Cases) -> dict[str, np.ndarray]:
             f"mrr@{k}": MRR(k=k),
             f"ndcg@{k}": NDCG(k=k, divide_by_achievable=True),
         }
-        if k >= WORST:  # theirs divides by the relevant items, ours by no more than k
+        if k >= WORST:  # RecTools divides by the relevant items, we divide by at most k
             metrics[f"map@{k}"] = MAP(k=k)
         for name, metric in metrics.items():
             values = metric.calc_per_user(reco, interactions)

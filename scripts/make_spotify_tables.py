@@ -1,13 +1,13 @@
 """Make the two tables that ``dataset=spotify`` ships with.
 
-    python scripts/make_spotify_tables.py --source ../shared/data/spotify
+    python scripts/make_spotify_tables.py --source data/spotify
 
-reads 20 genre playlists ``<genre>.csv`` and the Top 50 ``top50.csv`` (one row a song: Spotify's
-track id and ten attributes, each scaled into [0, 1]; the data of the environment in Dereventsov,
-Starnes and Webster, arXiv:2211.11869) and writes
+The source is a folder of 20 genre playlists ``<genre>.csv`` and the Top 50 ``top50.csv``. Each row is a song:
+Spotify's track id and ten attributes, scaled into [0, 1]. This is the data of the environment in Dereventsov, Starnes
+and Webster, arXiv:2211.11869. The script writes
 
 - ``spotify_genres.csv`` (20 rows): the mean of each attribute over a genre's songs, by name;
-- ``spotify_songs.csv`` (50 rows): the songs of "Top 50 - Global" by rank, as they are.
+- ``spotify_songs.csv`` (50 rows): the songs of "Top 50 - Global" by rank, unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOP50 = "top50"
 
 
 def make_tables(source: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The genre means (``genre``, attributes) and the songs (``rank``, ``id``, attributes)."""
+    """Return the genre means (``genre``, attributes) and the songs (``rank``, ``id``, attributes)."""
     genres = sorted(path.stem for path in source.glob("*.csv") if path.stem != TOP50)
     means = [_attributes(source / f"{genre}.csv").mean() for genre in genres]
     top50 = read_table(source / f"{TOP50}.csv", columns=["id"])
@@ -44,7 +44,7 @@ def _attributes(path: Path) -> pl.DataFrame:
 
 
 def main() -> None:
-    default = Path(os.environ.get("RECSYS_SSM_DATA", "../shared/data")) / "spotify"
+    default = Path(os.environ.get("RECSYS_SSM_DATA", "data")) / "spotify"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

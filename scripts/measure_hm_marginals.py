@@ -1,8 +1,8 @@
-"""Measure what the H&M stand-in has to reproduce; writes ``data/assets/hm_marginals.json``.
+"""Measure the properties that generated H&M data reproduces; write ``data/assets/hm_marginals.json``.
 
-Only aggregates leave this script (shares, quantiles, counts of counts), no row of the files.
+Only aggregates leave this script (shares, quantiles, counts of counts). The output holds no row of the files.
 
-    python scripts/measure_hm_marginals.py ../shared/data/hm-sample
+    python scripts/measure_hm_marginals.py data/hm
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ PROFILE = ("FN", "Active", "club_member_status", "fashion_news_frequency")
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts: 0 when all are equal, near 1 when one has all."""
+    """Return the Gini coefficient of non-negative counts: 0 if all are equal, near 1 if one has all."""
     ordered = np.sort(counts)
     n = ordered.size
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
 
 
 def histogram(values: np.ndarray) -> list[list[int]]:
-    """[value, how often] pairs, by value."""
+    """Return pairs [value, number of occurrences], by value."""
     return np.column_stack(np.unique(values, return_counts=True)).tolist()
 
 
 def measure(root: Path) -> dict[str, Any]:
-    """The aggregates of the official files in ``root``."""
+    """Return the aggregates of the official files in ``root``."""
     customers = pl.read_csv(root / "customers.csv", infer_schema=False)
     transactions = pl.read_csv(root / "transactions_train.csv", infer_schema=False)
     profiles = customers.group_by(PROFILE).len("n").sort("n", *PROFILE, descending=True)

@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(cli, run: Path, tmp_path: Path) -> None:
         ([f"run={run}", "checkpoint=middle"], "checkpoint=middle"),
         ([f"run={run}", "+dataset.n_userss=3"], "dataset.n_userss: no such option"),
         ([f"run={run}", "metrics=[x@1]"], "unknown metric 'x@1'"),
-        ([], "error: run: not given, and there is no default; add run=…"),
+        ([], "error: run: not given, and it has no default; add run=…"),
     ]:
         outcome = cli("evaluate", *arguments)
         assert outcome.code == 1 and message in outcome.err, outcome.err

@@ -1,4 +1,4 @@
-"""Metrics against hand-computed cases, against torchmetrics, and against plain loops."""
+"""Test metrics against hand-computed cases, against torchmetrics, and against plain loops."""
 
 import math
 
@@ -21,7 +21,7 @@ from recsys_ssm.metrics import (
 
 
 def ranking_by_rule(scores: np.ndarray, exclude: np.ndarray, k: int) -> list[list[int]]:
-    """The stated rule in plain Python: score descending, then index ascending, -1 for no item."""
+    """Rank by the rule in plain Python: score descending, then index ascending; -1 is an empty place."""
     ranking = []
     for user_scores, user_exclude in zip(scores.tolist(), exclude.tolist(), strict=True):
         kept = [item for item, out in enumerate(user_exclude) if not out]
@@ -32,7 +32,7 @@ def ranking_by_rule(scores: np.ndarray, exclude: np.ndarray, k: int) -> list[lis
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so small that a few items and users need many of them."""
+    """Make blocks so small that a few items and users need many of them."""
     monkeypatch.setattr(metrics_module, "_BLOCK_ITEMS", 2)
     monkeypatch.setattr(metrics_module, "_BLOCK_ELEMENTS", 300)
 
@@ -144,7 +144,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["p", "p@", "p@0", "p@-1", "p@five", "p@1.5", "p@²"])
     def test_a_cut_off_is_a_whole_number_above_0(self, name):
-        with pytest.raises(UserError, match="whole number above 0: for example p@10"):
+        with pytest.raises(UserError, match="whole number above 0; write for example p@10"):
             MetricName.parse(name)
 
     def test_every_family_has_a_definition_and_a_function(self):
@@ -220,7 +220,7 @@ class TestPerUser:
 
 
 def random_cases(n_cases: int):
-    """Scores with many ties (and some without), and relevant items, one user each."""
+    """Draw scores with many ties (and some without), and relevant items; one user each."""
     rng = np.random.default_rng(1)
     for case in range(n_cases):
         n_items = int(rng.integers(2, 30))
@@ -245,7 +245,7 @@ def test_agrees_with_torchmetrics_on_1200_random_cases():
         k = 1 + case % (n_items + 2)  # beyond the catalogue as well
         names = [f"{family}@{k}" for family in peers]
         values = per_user(rank_top_k(scores, k), relevant, names)
-        # torchmetrics breaks ties in an order of its own (its NDCG takes their mean): it gets
+        # torchmetrics has another rule for ties (its NDCG takes their mean), so it gets
         # scores that our rule has put in strict order.
         strict = torch.empty(n_items)
         order = ranking_by_rule(scores.numpy(), np.zeros((1, n_items), bool), n_items)[0]
@@ -360,7 +360,7 @@ class TestRankingMetrics:
             assert split[name].item() == pytest.approx(value.item(), rel=1e-14, abs=0), name
 
     def test_two_processes_give_the_result_of_one(self):
-        """Through torchmetrics' own reduction; only the transport between processes is replaced."""
+        """Use torchmetrics' own reduction; only the transport between processes is replaced."""
         data = users(101)
         mine, theirs = (tuple(part[sel] for part in data) for sel in (slice(0, 70), slice(70, 101)))
         other = evaluate(theirs)
@@ -440,11 +440,11 @@ class TestRankingMetrics:
 
 
 class TestOneRelevantItemAUser:
-    """Next-item protocols hold out one item a user: its index says the same as a row of a mask."""
+    """Next-item protocols hold out one item a user; its index must mean the same as a row of a mask."""
 
     def test_an_index_is_a_mask_with_one_item(self):
         generator = torch.Generator().manual_seed(0)
-        scores = torch.randint(0, 9, (200, 30), generator=generator).float()  # ties galore
+        scores = torch.randint(0, 9, (200, 30), generator=generator).float()  # many ties
         target = torch.randint(0, 30, (200,), generator=generator)
         exclude = torch.rand(200, 30, generator=generator) < 0.3
         mask = torch.nn.functional.one_hot(target, 30).bool()

@@ -1,6 +1,6 @@
-"""Our ranking and metrics equal RecTools' and RecBole's on the same scores, ties included.
+"""Test that ranking and metrics equal RecTools' and RecBole's on the same scores, ties included.
 
-The numbers are made from the peers' own code by scripts/make_metric_fixtures.py, 1,500 cases each.
+The numbers come from the peers' own code, by scripts/make_metric_fixtures.py: 1,500 cases each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PEERS = ("rectools", "recbole")
 
 
 def read(peer: str) -> dict[int, dict[str, np.ndarray]]:
-    """By number of items."""
+    """Read the cases by number of items."""
     found: dict[int, dict[str, np.ndarray]] = {}
     with np.load(FIXTURES / f"metrics_{peer}.npz", allow_pickle=False) as archive:
         for key in archive.files:

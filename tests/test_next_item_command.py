@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(cli, csv: Path) -> None:
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
     outcome = train(cli, csv, "monitor=val/nothing", "trainer.max_epochs=1")
     assert outcome.code == 1 and "Traceback" not in outcome.text
-    assert "monitor=val/nothing: validation found no such value; it found val/cov" in outcome.err
+    assert "monitor=val/nothing: validation has no such value; choose from val/cov" in outcome.err
     outcome = cli("train", "dataset=spotify", "task=next_item", "logger=none")
     assert outcome.code == 1 and "task=next_item needs a dataset of histories" in outcome.err
 

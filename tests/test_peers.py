@@ -1,4 +1,4 @@
-"""The benchmarks beside other packages: their settings mean something here, lists and costs are read rightly."""
+"""Test the benchmarks beside other packages: their settings exist here, lists and costs are read correctly."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import hydra
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from recsys_ssm.cli.resolvers import register_resolvers
-from recsys_ssm.instantiate import check
 from recsys_ssm.metrics import rank_top_k
-from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.run.assemble import check_config
 
 PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 if not PEERS.is_dir():
@@ -36,14 +32,17 @@ def modules() -> dict[str, ModuleType]:
 def test_every_contests_overrides_are_options_of_ours(modules: dict[str, ModuleType]) -> None:
     compare = modules["compare"]
     values = compare.SETTINGS | {"inner": 256, "batch_positions": 1000, "xavier": 0.1}
-    register_resolvers()
+    kinds = {}
     for name, contest in compare.CONTESTS.items():
         overrides = [text.format(**values) for text in (*contest.ours, *compare.BOTH)]
-        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = hydra.compose("train", ["dataset=ml_100k", *overrides, "name=x", "output_dir=x"])
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-        check(cfg, "dataset", "backbone", "optimizer")
+        cfg = compare.config(["dataset=ml_100k", "logger=none", *overrides])
+        check_config(cfg)
         assert cfg.backbone.d_model == 64 and cfg.dataset.batch_positions == 1000, name
+        kinds[name] = (cfg.loss.kind, cfg.loss.shared, cfg.loss.negatives)
+    assert kinds["sasrec-softmax"][0] == kinds["ligr"][0] == kinds["recbole"][0] == "softmax"
+    assert kinds["sasrec-sampled"] == ("sampled_softmax", False, 128)
+    assert kinds["sasrec-shared"] == ("sampled_softmax", True, 128)
+    assert kinds["sasrec-bce"] == ("bce", False, 1)
 
 
 def test_lists_are_ranked_as_the_metrics_rank(modules: dict[str, ModuleType]) -> None:
@@ -71,7 +70,10 @@ def test_training_events_come_in_order(modules: dict[str, ModuleType]) -> None:
 
 
 def test_batches_hold_as_many_positions_as_the_peers(modules: dict[str, ModuleType]) -> None:
-    """Two users of 4 and 9 events: 2 and 7 are trained on, so 1 and 6 inputs, or 1 and 1 + 2 + … + 6."""
+    """Two users of 4 and 9 events have 2 and 7 for training.
+
+    That is 1 and 6 inputs, or prefixes of 1 and 1 + 2 + … + 6 items.
+    """
     compare = modules["compare"]
     data = {"offsets": np.array([0, 4, 13])}
     one, prefixes = compare.CONTESTS["sasrec-softmax"], compare.CONTESTS["recbole"]

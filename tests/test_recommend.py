@@ -1,4 +1,4 @@
-"""The command that recommends: users in, a file of recommendations out."""
+"""Test the command that recommends: users in, a file of recommendations out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def next_item(cli, tmp_path: Path) -> Path:
 
 
 def test_new_histories_as_the_model_would(cli, next_item: Path, tmp_path: Path) -> None:
-    """Unsorted rows, a user whose items nobody knows, an item nobody knows."""
+    """The file has unsorted rows, a user with unknown items only, and an unknown item."""
     rows = [
         ("ann", "i3", 9),
         ("bob", "i7", 1),
@@ -63,7 +63,7 @@ def test_new_histories_as_the_model_would(cli, next_item: Path, tmp_path: Path) 
         "output=out/top.csv",
     )
     assert outcome.code == 0, outcome.text
-    assert "1 of 3 users had no item of the catalogue" in outcome.text and "eve" in outcome.text
+    assert "1 of 3 users have no item of the catalogue" in outcome.text and "eve" in outcome.text
     assert "out/top.csv" in outcome.text and "2 users" in outcome.text
     found = pl.read_csv(tmp_path / "out/top.csv")
     assert found.columns == ["user", "rank", "item", "score"]
@@ -117,7 +117,7 @@ def test_two_towers_from_features(cli, tmp_path: Path) -> None:
 
     write_rows(tmp_path / "no_age.csv", [("p1", "a")], "user_id,kind")
     for arguments, message in [
-        ([], "users=null: name a table of users, with the columns"),
+        ([], "users=null: two towers need a table of users; name one with the columns"),
         (["users=no_age.csv"], "no_age.csv: no column 'age'"),
         (["users=people.csv", "user=id"], "people.csv: no column 'id'"),
     ]:
@@ -135,10 +135,10 @@ def test_mistakes_are_one_line(cli, next_item: Path, tmp_path: Path) -> None:
         ([f"run={next_item}", "k=0"], "k=0: give a whole number above 0"),
         ([f"run={next_item}", "users=absent.csv"], "absent.csv: no such file"),
         ([f"run={next_item}", "users=short.csv"], "short.csv: no column 'timestamp'"),
-        ([f"run={next_item}", "users=strange.csv"], "none of them has an item of the model's"),
-        ([f"run={next_item}", "user=id"], "the run's column is dataset.user"),
+        ([f"run={next_item}", "users=strange.csv"], "no user has an item of the model's"),
+        ([f"run={next_item}", "user=id"], "this run reads users by dataset.user"),
         ([f"run={next_item}", "output=taken/x.parquet"], "output=taken: cannot write there"),
-        ([f"run={next_item}", "output=runs"], "output=runs: is a folder; name the file to write"),
+        ([f"run={next_item}", "output=runs"], "output=runs is a folder; name a file"),
         ([f"run={next_item}", "accelerator=tpuu"], "accelerator=tpuu: expected one of auto"),
         ([f"run={next_item}", "kk=3"], "kk: no such option; did you mean"),
     ]:

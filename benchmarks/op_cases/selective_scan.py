@@ -80,7 +80,7 @@ def _loop(**x: Tensor) -> Tensor:
 
 
 def _plain_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """The formula step by step, without the care that our fallback takes: multiply, add, sum."""
+    """Compute the formula step by step, without the care of our fallback: multiply, add, sum."""
     h = u.new_zeros(u.shape[0], *A.shape)
     outputs = []
     steps = zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)
@@ -104,14 +104,14 @@ def _mambapy() -> Any:
 
 
 def _pscan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """As mambapy's MambaBlock.selective_scan does it."""
+    """Compute as mambapy's MambaBlock.selective_scan does."""
     decay = torch.exp(dt.unsqueeze(-1) * A)
     h = _mambapy()(decay, dt.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1))
     return (h @ C.unsqueeze(-1)).squeeze(3) + D * u
 
 
 class _Compiled:
-    """torch.compile of the reference, compiled when first called."""
+    """Reference under torch.compile, compiled when first called."""
 
     function: Any = None
 
@@ -122,7 +122,7 @@ class _Compiled:
 
 
 def _attention(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """For scale: causal attention of the same width, 64 channels a head. Uses the others for form."""
+    """Compute causal attention of the same width, 64 channels a head, for scale. Other inputs are only added."""
     heads = u.unflatten(-1, (-1, min(64, u.shape[-1]))).transpose(1, 2)
     out = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     rest = sum(x.sum() for x in (dt, A, B, C, D))

@@ -1,14 +1,14 @@
-"""What the peers' scripts share: the exchange file, clocks, and the lists of recommended items they leave behind.
+"""Share the tools of the peers' scripts: the exchange file, clocks, and lists of recommended items.
 
-Runs in every peer's environment, so it needs numpy and the standard library only.
+This module runs in every peer's environment, so it needs numpy and the standard library only.
 
-The exchange file (.npz, written by compare.py) holds the data as this package split it: `events` (E,) catalogue
-indices, user after user in order of time, `offsets` (U+1,), and `n_items`. Of each user the last event is the test,
-the one before it the validation, the rest is trained on.
+The exchange file (.npz, written by compare.py) holds the data as this package splits it: `events` (E,), catalogue
+indices, user after user in order of time; `offsets` (U+1,); and `n_items`. Each user's last event is the test, the one
+before it the validation, and the rest is training data.
 
-A peer's script leaves in its folder `run.json` (epochs and evaluations with wall and CPU seconds, peak memory) and for
-each evaluation `<split>_<epoch>.npz` with the K best items of every user, best first, as catalogue indices, once over
-all items (`all`) and once without those the user had already (`unseen`); -1 where there is none.
+A peer's script writes to its folder `run.json` (epochs and evaluations with wall and CPU seconds, peak memory) and, for
+each evaluation, `<split>_<epoch>.npz`. This holds the K best items of every user, best first, as catalogue indices:
+once over all items (`all`), and once without the items that the user had already (`unseen`). -1 is an empty place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLACES = 20
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """The settings all peers take; ``defaults`` are further options, or other defaults."""
+    """Parse the settings that all peers take; ``defaults`` adds options or changes defaults."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +61,7 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
 
 @dataclass
 class Data:
-    """The exchange file."""
+    """Content of the exchange file."""
 
     events: np.ndarray
     offsets: np.ndarray
@@ -69,6 +69,7 @@ class Data:
 
     @classmethod
     def read(cls, path: Path) -> Data:
+        """Read an exchange file."""
         with np.load(path, allow_pickle=False) as archive:
             return cls(archive["events"], archive["offsets"], int(archive["n_items"]))
 
@@ -77,13 +78,13 @@ class Data:
         return self.offsets.size - 1
 
     def history(self, user: int, split: str) -> np.ndarray:
-        """What user ``user`` had before the target of ``split`` (``val`` or ``test``)."""
+        """Return the items of ``user`` before the target of ``split`` (``val`` or ``test``)."""
         return self.events[
             self.offsets[user] : self.offsets[user + 1] - (2 if split == "val" else 1)
         ]
 
     def before(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-        """Users and items of all events but each user's last ``held_out``, in order."""
+        """Return users and items of all events but each user's last ``held_out``, in order."""
         sizes = np.diff(self.offsets) - held_out
         place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         user = np.repeat(np.arange(self.n_users), sizes)
@@ -92,7 +93,7 @@ class Data:
 
 @dataclass
 class Run:
-    """What is measured; :meth:`write` leaves it in ``run.json``."""
+    """Measurements of a run, for ``run.json``."""
 
     peer: str
     args: argparse.Namespace
@@ -102,18 +103,20 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def epoch(self, number: int, loss: float, took: dict[str, float], n_batches: int) -> None:
-        """Keep an epoch's times; ``share`` is how much of its ``n_batches`` was run."""
+        """Add an epoch; its ``share`` is the part of its ``n_batches`` that was run."""
         share = min(1.0, self.args.batches / n_batches) if self.args.batches else 1.0
         self.epochs.append({"epoch": number, "loss": loss, "share": share, **took})
         print(self.epochs[-1], flush=True)
 
     def save(self, split: str, epoch: int, top: dict[str, np.ndarray]) -> None:
+        """Write the recommended items of an evaluation."""
         np.savez_compressed(
             self.args.out / f"{split}_{epoch}.npz",
             **{name: places.astype(np.int32) for name, places in top.items()},
         )
 
     def write(self) -> None:
+        """Write ``run.json``."""
         settings = {name: value for name, value in vars(self.args).items() if name != "out"}
         record = {
             "peer": self.peer,
@@ -129,14 +132,14 @@ class Run:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held at once."""
+    """Return the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager
 def clocks() -> Iterator[dict[str, float]]:
-    """``wall`` and ``cpu`` seconds of the block, in a dict that is filled when it ends."""
+    """Measure the ``wall`` and ``cpu`` seconds of the block, in a dict that is filled when it ends."""
     found: dict[str, float] = {}
     wall, cpu = time.perf_counter(), time.process_time()
     yield found
@@ -146,12 +149,12 @@ def clocks() -> Iterator[dict[str, float]]:
 def top_lists(
     scores_of: Callable[[int, int], np.ndarray], data: Data, split: str, block: int = 1024
 ) -> dict[str, np.ndarray]:
-    """The best items of every user from scores, without and with what the user had left out.
+    """Return the best items of every user, over all items and over items the user has not had.
 
     Args:
-        scores_of: Users ``start`` to ``stop`` to their scores (stop - start, I) by catalogue index.
-        data: Of whom.
-        split: Up to where a user's history goes.
+        scores_of: Function from users ``start`` to ``stop`` to their scores (stop - start, I) by catalogue index.
+        data: The histories.
+        split: Split whose target ends a user's history.
         block: Users at a time.
     """
     everything, unseen = [], []
@@ -166,9 +169,9 @@ def top_lists(
 
 
 def _best(scores: np.ndarray) -> np.ndarray:
-    """(U, PLACES): of equal scores the lower index first, as in recsys_ssm.metrics; -1 for -inf."""
+    """Return the best items (U, PLACES); of equal scores the lower index is first, and -1 stands for -inf."""
     k = min(PLACES, scores.shape[1])
-    # Everything that ties with the k-th is kept until the order is settled.
+    # All items that tie with the k-th are kept until the order is known.
     cut = np.partition(scores, -k, axis=1)[:, -k, None]
     top = np.full((len(scores), PLACES), -1, dtype=np.int32)
     for row, enough in enumerate(scores >= cut):

@@ -1,13 +1,13 @@
-"""This package beside RecBole, RecTools and skrecsys: the same data, split, sizes, loss and number of epochs.
+"""Compare this package with RecBole, RecTools and skrecsys: the same data, split, sizes, loss and number of epochs.
 
     python benchmarks/peers/install.py
     python benchmarks/peers/compare.py --dataset amazon_beauty_2014 --contests sasrec-softmax sasrec-sampled
     python benchmarks/peers/compare.py --dataset ml_100k --contests recbole --epochs 10 --seeds 0 1 2
 
-A contest is a peer and the settings of both sides (see CONTESTS). Each side runs in a process of its own, one after the
-other; epochs and evaluations are timed by both clocks within it, reading the data is not. All metrics are computed
-here, by recsys_ssm.metrics, from the 20 items each side recommends to each user. A peer's run
-that is there already is not repeated; ours is, since the code may have changed, but for --keep.
+A contest is a peer and the settings of both sides (see CONTESTS). Each side runs in its own process, one after the
+other. The process times its epochs and evaluations by both clocks; reading the data is not timed. All metrics are
+computed here, by recsys_ssm.metrics, from the 20 items that each side recommends to each user. A peer's run is reused
+if it is there already. Ours is repeated, since the code may have changed, unless --keep is given.
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from install import FOLDER, python_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from configs import config
 from timing import machine, table, write_json
 
-from recsys_ssm.cli.resolvers import register_resolvers
-from recsys_ssm.instantiate import make
 from recsys_ssm.metrics import per_user
-from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.reports.statistics import estimate, paired_difference
+from recsys_ssm.run.assemble import make_data
 
 HERE = Path(__file__).parent
 METRICS = ("hr@10", "ndcg@10", "mrr@10")
@@ -44,14 +42,14 @@ METRICS = ("hr@10", "ndcg@10", "mrr@10")
 
 @dataclass(frozen=True)
 class Contest:
-    """A peer's options and our overrides that mean the same; ``{name}`` stands for a setting of both."""
+    """Options of a peer, and our overrides with the same meaning; ``{name}`` stands for a setting of both."""
 
     peer: str
     ours: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the peer's script, beside the settings."""
+    """Options of the peer's script, beside the settings."""
     sequences: int = 128
-    """In a batch: users, or prefixes where those are the samples."""
+    """Sequences in a batch: users, or prefixes where prefixes are the samples."""
 
 
 SETTINGS = {"d_model": 64, "max_length": 50, "dropout": 0.2, "lr": 1e-3}
@@ -68,44 +66,44 @@ TWO = {"n_layers": 2, "n_heads": 2}
 RECTOOLS_ADAM = "optimizer.betas=[0.9,0.98]"
 
 CONTESTS = {
-    # The same model to the last parameter, and the same samples: a prefix each.
+    # The same model to the last parameter. Each sample is a prefix on both sides.
     "recbole": Contest(
         "recbole", (*SASREC, "dataset.objective=last"), {"inner": "{inner}", **TWO}, sequences=2048
     ),
-    # The same model; here every position of a history is a target at once.
+    # The same model. Here every position of a history is a target at once.
     "recbole-positions": Contest(
         "recbole",
         (*SASREC, "dataset.objective=all", "dataset.batch_positions=2048"),
         {"inner": "{inner}", **TWO},
         sequences=2048,
     ),
-    # Their layers are the authors' of SASRec, ours RecBole's: of one width and number.
+    # RecTools has the layers of SASRec's authors, we have RecBole's. Widths and numbers are equal.
     "sasrec-softmax": Contest(
-        "rectools", (*SASREC, "head.loss=softmax"), {"layers": "sasrec", "loss": "softmax", **TWO}
+        "rectools", (*SASREC, "loss=softmax"), {"layers": "sasrec", "loss": "softmax", **TWO}
     ),
     "sasrec-sampled": Contest(
         "rectools",
         (
             *SASREC,
-            "head.loss=sampled_softmax",
-            "head.negatives=128",
-            "head.shared=false",
-            "head.logq=false",
+            "loss=sampled_softmax",
+            "loss.negatives=128",
+            "loss.shared=false",
+            "loss.logq=false",
         ),
         {"layers": "sasrec", "loss": "sampled_softmax", "negatives": 128, **TWO},
     ),
-    # The same with a batch's negatives shared by its positions, ours alone.
+    # As above, but our side shares a batch's negatives among its positions.
     "sasrec-shared": Contest(
         "rectools",
-        (*SASREC, "head.loss=sampled_softmax", "head.negatives=128", "head.logq=false"),
+        (*SASREC, "loss=sampled_softmax", "loss.negatives=128", "loss.logq=false"),
         {"layers": "sasrec", "loss": "sampled_softmax", "negatives": 128, **TWO},
     ),
     "sasrec-bce": Contest(
         "rectools",
-        (*SASREC, "head.loss=bce", "head.negatives=1", "head.shared=false"),
+        (*SASREC, "loss=sampled_bce", "loss.negatives=1", "loss.shared=false"),
         {"layers": "sasrec", "loss": "BCE", "negatives": 1, **TWO},
     ),
-    # The same layers; positions count from the latest item there, from the first here.
+    # The same layers. RecTools counts positions from the latest item, we count from the first.
     "ligr": Contest(
         "rectools",
         (
@@ -115,7 +113,7 @@ CONTESTS = {
             "tokenizer.positions={max_length}",
             "tokenizer.norm=false",
             "tokenizer.init_std={xavier}",
-            "head.loss=softmax",
+            "loss=softmax",
             RECTOOLS_ADAM,
         ),
         {"layers": "ligr", "loss": "softmax", **TWO},
@@ -126,22 +124,19 @@ CONTESTS = {
 }
 
 
-def sets_of(overrides: list[str]) -> Any:
-    """The data as this package splits it."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", [*overrides, "name=peer", "output_dir=."])
-    return make(cfg.dataset, "dataset").splits
+def splits_of(overrides: list[str]) -> Any:
+    """Return the data as this package splits it."""
+    return make_data(config(overrides)).splits
 
 
 def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, dict[str, Any]]:
-    """Overrides that name the data, the exchange file and what is in it.
+    """Write the exchange file; return the overrides that name the data, the file, and its content.
 
-    Of the first ``n_users`` users (0: all) a file of their own is written, so that both sides have it.
+    With ``n_users`` above 0, a file of the first ``n_users`` users is written first, and both sides read it.
     """
-    register_resolvers()
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"dataset={dataset}"]
-    splits = sets_of(overrides)
+    splits = splits_of(overrides)
     if n_users:
         events, offsets = splits.histories
         dataset = f"{dataset}-{n_users}"
@@ -156,10 +151,12 @@ def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, d
             f"dataset.interactions={text}",
             "dataset.format=sequences",
         ]
-        splits = sets_of(overrides)
+        splits = splits_of(overrides)
     events, offsets = (np.asarray(array) for array in splits.histories)
     if np.diff(offsets).min() < 3:
-        raise SystemExit(f"{dataset} has users with fewer than 3 events: not all can be held out")
+        raise SystemExit(
+            f"dataset={dataset}: a user has fewer than 3 events; choose another dataset, or fewer --users"
+        )
     path = folder / f"{dataset}.npz"
     data = {"events": events, "offsets": offsets, "n_items": len(splits.item_ids)}
     np.savez(path, **data)
@@ -167,7 +164,7 @@ def export(dataset: str, folder: Path, n_users: int) -> tuple[list[str], Path, d
 
 
 def batch_positions(contest: Contest, sequences: int, data: dict[str, Any], max_length: int) -> int:
-    """As many positions as the peer's batches hold beside padding: equally many steps an epoch."""
+    """Return the positions that a peer's batch holds beside padding, for equally many steps an epoch."""
     trained = np.diff(data["offsets"]) - 2
     if contest.peer == "recbole":
         sizes = [np.minimum(np.arange(1, n), max_length) for n in trained]
@@ -180,11 +177,12 @@ def batch_positions(contest: Contest, sequences: int, data: dict[str, Any], max_
 
 
 def flags(options: dict[str, Any]) -> list[str]:
+    """Return options as command-line flags."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def run(command: list[str], out: Path, niceness: int, again: bool) -> dict[str, Any]:
-    """Run one side, or, if not ``again``, read what it left behind when it ran last."""
+    """Run one side; if not ``again``, read the files of its last run if there are any."""
     key = hashlib.sha256(json.dumps([part for part in command if "--out" not in part]).encode())
     out = out / key.hexdigest()[:12]
     if again or not (out / "done").exists():
@@ -200,7 +198,7 @@ def run(command: list[str], out: Path, niceness: int, again: bool) -> dict[str, 
                 check=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # RecBole writes logs where it is run.
+                # RecBole writes logs to its working folder.
                 cwd=HERE.parents[1] if command[0] == sys.executable else out,
                 env=environment,
             )
@@ -209,7 +207,7 @@ def run(command: list[str], out: Path, niceness: int, again: bool) -> dict[str, 
 
 
 def measured(record: dict[str, Any], data: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """``val/10/unseen`` and so on to metrics: split, epoch, which lists."""
+    """Return metrics by split, epoch and list: ``val/10/unseen`` and so on."""
     last = data["offsets"][1:]
     targets = {"val": data["events"][last - 2], "test": data["events"][last - 1]}
     found = {}
@@ -225,12 +223,12 @@ def measured(record: dict[str, Any], data: dict[str, Any]) -> dict[str, dict[str
 
 
 def whole(records: list[dict[str, Any]]) -> bool:
-    """Whether epochs were run in full, so that what was learnt may be compared."""
+    """Return True if all epochs were run in full, so that the metrics may be compared."""
     return all(epoch["share"] == 1 for record in records for epoch in record["epochs"])
 
 
 def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """A line of the table: medians of the costs, means of the metrics over seeds."""
+    """Return a line of the table: medians of the costs, means of the metrics over seeds."""
     last = {}
     for split in ("val", "test") if whole(records) else ():
         for name in ("unseen", "all"):
@@ -239,7 +237,7 @@ def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any
                 last[f"{split} {name}"] = statistics.mean(v["ndcg@10"] for v in values)
     epochs = [epoch for record in records for epoch in record["epochs"]]
     ranked = [e for record in records for e in record["evaluations"]]
-    # The first epoch warms up; there may be no other.
+    # The first epoch warms up. It is used only if there is no other.
     later = [epoch for epoch in epochs if epoch["epoch"] > 1] or epochs
     return {
         "contest": contest,
@@ -254,7 +252,7 @@ def row(contest: str, side: str, records: list[dict[str, Any]]) -> dict[str, Any
 
 
 def best_validation(record: dict[str, Any], name: str) -> float:
-    """The highest NDCG@10 of a run's validations."""
+    """Return the highest NDCG@10 of a run's validations."""
     return max(
         values["ndcg@10"]
         for key, values in record["metrics"].items()
@@ -263,7 +261,7 @@ def best_validation(record: dict[str, Any], name: str) -> float:
 
 
 def time_to(record: dict[str, Any], level: float, name: str) -> dict[str, float] | None:
-    """What the epochs cost until the validation's NDCG@10 came to ``level``; None: it never did."""
+    """Return the cost of the epochs until the validation's NDCG@10 reached ``level``; None if it never did."""
     spent = {"cpu": 0.0, "wall": 0.0}
     for epoch in record["epochs"]:
         for clock in spent:
@@ -279,12 +277,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", default="ml_100k")
-    parser.add_argument("--users", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--users", type=int, default=0, help="use the first N users; 0: all")
     parser.add_argument("--contests", nargs="+", choices=CONTESTS, default=["sasrec-softmax"])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=0, help="0: after the last epoch")
     parser.add_argument(
-        "--batches", type=int, default=0, help="time an epoch by so many of its batches; 0: all"
+        "--batches", type=int, default=0, help="time an epoch by its first N batches; 0: all"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -294,11 +292,11 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help=f"of {', '.join(SETTINGS)}, sequences (a batch)",
+        help=f"settings to change: {', '.join(SETTINGS)}, sequences (in a batch)",
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of install.py")
-    parser.add_argument("--runs", type=Path, help="where runs are kept; default: within --folder")
-    parser.add_argument("--keep", action="store_true", help="runs of ours that are there already")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of install.py")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default: within --folder")
+    parser.add_argument("--keep", action="store_true", help="reuse our runs that are there already")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
 
@@ -335,7 +333,7 @@ def main() -> None:
             ours += ["--", *overrides]
             ours += [text.format(**values) for text in (*BOTH, *contest.ours)]
             for side, command in ((contest.peer, peer), ("recsys_ssm", ours)):
-                # A peer's run serves every contest that asks for the same.
+                # Contests with the same settings share a peer's run.
                 label = side if side == contest.peer else f"{name}-{side}"
                 again = side != contest.peer and not args.keep
                 record = run(command, runs / f"{path.stem}-{label}-{seed}", args.nice, again)
@@ -353,9 +351,10 @@ def main() -> None:
 
 
 def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many times cheaper ours is, and how far off its NDCG@10 is in percent of the peer's.
+    """Return how many times cheaper ours is, and the difference of its NDCG@10 in percent of the peer's.
 
-    ``time-to``: CPU seconds of training until the peer's own best validation, the worst seed; 0: ours never got there.
+    ``time-to``: ratio of CPU seconds of training until the peer's own best validation, for the worst seed; 0: ours
+    never reached it.
     """
 
     def cost(records: list[dict[str, Any]], kind: str) -> float:
@@ -384,7 +383,7 @@ def compared(peer: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str
         off = paired_difference(values(ours, at), theirs)
         found[f"{split} {name} off %"] = 100 * off.mean / mean
         found[f"{name} ± %"] = 100 * off.half_width / mean
-        # Of each seed, what it costs either side to come to the best the peer ever was at.
+        # For each seed, the cost of both sides until the peer's best validation.
         ratios = []
         for theirs_run, our_run in zip(peer, ours, strict=True):
             level = best_validation(theirs_run, name)

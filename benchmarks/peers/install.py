@@ -1,8 +1,8 @@
-"""Puts each peer into a virtual environment of its own.
+"""Install each peer in a virtual environment of its own.
 
     python benchmarks/peers/install.py [recbole rectools skrecsys] [--folder ~/.cache/recsys_ssm/peers]
 
-torch stays below 2.14: later versions bring gigabytes of CUDA along.
+torch stays below 2.14, because later versions bring gigabytes of CUDA libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path.home() / ".cache" / "recsys_ssm" / "peers"
 PACKAGES = {
-    # RecBole 1.2.1 is older than numpy 2, pandas 3 and a setuptools without pkg_resources.
+    # RecBole 1.2.1 needs numpy 1, pandas 2 and a setuptools with pkg_resources.
     "recbole": ["recbole==1.2.1", "numpy==1.26.4", "pandas<3", "scipy<1.15", "setuptools<81"],
     "rectools": ["rectools[torch]==0.19.0"],
     "skrecsys": ["skrecsys[nn]==0.9.0"],
@@ -22,7 +22,7 @@ PACKAGES = {
 
 
 def python_of(folder: Path, peer: str) -> Path:
-    """The interpreter of a peer's environment."""
+    """Return the interpreter of a peer's environment."""
     return folder.expanduser() / peer / "bin" / "python"
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("peers", nargs="*", choices=[[], *PACKAGES], help="all if none is named")
+    parser.add_argument("peers", nargs="*", choices=[[], *PACKAGES], help="default: all")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args()
     for peer in args.peers or PACKAGES:

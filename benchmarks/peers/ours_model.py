@@ -1,31 +1,31 @@
-"""This package on an exchange file's data, through the same Lightning trainer that `recsys_ssm.train` uses.
+"""Train this package on an exchange file's data with the Lightning trainer of `recsys_ssm.train`.
 
     python benchmarks/peers/ours_model.py --data FILE --out FOLDER -- dataset=ml_100k backbone=transformer
 
-What follows `--` are overrides of conf/train.yaml; they say which model and which data (the file only tells of whom
-the lists are). Epochs are timed as the peers' are, evaluations include both ways of ranking.
+Overrides of conf/train.yaml follow `--` and choose model and data. The exchange file only lists the users. Epochs are
+timed as the peers' are, and evaluations rank in both ways.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from common import PLACES, Data, Run, arguments, clocks
-from hydra import compose, initialize_config_dir
 
-from recsys_ssm.cli.resolvers import register_resolvers
-from recsys_ssm.instantiate import make, plain, spec
-from recsys_ssm.models.next_item import NextItem
-from recsys_ssm.paths import CONF_DIR
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from configs import config
+
+from recsys_ssm.run.assemble import make_data, make_model
 
 
 class Clock(L.Callback):
-    """Times epochs, and evaluates after them."""
+    """Callback that times epochs, and evaluates after them."""
 
     def __init__(self, run: Run, evaluate: Any) -> None:
         self.run, self.evaluate = run, evaluate
@@ -49,19 +49,10 @@ def main() -> None:
     args = arguments(__doc__)
     torch.set_num_threads(args.threads)
     L.seed_everything(args.seed)
-    register_resolvers()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", [*overrides, f"seed={args.seed}", "name=peer", "output_dir=."])
-    data = make(cfg.dataset, "dataset")
+    cfg = config([*overrides, f"seed={args.seed}"])
+    data: Any = make_data(cfg)
     exchange = Data.read(args.data)
-    model = NextItem.for_data(
-        data,
-        tokenizer=plain(cfg.tokenizer),
-        backbone=spec(cfg.backbone, "backbone"),
-        head={k: v for k, v in plain(cfg.head).items() if k not in ("_target_", "metrics")},
-        optimizer=spec(cfg.optimizer, "optimizer"),
-        scheduler=spec(cfg.scheduler, "scheduler"),
-    )
+    model: Any = make_model(cfg, data)
     run = Run("recsys_ssm", args, ("recsys_ssm", "torch", "lightning", "numpy"))
     run.notes.append(" ".join(overrides))
 

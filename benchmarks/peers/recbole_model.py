@@ -1,4 +1,4 @@
-"""SASRec of RecBole on an exchange file, its own data pipeline and trainer, one target a prefix, full softmax.
+"""Train RecBole's SASRec on an exchange file with its own data pipeline and trainer: a sample a prefix, full softmax.
 
 ~/.cache/recsys_ssm/peers/recbole/bin/python benchmarks/peers/recbole_model.py --data FILE --out FOLDER
 """
@@ -18,7 +18,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 
 def write_atomic_file(data: Data, folder: Path) -> None:
-    """RecBole's own format; a user's events get rising timestamps, so that it keeps their order."""
+    """Write RecBole's format; a user's events get rising timestamps, so that their order is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     user, item = data.before(0)
     place = np.arange(user.size)
@@ -28,7 +28,7 @@ def write_atomic_file(data: Data, folder: Path) -> None:
 
 
 class First:
-    """The first batches of a loader."""
+    """First batches of a loader."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, n: int) -> None:
         self.loader, self.n = loader, n
@@ -84,14 +84,14 @@ def main() -> None:
     model = get_model("SASRec")(config, train.dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
 
-    # RecBole numbers users and items in an order of its own; 0 is padding.
+    # RecBole has its own numbers of users and items; 0 is padding.
     users = dataset.field2id_token["user_id"][1:]
     row_of = np.array([int(token[1:]) for token in users])
     items = dataset.field2id_token["item_id"][1:]
     item_of = np.array([int(token[1:]) for token in items])
 
     def scores(loader: torch.utils.data.DataLoader) -> np.ndarray:
-        """(U, I) by our indices; items of no event keep the lowest score."""
+        """Return scores (U, I) by our indices; items without an event keep the lowest score."""
         found = np.full((data.n_users, data.n_items), -np.inf, dtype=np.float32)
         model.eval()
         with torch.no_grad():
@@ -102,7 +102,7 @@ def main() -> None:
         return found
 
     run = Run("recbole", args, ("recbole", "torch", "numpy", "pandas"))
-    run.notes.append(f"{len(train.dataset)} training samples, a prefix each")
+    run.notes.append(f"{len(train.dataset)} training samples, each a prefix")
     for epoch in range(1, args.epochs + 1):
         with clocks() as took:
             part = First(train, args.batches) if args.batches else train

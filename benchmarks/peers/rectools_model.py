@@ -1,8 +1,8 @@
-"""SASRec of RecTools on an exchange file: its data preparation, its Lightning trainer, a target at every position.
+"""Train RecTools' SASRec on an exchange file with its own data preparation and trainer: a target at every position.
 
     ~/.cache/recsys_ssm/peers/rectools/bin/python benchmarks/peers/rectools_model.py --data FILE --out FOLDER
 
---layers says which: `sasrec` (the authors' layers), `preln` or `ligr` (eSASRec).
+--layers chooses the layers: `sasrec` (the authors'), `preln` or `ligr` (eSASRec).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = {
 
 
 def table(user: np.ndarray, item: np.ndarray) -> pd.DataFrame:
-    """RecTools sorts by time: events get rising instants."""
+    """Return events as RecTools' table; they get rising times, by which RecTools sorts."""
     return pd.DataFrame(
         {
             Columns.User: user,
@@ -43,20 +43,20 @@ def table(user: np.ndarray, item: np.ndarray) -> pd.DataFrame:
 
 
 def lists(reco: pd.DataFrame, n_users: int) -> np.ndarray:
-    """(U, PLACES) of a table of recommendations."""
+    """Return the places (U, PLACES) of a table of recommendations."""
     top = np.full((n_users, PLACES), -1, dtype=np.int32)
     top[reco[Columns.User].to_numpy(), reco[Columns.Rank].to_numpy() - 1] = reco[Columns.Item]
     return top
 
 
 class Clock(Callback):
-    """Times epochs."""
+    """Callback that times epochs."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def __deepcopy__(self, memo: object) -> Clock:
-        """RecTools trains with a copy of the trainer; the times are wanted here."""
+        """Return self: RecTools trains with a copy of the trainer, and the times are needed here."""
         return self
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -1,8 +1,8 @@
-"""Mamba4Rec of skrecsys on an exchange file: a target at every position, full softmax, the scan a Python loop.
+"""Train skrecsys' Mamba4Rec on an exchange file: a target at every position, full softmax, a scan in Python.
 
     ~/.cache/recsys_ssm/peers/skrecsys/bin/python benchmarks/peers/skrecsys_model.py --data FILE --out FOLDER
 
-It scores the histories it was trained on alone, so only the validation is ranked.
+It scores only the histories it was trained on, so only the validation is ranked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from skrecsys.nn import Mamba4Rec
 def main() -> None:
     args = arguments(__doc__, batch_size=64, n_layers=1, d_state=32)
     if args.batches:
-        raise SystemExit("skrecsys trains whole epochs: give compare.py --users instead")
+        raise SystemExit(
+            "skrecsys trains whole epochs only; give compare.py --users rather than --batches"
+        )
     torch.set_num_threads(args.threads)
     data = Data.read(args.data)
     interactions = np.stack(data.before(2), axis=1)
@@ -41,7 +43,7 @@ def main() -> None:
             model.fit(interactions)
         return model, took
 
-    # A fit also reads the data and encodes all users; that is not the epochs'.
+    # A fit also reads the data and encodes all users. A fit of 0 epochs measures that part.
     _, overhead = fit(0)
     model, took = fit(args.epochs)
     each = {clock: (took[clock] - overhead[clock]) / args.epochs for clock in took}

@@ -27,10 +27,11 @@ USERS = (
     NotADirectoryError,
     FileExistsError,
 )
-"""What a user's mistake raises, in our code and in what it calls."""
+"""Exceptions that a user's mistake raises, in this package and in its dependencies."""
 
 
 def is_users(error: BaseException) -> bool:
+    """Return True if an error is a mistake of the user, and not a defect of this package."""
     return (
         isinstance(error, USERS)
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
@@ -39,8 +40,9 @@ def is_users(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, config_name: str | None = None) -> str:
-    """An error as a line for people; for an option that does not exist, with what does."""
-    if isinstance(error, OSError) and error.strerror:  # Hydra's "no such config" is an OSError too
+    """Return an error as one line for people; for an option that does not exist, name similar ones."""
+    # Hydra's "no such config" is an OSError without strerror.
+    if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}; choose another folder with output_root="
     text = str(error).strip()
     if launcher := launcher_of(error):
@@ -48,7 +50,7 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if plugin := re.search(r"Could not find 'hydra/\w+/((joblib|submitit|ray)\w*)'", text):
         return f'{plugin[1]}: not installed; pip install "recsys-ssm[{plugin[2]}]"'
     if missing := re.match(r"Missing mandatory value: (\S+)", text):
-        return f"{missing[1]}: not given, and there is no default; add {missing[1]}=…"
+        return f"{missing[1]}: not given, and it has no default; add {missing[1]}=…"
     if unread := re.match(r"LexerNoViableAltException: ([^=\s]+)=(.*)", text):
         option, value = unread.groups()
         return f"{option}={value}: cannot be read; put it in quotes twice: {option}=\"'{value}'\""
@@ -64,14 +66,14 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
 
 
 def _known(config_name: str, parent: str) -> list[str]:
-    """Options below ``parent`` in the config as the command line's group choices make it."""
+    """Return the options below ``parent`` in the config that the command line's group choices compose."""
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
     choices = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in groups and "," not in arg]
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = hydra.compose(config_name, choices)
         node = OmegaConf.select(cfg, parent) if parent else cfg
-    except Exception:  # this only helps a message along
+    except Exception:  # the names only improve a message
         return []
     return (
         sorted({*map(str, node), *(() if parent else groups)})
@@ -81,14 +83,14 @@ def _known(config_name: str, parent: str) -> list[str]:
 
 
 def launcher_of(error: BaseException) -> str | None:
-    """The launcher that could not start its jobs, where an error says that; None: it says something else.
+    """Return the launcher that could not start its jobs; None if the error is another one.
 
-    Such an error comes from Hydra's plugin or from what the plugin calls, with none of our code in between.
+    Such an error comes from Hydra's plugin or from code that the plugin calls, with none of our code in between.
     """
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     plugins = [re.search(r"hydra_plugins.hydra_(\w+)_launcher\b", file) for file in files]
     last = max((at for at, found in enumerate(plugins) if found), default=None)
-    if last is None or error.__cause__ is not None:  # a cause: a job's own error, handed on
+    if last is None or error.__cause__ is not None:  # with a cause it is the error of a job
         return None
     if any(Path(__file__).parents[1] in Path(file).parents for file in files[last + 1 :]):
         return None

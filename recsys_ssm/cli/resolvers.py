@@ -15,7 +15,7 @@ from recsys_ssm.sweeps.identity import cores, job_folder, processes_for
 
 
 def register_resolvers() -> None:
-    """Register them with OmegaConf."""
+    """Register the interpolations with OmegaConf."""
     OmegaConf.register_new_resolver("every", _every, replace=True)
     OmegaConf.register_new_resolver("best_of", _best_of, replace=True)
     OmegaConf.register_new_resolver("unless", _unless, replace=True)
@@ -48,7 +48,7 @@ def _unless(given: Any, value: Any, otherwise: Any) -> Any:
 
 
 def _every(max_steps: Any, times: Any) -> int | float:
-    """Return the steps between ``times`` validations spread over ``max_steps``; 1.0, an epoch, without a limit."""
+    """Return the steps between ``times`` validations spread over ``max_steps``; 1.0 (an epoch) without a limit."""
     if not (_is_int(max_steps) and int(max_steps) > 0):
         return 1.0
     return max(1, int(max_steps) // max(1, int(times)))

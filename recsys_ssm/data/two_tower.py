@@ -28,7 +28,7 @@ from recsys_ssm.metrics import RankingMetrics
 
 
 class Pairs(NamedTuple):
-    """(user, item, target) triplets as three arrays of one length N."""
+    """Triplets (user, item, target) as three arrays of one length N."""
 
     user: Tensor
     item: Tensor

@@ -282,7 +282,7 @@ class NextItem(Recommender):
         self.test_rankings.add(batch.user, top_UK, batch.target)
 
     def on_test_epoch_end(self) -> None:
-        """The values stay in the metrics and ``test_rankings`` until the next test begins."""
+        """Log the metrics; they and ``test_rankings`` stay until the next test begins."""
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 

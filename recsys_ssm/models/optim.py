@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from specs."""
+"""Build optimizers and learning-rate schedules from specs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Spec, build, defaults_of, find
 
 NO_DECAY = ("A_log", "D", "dt_bias", "bias")
-"""Last part of the names of parameters that weight decay would harm: the recurrence's own and biases."""
+"""Last part of the names of parameters without weight decay: biases and parameters of the recurrence."""
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up, then half a cosine down to ``min_factor`` of the rate.
+    """Linear warm-up, then half a cosine down to ``min_factor`` times the full rate.
 
     Args:
-        optimizer: Whose rate it is.
-        warmup_steps: Steps until the full rate; a tenth of ``total_steps`` if that is shorter.
-        total_steps: Steps until the lowest. In a config -1 means all of the training's, by its steps or its epochs.
-        min_factor: Lowest rate over full rate.
+        optimizer: Optimizer whose rate is scheduled.
+        warmup_steps: Steps until the full rate. A training that is not longer warms up for a tenth of its steps.
+        total_steps: Steps until the lowest rate. In a config, -1 means all steps of the training.
+        min_factor: Lowest rate divided by the full rate.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class WarmupCosine(LambdaLR):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the parameters by weight decay: matrices decay; norms, biases and the recurrence's own do not.
+    """Split parameters into those that decay (matrices) and the rest (norms, biases, parameters of the recurrence).
 
     Without weight decay there is one group.
     """
@@ -76,16 +76,16 @@ def configure_optimizers(
     scheduler: Spec | None,
     groups: list[dict[str, Any]] | None = None,
 ) -> Any:
-    """Return the value for ``LightningModule.configure_optimizers``.
+    """Return the result of ``LightningModule.configure_optimizers``.
 
     Args:
-        module: The module whose parameters are trained.
-        optimizer: The optimizer's class and options.
-        scheduler: The learning-rate schedule's, or None.
-        groups: Parameter groups in place of :func:`parameter_groups`.
+        module: Model to train.
+        optimizer: Spec of the optimizer.
+        scheduler: Spec of the learning-rate schedule; None: the rate stays.
+        groups: Parameter groups; None: those of :func:`parameter_groups`.
 
     Raises:
-        UserError: The specs name no optimizer or scheduler, or an option they do not have.
+        UserError: A spec does not name an optimizer or scheduler, or has an option that the class does not.
     """
     if groups is None:
         groups = parameter_groups(module, weight_decay(optimizer))
@@ -99,15 +99,16 @@ def configure_optimizers(
 
 
 def _training_steps(module: L.LightningModule) -> int:
+    """Return the number of steps that the module's trainer will take."""
     steps: int | float = -1
     if getattr(module, "_trainer", None):
         steps = module.trainer.estimated_stepping_batches
-        # Lightning has set the training loader up to count its batches, and would not set it up again
-        # when a checkpoint is restored: the loader's position would be lost.
+        # To count its batches, Lightning has set up the training loader. It would not set it up again when a
+        # checkpoint is restored, and the loader's position would be lost.
         module.trainer.fit_loop._combined_loader = None
     if steps == float("inf") or steps < 1:
         raise UserError(
-            "scheduler.total_steps=-1: the training has no end to count to; "
+            "scheduler.total_steps=-1: the training has no fixed number of steps; "
             "set trainer.max_steps, trainer.max_epochs or scheduler.total_steps"
         )
     return int(steps)

@@ -220,7 +220,7 @@ class TwoTower(Recommender):
         self.test_rankings.add(batch.user_index, top_UK, batch.relevant)
 
     def on_test_epoch_end(self) -> None:
-        """The values stay in ``test_metrics`` and ``test_rankings`` until the next test begins."""
+        """Log the metrics; ``test_metrics`` and ``test_rankings`` stay until the next test begins."""
         self._item_embeddings = None
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})

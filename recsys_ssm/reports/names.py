@@ -9,7 +9,7 @@ from typing import Any
 from recsys_ssm.reports.runs import Cell, Run
 from recsys_ssm.run.defaults import known_class, option
 
-# Told apart by dash and marker as well as by colour: a print in grey stays legible.
+# Lines differ by dash and marker as well as by colour, so a grey print stays legible.
 _COLORS = ("#e69f00", "#56b4e9", "#882255", "#332288", "#999933", "#117733")
 _LINES = ("--", "-.", ":", "-")
 _MARKERS = ("P", "X", "*", "<", ">", "p", "h", "d")

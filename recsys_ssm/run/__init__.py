@@ -1,1 +1,1 @@
-"""What one run is assembled from and what it writes to its folder."""
+"""Assemble one run's objects and write the files of its folder."""

@@ -1,4 +1,4 @@
-"""Lightning callbacks of our own."""
+"""Record and show a training: progress, history, cost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Progress(ProgressBar):
-    """One bar for the whole training: steps done, time left, loss, the latest validation.
+    """One progress bar for the whole training: steps done, time left, loss, the latest validation.
 
-    Where no one watches (no terminal: a log file, CI) a line every ``every_s`` seconds instead.
+    Without a terminal (a log file, CI), a line is logged every ``every_s`` seconds instead.
 
     Args:
         monitor: Validation metric to show.
@@ -38,7 +38,7 @@ class Progress(ProgressBar):
         self._bar: tqdm | None = None
         self._enabled = True
         self._start_step = 0
-        self._start = self._told = 0.0
+        self._start = self._logged = 0.0
 
     def disable(self) -> None:
         self._enabled = False
@@ -47,7 +47,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = self._told = time.monotonic()
+        self._start = self._logged = time.monotonic()
         self._start_step = trainer.global_step
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
@@ -69,16 +69,16 @@ class Progress(ProgressBar):
             if trainer.global_step % 10 == 0 or trainer.global_step == self._bar.total:
                 self._bar.n = trainer.global_step
                 self._bar.set_postfix(self._values(trainer))
-        elif self._enabled and time.monotonic() - self._told > self.every_s:
-            self._told = time.monotonic()
-            self._tell(trainer)
+        elif self._enabled and time.monotonic() - self._logged > self.every_s:
+            self._logged = time.monotonic()
+            self._log_line(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         elif self._enabled:
-            self._tell(trainer)
+            self._log_line(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -87,7 +87,8 @@ class Progress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def _tell(self, trainer: L.Trainer) -> None:
+    def _log_line(self, trainer: L.Trainer) -> None:
+        """Log steps, time left, loss and the monitored metric in one line."""
         done, total = trainer.global_step, self._total(trainer)
         rate = (done - self._start_step) / max(time.monotonic() - self._start, 1e-9)
         left = (
@@ -112,10 +113,10 @@ class Progress(ProgressBar):
 
 
 class History(L.Callback):
-    """Keeps what the curves are drawn from: training loss and validation metrics by step, across a resume.
+    """Training loss and validation metrics by step. The curves are drawn from them, and a resumed run continues them.
 
     Args:
-        every_n_steps: How often the training loss is kept.
+        every_n_steps: Steps between two records of the training loss.
     """
 
     def __init__(self, *, every_n_steps: int = 10) -> None:
@@ -196,10 +197,10 @@ def _step_of(line: str) -> float:
 
 
 class Cost(L.Callback):
-    """What training takes: time a step, and the peak of memory.
+    """Time of a training step, and peak memory.
 
-    Times are from one step's start to the next's, data included, without those that a validation or a checkpoint
-    stood between; so they also hold where the device works behind the program's back (CUDA).
+    A step's time runs from its start to the start of the next step, so it includes the loading of data and is right
+    also for devices that compute asynchronously (CUDA). Steps before a validation or a checkpoint are left out.
     """
 
     def __init__(self) -> None:
@@ -207,7 +208,7 @@ class Cost(L.Callback):
         self._before: float | None = None
         self._start = 0.0
         self.seconds: dict[int, float] = {}
-        """Wall time since the training (or its continuation) began, by the step of each validation."""
+        """Wall time since the training began or was resumed, by the step of each validation."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -227,7 +228,7 @@ class Cost(L.Callback):
         self.seconds[trainer.global_step] = time.perf_counter() - self._start
 
     def summary(self, device: torch.device) -> dict[str, Any]:
-        """Median time a step, peak memory, and the machine they were measured on."""
+        """Return the median time of a step, the peak memory, and the machine they were measured on."""
         seconds = statistics.median(self._steps) if self._steps else None
         return {
             "seconds_per_step": seconds,
@@ -240,7 +241,7 @@ class Cost(L.Callback):
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the device where it is a GPU, else of the whole process; None where the system does not say."""
+    """Return the peak memory in bytes: of a GPU if that is the device, else of the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -252,7 +253,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: plain data and tensors only, and a clear word when one does not fit."""
+"""Read checkpoints as plain data and tensors, and check that they fit a model."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def newest_valid(folder: Path, names: Sequence[str] = ("last.ckpt", "best.ckpt")
 
 
 def check_fits(checkpoint: dict[str, Any], model: nn.Module, path: Path) -> None:
-    """Hold a checkpoint's weights against a model's.
+    """Check that a checkpoint's weights have the names and shapes of a model's.
 
     Raises:
-        UserError: Names or shapes differ; the first difference is named.
+        UserError: Names or shapes differ; the message names the first difference.
     """
     have, want = checkpoint["state_dict"], model.state_dict()
     different = [

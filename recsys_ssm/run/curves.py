@@ -21,7 +21,7 @@ from recsys_ssm.metrics import METRICS
 from recsys_ssm.run.files import write_bytes
 from recsys_ssm.run.table import format_number
 
-# Told apart by dash and marker as well as by colour: a print in grey stays legible.
+# Lines differ by dash and marker as well as by colour, so a grey print stays legible.
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#0b3c5d", "linestyle": "-", "marker": "o"},
     {"color": "#d55e00", "linestyle": "--", "marker": "s"},
@@ -41,23 +41,23 @@ def plot_curves(
     title: str = "",
     loss: str = "loss",
 ) -> Path:
-    """Draws training and validation loss, and validation metrics, over the training steps.
+    """Draw training and validation loss, and validation metrics, over the training steps.
 
     Args:
-        history: records such as ``{"step": 100, "train/loss": 0.3}`` in any order and with any
+        history: Records such as ``{"step": 100, "train/loss": 0.3}`` in any order and with any
             gaps, or a CSV file of them (Lightning's ``metrics.csv``). May be empty.
-        path: the PNG file to write.
-        monitor: the metric whose best step is marked, for example ``"val/ndcg@10"``.
-        mode: what is best for it; by default "min" if it is a loss, else "max".
-        metrics: the validation metrics to draw; by default up to four, the monitored one first.
-        title: above both panels.
-        loss: the axis label of the left panel, with the loss's unit.
+        path: PNG file to write.
+        monitor: Metric whose best step is marked, for example ``"val/ndcg@10"``.
+        mode: Direction of the best value; None: "min" for a loss, else "max".
+        metrics: Validation metrics to draw; None: up to four, the monitored one first.
+        title: Title above both panels.
+        loss: Axis label of the left panel, with the unit of the loss.
 
     Returns:
         ``path``.
 
     Raises:
-        UserError: the file cannot be written, or the CSV file cannot be read.
+        UserError: The file cannot be written, or the CSV file cannot be read.
     """
     if isinstance(history, str | Path):
         history = read_history(Path(history))
@@ -66,7 +66,7 @@ def plot_curves(
 
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    # Never empty: at the right of that line the best step is told.
+    # Never empty: the best step is printed at the right of this line.
     figure.suptitle(title or " ", x=0.01, ha="left", fontsize=12, fontweight="bold")
     left, right = figure.subplots(1, 2, sharex=True)
     _draw_losses(left, history)
@@ -85,16 +85,18 @@ def plot_curves(
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Reads a CSV file with a column ``step`` and a column a metric; empty cells are left out.
+    """Read a CSV file with a column ``step`` and one column for each metric; empty cells are left out.
 
     Raises:
-        UserError: no such file, no column ``step``, or a cell that is not a number.
+        UserError: There is no such file, no column ``step``, or a cell that is not a number.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the training history {path} ({error})") from error
+        raise UserError(
+            f"cannot read the training history {path} ({error}); give a CSV file"
+        ) from error
     records = []
     for number, row in enumerate(rows, start=2):
         record = {}
@@ -104,10 +106,12 @@ def read_history(path: Path) -> list[dict[str, float]]:
                     record[name] = float(cell)
                 except ValueError:
                     raise UserError(
-                        f"{path}, line {number}, column {name!r}: {cell!r} is not a number"
+                        f"{path}, line {number}, column {name!r}: {cell!r} is not a number; correct the cell"
                     ) from None
         if "step" not in record:
-            raise UserError(f"{path}, line {number}: a training history needs a column 'step'")
+            raise UserError(
+                f"{path}, line {number}: a training history needs a column 'step'; add it"
+            )
         records.append(record)
     return records
 
@@ -115,7 +119,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
 def _series(
     history: Sequence[Mapping[str, SupportsFloat | None]], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, ascending, and the finite values of a metric there; the later of two records wins."""
+    """Return the steps, ascending, and the finite values of a metric; of two records the later is used."""
     found = {}
     for record in history:
         value = record.get(name)
@@ -126,9 +130,9 @@ def _series(
 
 
 def _choose_metrics(names: Sequence[str], monitor: str | None, limit: int = 4) -> list[str]:
-    """The monitored metric, then one of each other family, at its cut-off where there is one.
+    """Return the monitored metric, then one of each other family, at the same cut-off if possible.
 
-    Means over users only: coverage and popularity are on other scales, and drawn where they are asked for.
+    Only means over users are chosen: coverage and popularity have other scales, and are drawn on request.
     """
     means = METRICS.keys() - {"coverage", "popularity"}
     ranking = [
@@ -163,7 +167,7 @@ def _draw_losses(axes: Axes, history: Sequence[Mapping[str, SupportsFloat | None
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred, of the values there are towards both ends: it neither lags nor starts late."""
+    """Return a centred mean; at both ends it covers the values there are, so it neither lags nor starts late."""
     total = np.concatenate([[0.0], values.cumsum()])
     index = np.arange(len(values))
     start = (index - window // 2).clip(min=0)
@@ -196,8 +200,10 @@ def _mark_best(
     best = int(values.argmin() if (mode or _mode(monitor)) == "min" else values.argmax())
     for axes in filter(lambda axes: axes.lines, (left, right)):
         axes.axvline(steps[best], color="black", linewidth=1, linestyle=(0, (1, 2)))
-    said = f"best {monitor}: {format_number(values[best])} at step {steps[best]:,.0f} (dotted line)"
-    figure.text(0.99, 0.985, said, ha="right", va="top", fontsize=10)
+    best_text = (
+        f"best {monitor}: {format_number(values[best])} at step {steps[best]:,.0f} (dotted line)"
+    )
+    figure.text(0.99, 0.985, best_text, ha="right", va="top", fontsize=10)
     on = left if monitor == "val/loss" else right if is_drawn else None
     if on is not None:
         on.plot(steps[best], values[best], marker="*", markersize=15, color="black", zorder=5)

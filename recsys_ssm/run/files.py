@@ -22,7 +22,7 @@ VALIDATIONS = "validations.jsonl"
 
 
 def write_json(path: Path | str, results: Mapping[str, Any] | Sequence[Any]) -> Path:
-    """Writes results with sorted keys, whole or not at all.
+    """Write results with sorted keys, whole or not at all.
 
     Floats keep all their digits. NaN and infinities, which JSON does not have, become null. Tensors
     and NumPy values of one element become numbers, tensors and arrays lists, paths strings.
@@ -31,8 +31,8 @@ def write_json(path: Path | str, results: Mapping[str, Any] | Sequence[Any]) -> 
         ``path``.
 
     Raises:
-        UserError: the file cannot be written.
-        TypeError: a value is of a type that JSON has no word for.
+        UserError: The file cannot be written.
+        TypeError: A value has a type that JSON cannot represent.
     """
     text = json.dumps(
         _plain(results), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False
@@ -41,28 +41,28 @@ def write_json(path: Path | str, results: Mapping[str, Any] | Sequence[Any]) -> 
 
 
 def write_text(path: Path | str, text: str) -> Path:
-    """Writes a UTF-8 file, whole or not at all, and returns ``path``.
+    """Write a UTF-8 file, whole or not at all, and return ``path``.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     return _write(Path(path), text.encode())
 
 
 def write_bytes(path: Path | str, content: bytes) -> Path:
-    """Writes a file, whole or not at all, and returns ``path``.
+    """Write a file, whole or not at all, and return ``path``.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     return _write(Path(path), content)
 
 
 def write_table(path: Path | str, table: pl.DataFrame) -> Path:
-    """Writes a Parquet file, whole or not at all, and returns ``path``.
+    """Write a Parquet file, whole or not at all, and return ``path``.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     content = io.BytesIO()
     table.write_parquet(content)
@@ -70,7 +70,7 @@ def write_table(path: Path | str, table: pl.DataFrame) -> Path:
 
 
 def _plain(value: Any, where: str = "results") -> Any:
-    """``value`` in the types of JSON."""
+    """Convert ``value`` to the types of JSON."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -87,7 +87,7 @@ def _plain(value: Any, where: str = "results") -> Any:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Beside the file, then renamed over it: a reader never meets half of it."""
+    """Write beside the file, then rename: a reader never sees a part of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -103,17 +103,17 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on, the machine's platform, and the git commit of the working folder."""
+    """Return the versions of packages that a run's numbers depend on, the platform, and the git commit."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("recsys-ssm", "torch", "lightning", "torchmetrics", "numpy", "polars"):
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree, not installed
+        except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
             found[package] = "unknown"
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository here
+    except (OSError, subprocess.CalledProcessError):  # without git or a repository
         return found
     return {**found, "git_commit": commit}

@@ -1,4 +1,4 @@
-"""Print the table a run ends with."""
+"""Print the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from recsys_ssm.metrics import COUNTS
 
 
 def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
-    """The end-of-run table: a row a metric; this run, what was published, and the baselines.
+    """Return the table at the end of a run: one row for each metric, with this run, published figures and baselines.
 
     Args:
-        results: ``name``, ``metrics`` (this run's, name -> value), and where there are such
-            ``generated`` (True marks the title), ``metrics_all_users`` (the same with zeros for
-            users without a relevant item; shown if there are such users), ``metrics_unfiltered``
-            (items a user has seen may be recommended too), ``published`` (with the head of its column,
-            ``published_label``) and ``baselines`` (name -> its metrics).
-        width: columns of the terminal; headers are broken at spaces where it does not fit.
+        results: ``name`` and ``metrics`` (of this run, name -> value). Optional: ``generated`` (True marks the
+            title), ``metrics_all_users`` (the same with zeros for users without a relevant item; shown if there are
+            such users), ``metrics_unfiltered`` (items a user has seen may be recommended too), ``published`` (with
+            ``published_label``, the head of its column), and ``baselines`` (name -> its metrics).
+        width: Columns of the terminal; headers that do not fit are broken at spaces.
 
     Returns:
-        A table whose columns are as wide as their numbers, also if it then is wider than ``width``.
+        A table whose columns are as wide as their numbers, even if it is then wider than ``width``.
     """
     metrics, label = results["metrics"], results.get("published_label", "published")
     columns: dict[str, Mapping[str, Any]] = {"this run": metrics}
@@ -70,14 +69,14 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
 
 
 class _WholeTable(Table):
-    """Rich cuts cells and drops columns where a terminal is narrow; a wrapped line loses nothing."""
+    """Table that is never cut: Rich would drop columns on a narrow terminal, and a wrapped line loses nothing."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return super().__rich_console__(console, options.update(max_width=10_000))
 
 
 def format_number(value: SupportsFloat | None, *, exact: bool = False) -> str:
-    """Four decimals; ``exact`` gives only the digits there are, decimal points still aligned."""
+    """Format with four decimals; ``exact`` keeps only the digits there are, with decimal points aligned."""
     number = math.nan if value is None else float(value)
     if math.isnan(number):
         return "-"
@@ -103,23 +102,23 @@ def _footnotes(results: Mapping[str, Any]) -> list[str]:
         notes.append(f"{note}.")
     if results.get("metrics_unfiltered"):
         notes.append(
-            "'seen items allowed': what a user had already may be recommended once more (RecBole's "
-            "protocol); everywhere else it is left out, the item held out excepted."
+            "'seen items allowed': items a user had already may be recommended again (RecBole's "
+            "protocol). The other columns leave them out, except the item held out."
         )
     if results.get("generated"):
-        notes.append("Generated data: these figures say nothing about the real data set.")
+        notes.append("Generated data: these figures say nothing about the real dataset.")
     return notes
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints `results_table` and what one has to know to read it.
+    """Print `results_table` and the notes a reader needs.
 
-    Plain text without control codes where the output is no terminal. A table that does not fit the
-    terminal is printed at the width it needs: a number is never cut.
+    The text has no control codes if the output is not a terminal. A table that does not fit the
+    terminal is printed at the width it needs, so a number is never cut.
 
     Args:
-        results: as for `results_table`; without ``metrics`` (no test was run) nothing is printed.
-        console: standard output if None.
+        results: As for `results_table`; without ``metrics`` (no test was run) nothing is printed.
+        console: Console to print to; None: standard output.
     """
     if not results.get("metrics"):
         return

@@ -365,7 +365,7 @@ def _warn_of_other_options(folder: Path, cfg: DictConfig) -> None:
 
 
 def end_with_parent() -> None:
-    """In a job's process, end when the sweep that started it does; do nothing elsewhere."""
+    """End a job's process when the sweep that started it does; do nothing elsewhere."""
     if not os.environ.pop(IS_JOB, None):
         return
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited from a shell's `&`

@@ -1,6 +1,6 @@
-"""Outputs and gradients of the blocks equal those of the public implementations' own reference paths, in float64.
+"""Test that outputs and gradients of the blocks equal those of the public implementations in float64.
 
-The numbers are made from the public code by scripts/make_block_fixtures.py.
+The numbers come from the public code's own reference paths, by scripts/make_block_fixtures.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run ends with: what is in the file, on the terminal and in the picture."""
+"""Test the files, the table and the picture that a run ends with."""
 
 import io
 import json
@@ -115,7 +115,7 @@ class TestTable:
         assert cells(text, "p@5") == ["0.9671", "0.9397", "0.952", "0.5000", "1.0000"]
         assert cells(text, "r@5") == ["0.3815", "0.3815", "-", "0.3815", "-"]
         assert cells(text, "coverage@10")[0] == "1.0e-05"
-        # What this run did not measure has no row, and counts are footnotes.
+        # Metrics that this run did not measure have no row. Counts are footnotes.
         assert "hr@1" not in text
         assert "n_users" not in text
 
@@ -140,7 +140,7 @@ class TestTable:
     def test_generated_data_is_marked(self):
         text = printed({**RESULTS, "generated": True})
         assert text.splitlines()[0].startswith("hm-mamba (generated data)")
-        assert "Generated data: these figures say nothing about the real data set." in text
+        assert "Generated data: these figures say nothing about the real dataset." in text
         assert "enerated" not in printed({**RESULTS, "generated": False})
 
     @pytest.mark.parametrize("width", [10, 40, 80, 200])
@@ -197,7 +197,7 @@ class TestTable:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, to look at what is on them."""
+    """Collect the figures that are saved, so that tests can inspect them."""
     figures = []
     save = matplotlib.figure.Figure.savefig
 

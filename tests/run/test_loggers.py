@@ -1,4 +1,4 @@
-"""What lands in W&B, read back from the files of offline runs; and that nothing waits or asks."""
+"""Test that W&B gets a run's figures, read back from the files of offline runs, and that nothing waits or asks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ QUICK = (*TINY, *SMALL_MAMBA, "logger=wandb")
 
 
 def records(run_file: Path) -> Iterator[pb.Record]:
-    """The records of a ``.wandb`` file: LevelDB's log format, whose blocks of 32 KiB hold pieces of records."""
+    """Return the records of a ``.wandb`` file: LevelDB's log format, whose blocks of 32 KiB hold pieces of records."""
     raw, block = run_file.read_bytes(), 32 * 1024
     position, parts = 7, b""  # a header of 7 bytes: ":W&B", a magic number, a version
     while position + 7 <= len(raw):
         if (
             block - position % block < 7
-        ):  # no room for a piece's own header: zeros to the end of the block
+        ):  # too small for the header of a piece: zeros to the end of the block
             position += block - position % block
             continue
         length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
@@ -47,7 +47,7 @@ def records(run_file: Path) -> Iterator[pb.Record]:
 
 
 def finished(run_file: Path) -> list[pb.Record]:
-    """All records of an ended run; W&B's own process may still be writing the last ones."""
+    """Return all records of a run that has ended; W&B's own process may still be writing the last ones."""
     deadline = time.monotonic() + 60
     while True:
         found = list(records(run_file))
@@ -196,7 +196,7 @@ def test_without_a_key_offline(no_mode: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_begins_without_a_warning(no_mode: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a process of its own: W&B gives each warning once."""
+    """Run in a new process, because W&B prints each warning once."""
     no_mode.setenv("WANDB_SILENT", "false")
     code = (
         "import wandb; from recsys_ssm.run.loggers import wandb_logger\n"

@@ -1,1 +1,1 @@
-"""Architectures, one file each, behind one contract: :class:`~recsys_ssm.models.backbones.base.Backbone`."""
+"""Backbones, an architecture a file, behind one contract: :class:`~recsys_ssm.models.backbones.base.Backbone`."""

@@ -1,4 +1,4 @@
-"""Self-attention over packed rows, causal or not; PyTorch's module holds the weights.
+"""Apply self-attention to packed rows, causal or not. PyTorch's ``nn.MultiheadAttention`` holds the weights.
 
 Legend: B rows, L tokens, D = d_model, H heads of P = D / H channels, T tokens seen so far.
 """
@@ -17,7 +17,7 @@ from recsys_ssm.ops.dropout import dropout
 
 
 class AttentionState(NamedTuple):
-    """What attention remembers of the tokens so far: all of them."""
+    """Keys and values of all tokens so far."""
 
     key: Tensor
     """(B, H, T, P)."""
@@ -26,15 +26,15 @@ class AttentionState(NamedTuple):
 
 
 def attention_mask(tokens: Tensor, seq_idx: Tensor | None, causal: bool) -> Tensor | None:
-    """What is added to the scores, 0 or -inf: one for all layers and heads.
+    """Return the mask that is added to the scores, 0 or -inf, for all layers and heads.
 
     Args:
         tokens: (B, L, D), for length, dtype and device.
-        seq_idx: (B, L), as :meth:`Backbone.forward`. Padding sees padding: no row of the softmax is empty.
-        causal: Whether a token sees no later one.
+        seq_idx: (B, L), as in :meth:`Backbone.forward`. Padding sees padding, so each row of the softmax has an entry.
+        causal: Hide later tokens.
 
     Returns:
-        (B, 1, L, L), (L, L) where all rows are alike, None where every token sees every other.
+        (B, 1, L, L), (L, L) if all rows are alike, or None if every token sees every other.
     """
     if seq_idx is None and not causal:
         return None
@@ -46,10 +46,16 @@ def attention_mask(tokens: Tensor, seq_idx: Tensor | None, causal: bool) -> Tens
 
 
 def attend(weights: nn.MultiheadAttention, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
-    """Multi-head self-attention (B, L, D) with dropout on the attention weights in training; mask as above."""
+    """Apply multi-head self-attention (B, L, D), with dropout on the attention weights during training.
+
+    Args:
+        weights: Holder of the weights.
+        x_BLD: (B, L, D).
+        mask: Result of :func:`attention_mask`.
+    """
     q_BHLP, k_BHLP, v_BHLP = (heads.transpose(1, 2) for heads in _project(weights, x_BLD))
     p = weights.dropout if weights.training else 0.0
-    if p and x_BLD.device.type == "cpu":  # PyTorch has no fused one for that either
+    if p and x_BLD.device.type == "cpu":  # PyTorch has no fused kernel for this case
         scores_BHLL = (q_BHLP * weights.head_dim**-0.5) @ k_BHLP.transpose(2, 3)
         if mask is not None:
             scores_BHLL += mask
@@ -62,7 +68,7 @@ def attend(weights: nn.MultiheadAttention, x_BLD: Tensor, mask: Tensor | None) -
 def attend_step(
     weights: nn.MultiheadAttention, x_BD: Tensor, state: AttentionState
 ) -> tuple[Tensor, AttentionState]:
-    """:func:`attend` at the next position; its time grows with T."""
+    """Apply :func:`attend` at the next position; the time of a call grows with T."""
     q_BH1P, k_BH1P, v_BH1P = (heads.unsqueeze(2) for heads in _project(weights, x_BD))
     state = AttentionState(
         torch.cat((state.key, k_BH1P), dim=2), torch.cat((state.value, v_BH1P), dim=2)
@@ -72,28 +78,30 @@ def attend_step(
 
 
 def no_tokens(weights: nn.MultiheadAttention, batch_size: int) -> AttentionState:
-    """The state before the first token."""
+    """Return the state before the first token: an empty cache of keys and values."""
     empty = weights.in_proj_weight.new_empty(batch_size, weights.num_heads, 0, weights.head_dim)
     return AttentionState(empty, empty)
 
 
 def _project(weights: nn.MultiheadAttention, x_D: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values (…, H, P)."""
+    """Return queries, keys and values (…, H, P)."""
     qkv = F.linear(x_D, weights.in_proj_weight, weights.in_proj_bias)
     return qkv.unflatten(-1, (3, weights.num_heads, weights.head_dim)).unbind(-3)
 
 
 class CausalAttention(Mixer):
-    """Causal self-attention as a layer's mixer; its context is the mask of :func:`attention_mask`.
+    """Causal self-attention as the mixer of a layer; its context is the mask of :func:`attention_mask`.
 
     Raises:
-        ValueError: ``d_model`` is no multiple of ``nhead``.
+        ValueError: ``d_model`` is not a multiple of ``nhead``.
     """
 
     def __init__(self, *, d_model: int, nhead: int, dropout: float = 0.0) -> None:
         super().__init__()
         if d_model % nhead:
-            raise ValueError(f"d_model={d_model} is no multiple of nhead={nhead}")
+            raise ValueError(
+                f"d_model={d_model} is not a multiple of nhead={nhead}; change one of them"
+            )
         self.attention = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
 
     def forward(self, x_BLD: Tensor, context: Tensor | None = None) -> Tensor:

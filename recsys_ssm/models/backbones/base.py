@@ -1,4 +1,4 @@
-"""The contract of a backbone, and the stack of layers most of them are."""
+"""Define the contract of a backbone, and the stack of layers that most backbones are."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from recsys_ssm.instantiate import Configurable
 from recsys_ssm.ops.dropout import Dropout
 
 Init = Literal["own", "normal", "xavier"]
-_NO_STEPS = "{} sees the whole row: it cannot go step by step"
+_NO_STEPS = "{} sees the whole row, so it cannot advance by one token; use a causal backbone"
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Parameters of a recurrence stay in float32 (or float64) whatever the precision of the rest."""
+    """Return a recurrence's parameters in float32 or float64, whatever the precision of the rest of the model."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def reinitialise(module: nn.Module, init: Init, std: float) -> None:
-    """Draw the weights of all linear layers anew, attention's among them; see :class:`Stack` for the choices.
+    """Draw new weights for all linear layers, those of attention included; :class:`Stack` describes the choices.
 
     Raises:
-        ValueError: ``init`` is none of them.
+        ValueError: ``init`` is not one of the choices.
     """
     if init not in ("own", "normal", "xavier"):
         raise ValueError(f"init={init!r}: expected 'own', 'normal' or 'xavier'")
     if init == "own":
         return
+    # NOTE[DIFF] Mamba's paper draws the step sizes of dt_proj itself; normal and xavier draw dt_proj like any linear
+    # layer, as RecBole and RecTools do.
     for part in module.modules():
         if isinstance(part, nn.Linear):
             weight, bias = part.weight, part.bias
@@ -48,16 +50,16 @@ def reinitialise(module: nn.Module, init: Init, std: float) -> None:
 
 
 class Backbone(Configurable, nn.Module, abc.ABC):
-    """Tokens in, tokens of the same shape out.
+    """Module that maps tokens to tokens of the same shape.
 
     A new architecture is one file here with a subclass, and one file in ``conf/backbone``.
     """
 
     causal: bool
-    """Whether an output depends on no later token. Only such a backbone may be trained at every position. Of the class,
-    or of the instance where an option decides."""
+    """True if an output depends only on its own and earlier tokens. Only such a backbone may be trained at every
+    position. An attribute of the class, or of the instance where an option decides."""
     pooling: ClassVar[Literal["last", "mean"]] = "last"
-    """Which output stands for the whole row: the last token's, or the mean where tokens are not mixed."""
+    """Output that represents the whole row: the last token's, or the mean where tokens are not mixed."""
 
     labels: ClassVar[Mapping[str, str]] = {}
     """Display names in reports by task (``two_tower``, ``next_item``). A subclass does not inherit them."""
@@ -74,17 +76,17 @@ class Backbone(Configurable, nn.Module, abc.ABC):
 
         Args:
             tokens: (B, L, D).
-            seq_idx: (B, L) integers: -1 is padding, any other number names the packed sequence a position belongs
-                to. Positions of different sequences do not see each other. None: each row is one sequence.
-            at: (P,) which outputs are wanted, as places in the flattened (B·L): the others' feed-forward networks need
-                not be computed. None: all.
+            seq_idx: (B, L) integers. -1 marks padding; any other number names the packed sequence that a position
+                belongs to. Positions of different sequences do not see each other. None: each row is one sequence.
+            at: (P,) places in the flattened (B·L) whose outputs are wanted. The feed-forward networks of the others are
+                then not computed. None: all places.
 
         Returns:
-            (B, L, D), or (P, D) with ``at``; what stands at padding is unspecified, but finite.
+            (B, L, D), or (P, D) with ``at``. Outputs at padding are finite, but not specified.
         """
 
     def init_state(self, batch_size: int) -> Any:
-        """The state before the first token of ``batch_size`` sequences, on the parameters' device.
+        """Return the state before the first token of ``batch_size`` sequences, on the device of the parameters.
 
         Raises:
             NotImplementedError: The backbone is not causal.
@@ -92,14 +94,14 @@ class Backbone(Configurable, nn.Module, abc.ABC):
         raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
 
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token further.
+        """Advance each sequence by one token.
 
         Args:
             token: (B, D).
-            state: From :meth:`init_state` or the step before; it is not changed.
+            state: State of :meth:`init_state` or of the step before. It is not changed.
 
         Returns:
-            Output (B, D), equal to :meth:`forward`'s at this position, and the next state.
+            The output (B, D), which equals that of :meth:`forward` at this position, and the next state.
 
         Raises:
             NotImplementedError: The backbone is not causal.
@@ -108,28 +110,36 @@ class Backbone(Configurable, nn.Module, abc.ABC):
 
 
 def pick(x_BLD: Tensor, at: Tensor | None) -> Tensor:
-    """The outputs that are wanted: (P, D); all, as they are, where ``at`` is None."""
+    """Return the outputs (P, D) at the places ``at`` of the flattened rows; all outputs where ``at`` is None."""
     return x_BLD if at is None else x_BLD.flatten(0, 1).index_select(0, at)
 
 
 class Mixer(nn.Module, abc.ABC):
-    """What a layer of a :class:`Stack` mixes tokens with: a Mamba block, say."""
+    """Part of a layer of a :class:`Stack` that mixes tokens: a Mamba block, for example."""
 
     @abc.abstractmethod
     def forward(self, x_BLD: Tensor, context: Any = None) -> Tensor:
-        """As :meth:`Backbone.forward`; ``context`` is ``seq_idx``, or what :meth:`Stack.context` makes of it."""
+        """Mix tokens as :meth:`Backbone.forward` does.
+
+        Args:
+            x_BLD: (B, L, D).
+            context: ``seq_idx``, or the result of :meth:`Stack.context`.
+        """
 
     def init_state(self, batch_size: int) -> Any:
-        """As :meth:`Backbone.init_state`."""
+        """Return the state before the first token, as :meth:`Backbone.init_state` does."""
         raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
 
     def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """As :meth:`Backbone.step`."""
+        """Advance by one token, as :meth:`Backbone.step` does."""
         raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
 
 
 class FeedForward(nn.Module):
-    """``W2 drop(gelu(W1 x))``, each token by itself; ``W2 drop(silu(W1 x) * W3 x)`` without biases for ``swiglu``."""
+    """Feed-forward network that treats each token by itself.
+
+    ``gelu`` is ``W2 drop(gelu(W1 x))``. ``swiglu`` is ``W2 drop(silu(W1 x) * W3 x)``, without biases.
+    """
 
     def __init__(
         self,
@@ -153,7 +163,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A mixer, and perhaps a feed-forward network, each a sublayer: see :class:`Stack`."""
+    """Mixer and optional feed-forward network, each a sublayer; :class:`Stack` describes the options."""
 
     def __init__(
         self,
@@ -203,7 +213,7 @@ class Layer(nn.Module):
         return self.norm(x) if self.norm_first else x
 
     def _after(self, x: Tensor, y: Tensor) -> Tensor:
-        """All that comes after the mixer, which turned the layer's input x into y; each token by itself."""
+        """Apply all that follows the mixer, which turned the layer's input x into y; each token by itself."""
         y = self._add(x if self.residual else None, y, self.gate)
         x = y if self.norm_first else self.norm(y)
         if self.ffn is None:
@@ -219,36 +229,36 @@ class Layer(nn.Module):
 
 
 class Stack(Backbone):
-    """Layers one after the other, each a mixer and, if asked for, a feed-forward network.
+    """Layers in sequence, each a mixer and an optional feed-forward network.
 
     ``norm=post`` (FT-Mamba, Mamba4Rec, SASRec):  ``x = norm(x + drop(mixer(x)));  x = norm(x + drop(ffn(x)))``,
     ``norm=pre``:  ``x = x + drop(mixer(norm(x)));  x = x + drop(ffn(norm(x)))``, and a norm at the end.
-    The sum around the mixer is there with ``residual``, the one around the feed-forward network always.
+    ``residual`` adds the sum around the mixer. The sum around the feed-forward network is always there.
 
-    Mamba4Rec (Liu et al. 2024, arXiv 2403.03900) is ``norm=post``, ``ffn=4``, ``norm_eps=1e-12``, ``init=normal`` and
-    ``residual`` where there are several layers: with one its public code has none around Mamba. Its count of
-    parameters has one LayerNorm more, of the item embeddings, which is the tokenizer's.
+    Mamba4Rec (Liu et al. 2024, arXiv 2403.03900) is ``norm=post``, ``ffn=4``, ``norm_eps=1e-12``, ``init=normal``, and
+    ``residual`` if there are several layers: with one layer its public code has no residual sum around Mamba. Its
+    parameter count includes one more LayerNorm, of the item embeddings, which belongs to the tokenizer here.
 
     Args:
-        mixers: One a layer, at least one.
+        mixers: One mixer for each layer, at least one.
         d_model: D.
-        norm: ``post``: LayerNorm after each sum; ``pre``: before the mixer and the network; ``none``.
-        norm_eps: What LayerNorm adds to the variance.
+        norm: Place of LayerNorm: ``post``, after each sum; ``pre``, before the mixer and the network; or ``none``.
+        norm_eps: Number that LayerNorm adds to the variance.
         residual: Add a layer's input to its mixer's output.
-        gated: A sum is ``x + sigmoid(W x + b) * drop(...)`` (LiGR, arXiv 2502.03417); needs ``residual``.
-        ffn: Width of the feed-forward network as a multiple of D; 0: none.
+        gated: Gate each sum: ``x + sigmoid(W x + b) * drop(...)`` (LiGR, arXiv 2502.03417); needs ``residual``.
+        ffn: Width of the feed-forward network as a multiple of D; 0: no network.
         ffn_activation: ``gelu``, or ``swiglu`` (three matrices, no biases).
-        final_norm: With ``norm=pre``, whether there is a norm at the end.
-        dropout: On the output of each mixer and network, and within the network.
-        init: ``own``: as each block's authors do. ``normal``: every linear layer's weights N(0, init_std²) and biases
-            0, also those within the mixers, as the public Mamba4Rec does through RecBole. That includes Mamba's
-            ``dt_proj``: its steps then start at softplus(0) = 0.69, not between 0.001 and 0.1; what is no linear layer
-            (convolution, A, D, Mamba-2's ``dt_bias``) stays. ``xavier``: weights of linear layers Xavier-normal, as
-            RecTools does.
-        init_std: Of ``init=normal``.
+        final_norm: Add a norm at the end, with ``norm=pre``.
+        dropout: Dropout rate of the output of each mixer and network, and within the network.
+        init: Initialisation of linear layers. ``own``: as the authors of each block do. ``normal``: weights
+            N(0, init_std²) and biases 0, also within the mixers, as RecBole does for the public Mamba4Rec. That
+            includes Mamba's ``dt_proj``, so its steps start at softplus(0) = 0.69, not between 0.001 and 0.1.
+            Parameters outside linear layers (convolution, A, D, Mamba-2's ``dt_bias``) keep their own
+            initialisation. ``xavier``: Xavier-normal weights, as RecTools does.
+        init_std: Standard deviation of ``init=normal``.
 
     Raises:
-        ValueError: An option is none of those above.
+        ValueError: An option has a value other than those above.
     """
 
     def __init__(
@@ -268,16 +278,16 @@ class Stack(Backbone):
     ) -> None:
         super().__init__()
         if not mixers:
-            raise ValueError("n_layers=0: a stack needs a layer")
+            raise ValueError("n_layers=0: a stack needs a layer; give at least 1")
         if norm not in ("post", "pre", "none"):
             raise ValueError(f"norm={norm!r}: expected 'post', 'pre' or 'none'")
         if ffn_activation not in ("gelu", "swiglu"):
             raise ValueError(f"ffn_activation={ffn_activation!r}: expected 'gelu' or 'swiglu'")
         if ffn < 0:
-            raise ValueError(f"ffn={ffn}: expected 0 (none) or a multiple of d_model")
+            raise ValueError(f"ffn={ffn}: expected 0 (no network) or a multiple of d_model")
         if gated and not residual:
             raise ValueError(
-                "gated=true gates what is added to a layer's input: it needs residual=true"
+                "gated=true needs residual=true: the gate belongs to the sum with a layer's input"
             )
         self.d_model = d_model
         self.layers = nn.ModuleList(
@@ -300,7 +310,7 @@ class Stack(Backbone):
         reinitialise(self, init, init_std)
 
     def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Any:
-        """What the mixers are given beside the tokens: worked out once, not in each layer."""
+        """Return the second argument of the mixers, computed once for all layers."""
         return seq_idx
 
     def forward(
@@ -316,11 +326,11 @@ class Stack(Backbone):
         return iter(cast(Iterable[Layer], self.layers))
 
     def init_state(self, batch_size: int) -> list[Any]:
-        """As :meth:`Backbone.init_state`: each layer's."""
+        """Return the state of each layer before the first token, as :meth:`Backbone.init_state` does."""
         return [layer.init_state(batch_size) for layer in self._layers()]
 
     def step(self, token: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """As :meth:`Backbone.step`."""
+        """Advance by one token, as :meth:`Backbone.step` does."""
         states = []
         for layer, layer_state in zip(self._layers(), state, strict=True):
             token, layer_state = layer.step(token, layer_state)

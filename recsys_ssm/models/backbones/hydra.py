@@ -1,8 +1,23 @@
-"""Hydra: a bidirectional state space model, a quasiseparable matrix in place of a causal one (Hwang et al. 2024,
-arXiv 2407.09941).
+"""Hydra: a bidirectional state space model (Hwang et al. 2024, arXiv 2407.09941).
 
-Each position mixes what the tokens before it and, by a second scan with its own dt, B and C, the tokens after it add
-up to; its own token enters through a third, diagonal term.
+A Hydra block is a Mamba-2 block that looks both ways. As a matrix over positions, a causal scan is lower triangular:
+``y = M x`` with zeros above the diagonal. Hydra fills the upper triangle as well and so gets a *quasiseparable* matrix:
+
+    y[t] = scan over the tokens before t  +  scan over the tokens after t  +  d[t] · x[t]
+
+The two scans share A and the values x; each has its own dt, B and C. A token does not enter its own scans: each result
+is shifted by one position. It enters through the third, diagonal term, whose weight d is a constant plus a linear
+function of the token. Both scans are computed as one call of :func:`~recsys_ssm.ops.ssd.ssd` on twice the rows, the
+second half back to front.
+
+Every position sees every other. A Hydra backbone is therefore trained on the last position of a history, not on all,
+and has no ``step``.
+
+    (B, L, D) ── in_proj ──► z (B, L, E), [x, B, C] (B, L, X), dt (B, L, 2·H)
+    [x, B, C] ── centred conv1d, SiLU ──► x (B, L, E), B and C of both directions (B, L, G, N)
+    x and its reverse (2·B, L, H, P), dt, A (H,), B, C ── ssd, shift ──► before, after (B, L, E)
+    d = fc_D(x) + D (B, L, H)
+    RMSNorm(before + after + d · x) · SiLU(z) ── out_proj ──► (B, L, D)
 
 Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, H heads of P = headdim channels, G groups of heads
 that share B and C, N = d_state, W = d_conv, X = E + 4·G·N channels that are convolved: x, B and C of both directions.
@@ -24,11 +39,9 @@ from recsys_ssm.ops.ssd import ssd
 
 
 class HydraBlock(Mixer):
-    """One Hydra block; names, shapes and initialisation of its parameters are the public implementation's.
+    """One Hydra block; parameters have the names, shapes and initialisation of the public implementation.
 
-    The convolution is centred: a position sees the W // 2 before it and the (W - 1) // 2 after it. For odd W that is
-    the public ``padding=W // 2``. For even W the public code returns one position too many and fails; here it is the
-    first L of them.
+    The convolution is centred: a position sees the W // 2 positions before it and the (W - 1) // 2 after it.
 
     Args:
         d_model: D.
@@ -37,12 +50,13 @@ class HydraBlock(Mixer):
         expand: E / D.
         headdim: P.
         ngroups: G.
-        dt_min, dt_max: Range the initial step sizes are drawn from, log-uniformly.
+        dt_min, dt_max: Range of the initial step sizes, which are drawn log-uniformly.
         dt_init_floor: Lower bound of the initial step sizes.
-        conv_bias, bias: Whether the convolution, the projections in and out, have a bias.
+        conv_bias: Give the convolution a bias.
+        bias: Give the projections in and out a bias.
 
     Raises:
-        ValueError: E is no multiple of ``headdim``, or H none of ``ngroups``.
+        ValueError: E is not a multiple of ``headdim``, or H is not a multiple of ``ngroups``.
     """
 
     def __init__(
@@ -64,18 +78,21 @@ class HydraBlock(Mixer):
         self.d_inner = expand * d_model
         if self.d_inner % headdim:
             raise ValueError(
-                f"headdim={headdim} does not divide expand * d_model = {expand} * {d_model} = {self.d_inner}"
+                f"headdim={headdim} does not divide expand * d_model = {expand} * {d_model} = {self.d_inner}; "
+                "give a headdim that does"
             )
         self.heads = self.d_inner // headdim
         if self.heads % ngroups:
             raise ValueError(
-                f"ngroups={ngroups} does not divide the {self.heads} heads of headdim={headdim}"
+                f"ngroups={ngroups} does not divide the {self.heads} heads of headdim={headdim}; "
+                "give an ngroups that does"
             )
         self.d_state, self.headdim, self.ngroups = d_state, headdim, ngroups
         self.d_conved = self.d_inner + 4 * ngroups * d_state
 
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conved + 2 * self.heads, bias=bias)
-        # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
+        # nn.Conv1d gives parameters their names, shapes and initialisation; same_conv1d computes.
+        # NOTE[DIFF] For even W the public code returns one position too many and fails; here it is the first L.
         self.conv1d = nn.Conv1d(
             self.d_conved,
             self.d_conved,
@@ -103,7 +120,7 @@ class HydraBlock(Mixer):
             seq_idx=seq_idx,
         )
         x_BLE, BC_BLS = xBC_BLX.split([self.d_inner, self.d_conved - self.d_inner], dim=-1)
-        # Both directions are one scan over twice the rows, the second half of them back to front.
+        # One scan over twice the rows computes both directions; the second half is back to front.
         x_RLE = torch.cat([x_BLE, x_BLE.flip(1)])
         dt_RLH, BC_RLS = (_both_ways(tensor) for tensor in (dt_BLH, BC_BLS))
         seq_idx_RL = None if seq_idx is None else torch.cat([seq_idx, seq_idx.flip(1)])
@@ -128,13 +145,13 @@ class HydraBlock(Mixer):
 
 
 def _both_ways(x: Tensor) -> Tensor:
-    """(B, L, 2·S), the halves one a direction, to (2·B, L, S), the second half of the rows back to front."""
+    """Split (B, L, 2·S) into two directions and return (2·B, L, S), the second half of the rows back to front."""
     ahead, back = x.chunk(2, dim=-1)
     return torch.cat([ahead, back.flip(1)])
 
 
 def _one_later(y_BLE: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """Each position gets the output of the one before it in its sequence: it does not see its own token twice."""
+    """Shift outputs by one position within each sequence, so that no position sees its own token twice."""
     y_BLE = F.pad(y_BLE[:, :-1], (0, 0, 1, 0))
     if seq_idx is None:
         return y_BLE
@@ -143,15 +160,22 @@ def _one_later(y_BLE: Tensor, seq_idx: Tensor | None) -> Tensor:
 
 
 class Hydra(Stack):
-    """Hydra blocks in a stack. Every position sees every other: not for a loss at every position.
+    """Hydra blocks in a stack. Every position sees every other, so a loss at every position is refused.
 
-    Hydra4Rec is Mamba4Rec's arrangement (see :class:`Stack`) with d_model 64, one layer, d_state 32, d_conv 4, headdim
-    64: 68,038 parameters, 68,166 with the LayerNorm of the item embeddings.
+    Hydra4Rec is Mamba4Rec (see :class:`Stack`) with d_model 64, one layer, d_state 32, d_conv 4, headdim 64: 68,038
+    parameters, 68,166 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, headdim, ngroups: As :class:`HydraBlock`.
-        n_layers: How many blocks.
-        stack: The options of :class:`Stack`.
+        d_model, d_state, d_conv, expand, headdim, ngroups: As in :class:`HydraBlock`.
+        n_layers: Number of blocks.
+        stack: Options of :class:`Stack`.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Hydra
+        >>> backbone = Hydra(d_model=8, n_layers=1, d_state=4, headdim=4)
+        >>> backbone(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     causal = False

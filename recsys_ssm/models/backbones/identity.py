@@ -1,4 +1,4 @@
-"""No mixing at all: what the tokenizer and the head do without a backbone."""
+"""Measure what tokenizer and head do without a backbone: tokens are not mixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from recsys_ssm.models.backbones.base import Backbone, pick
 
 
 class Identity(Backbone):
-    """Tokens as they are; a row is then represented by their mean, since the last one has seen no other."""
+    """Tokens as they are. A row is represented by their mean, since the last token has not seen the others.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Identity
+        >>> Identity(d_model=8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
 
     causal = True
     labels: ClassVar[Mapping[str, str]] = {"two_tower": "no backbone", "next_item": "no backbone"}
@@ -28,8 +35,8 @@ class Identity(Backbone):
         return pick(tokens, at)
 
     def init_state(self, batch_size: int) -> None:
-        """Nothing is remembered."""
+        """Return None: there is nothing to remember."""
 
     def step(self, token: Tensor, state: None) -> tuple[Tensor, None]:
-        """As :meth:`Stack.step`."""
+        """Return the token unchanged, as :meth:`Backbone.step` describes."""
         return token, state

@@ -12,21 +12,31 @@ from recsys_ssm.models.backbones.base import Init, Stack
 
 
 class Ligr(Stack):
-    """Causal attention in a :class:`Stack`; the defaults are eSASRec's layers (arXiv 2508.06450), RecTools'.
+    """Causal attention in a :class:`Stack`; the defaults are eSASRec's layers (arXiv 2508.06450), as in RecTools.
 
-    ``x = x + sigmoid(W x + b) * drop(attention(norm(x)))``, then the same around a SwiGLU network of 4·D.
+    ``x = x + sigmoid(W x + b) * drop(attention(norm(x)))``, then the same sum around a SwiGLU network of width 4·D.
 
     RecTools' ``LiGRLayers`` end without a norm, so ``final_norm`` is off.
 
     Args:
         d_model: D.
-        n_layers: How many.
-        nhead: Attention heads.
-        dropout: Of the attention weights and, as :class:`Stack`, of the sublayers.
+        n_layers: Number of layers.
+        nhead: Number of attention heads.
+        dropout: Dropout rate of the attention weights and, as in :class:`Stack`, of the sublayers.
         norm, residual, gated, ffn, ffn_activation, final_norm, init, stack: Options of :class:`Stack`.
 
     Raises:
-        ValueError: ``d_model`` is no multiple of ``nhead``, or as :class:`Stack`.
+        ValueError: ``d_model`` is not a multiple of ``nhead``, or as :class:`Stack`.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Ligr
+        >>> backbone = Ligr(d_model=8, n_layers=1, nhead=2)
+        >>> backbone(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> output, state = backbone.step(torch.randn(2, 8), backbone.init_state(batch_size=2))
+        >>> output.shape
+        torch.Size([2, 8])
     """
 
     causal = True
@@ -67,4 +77,5 @@ class Ligr(Stack):
         )
 
     def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Tensor | None:
+        """Return the attention mask that all layers share."""
         return attention_mask(tokens, seq_idx, causal=True)

@@ -1,5 +1,26 @@
 """Mamba: the selective state space model (Gu and Dao 2023, arXiv 2312.00752).
 
+A Mamba block replaces attention by a recurrence. A first projection splits each token into two parts of E channels: x
+is mixed along the sequence, z gates the result. x passes a causal convolution over the last W tokens, channel by
+channel, and a SiLU. Then each channel drives N states of its own and is read from them:
+
+    h[t] = exp(dt[t] · A) · h[t-1] + dt[t] · B[t] · x[t]        the state, N numbers a channel
+    y[t] = C[t] · h[t] + D · x[t]                               the output
+
+The block is *selective*: the step size dt, the input weights B and the output weights C are computed from the token
+itself. A large dt overwrites the state with the token, a small dt skips the token and keeps the past. A, which is
+negative, sets how fast each state forgets. The output is y, gated by SiLU(z) and projected back to D channels.
+
+In training, :func:`~recsys_ssm.ops.selective_scan.selective_scan` runs the recurrence over whole sequences. One token
+at a time, ``step`` needs only the last W - 1 inputs of the convolution and h, so its cost does not grow with the
+history.
+
+    (B, L, D) ── in_proj ──► x, z (B, L, E)
+    x ── conv1d, SiLU ──► x (B, L, E) ── x_proj ──► dt (B, L, R), B and C (B, L, N)
+    dt ── dt_proj, softplus ──► dt (B, L, E)
+    x, dt, A (E, N), B, C, D (E,) ── scan ──► y (B, L, E)
+    y · SiLU(z) ── out_proj ──► (B, L, D)
+
 Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, N = d_state, R = dt_rank, W = d_conv.
 """
 
@@ -18,7 +39,7 @@ from recsys_ssm.ops.selective_scan import selective_scan, selective_scan_step
 
 
 class MambaState(NamedTuple):
-    """What a Mamba block remembers of the tokens so far."""
+    """State of a Mamba block after the tokens so far."""
 
     conv: Tensor
     """(B, E, W - 1), the last inputs of the convolution."""
@@ -27,7 +48,7 @@ class MambaState(NamedTuple):
 
 
 class MambaBlock(Mixer):
-    """One Mamba block; names, shapes and initialisation of its parameters are the public implementation's.
+    """One Mamba block; parameters have the names, shapes and initialisation of the public implementation.
 
     Args:
         d_model: D.
@@ -35,9 +56,10 @@ class MambaBlock(Mixer):
         d_conv: W.
         expand: E / D.
         dt_rank: R; ``auto`` is ⌈D / 16⌉.
-        dt_min, dt_max: Range the initial step sizes are drawn from, log-uniformly.
+        dt_min, dt_max: Range of the initial step sizes, which are drawn log-uniformly.
         dt_init_floor: Lower bound of the initial step sizes.
-        conv_bias, bias: Whether the convolution, the projections in and out, have a bias.
+        conv_bias: Give the convolution a bias.
+        bias: Give the projections in and out a bias.
     """
 
     def __init__(
@@ -60,7 +82,7 @@ class MambaBlock(Mixer):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
-        # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
+        # nn.Conv1d gives parameters their names, shapes and initialisation; causal_conv1d computes.
         self.conv1d = nn.Conv1d(
             self.d_inner,
             self.d_inner,
@@ -80,7 +102,7 @@ class MambaBlock(Mixer):
             torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
         ).clamp(min=dt_init_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
     def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
@@ -137,7 +159,7 @@ class MambaBlock(Mixer):
         return -torch.exp(at_least_float32(self.A_log))
 
     def _selection(self, x_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What of the recurrence depends on the input: dt before its bias and softplus, B and C."""
+        """Return the input-dependent parts of the recurrence: dt before its bias and softplus, B and C."""
         dt_R, B_N, C_N = self.x_proj(x_E).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return nn.functional.linear(dt_R, self.dt_proj.weight), B_N, C_N
 
@@ -145,14 +167,24 @@ class MambaBlock(Mixer):
 class Mamba(Stack):
     """Mamba blocks in a stack; the defaults are FT-Mamba's tower, 479,232 parameters at d_model 128.
 
-    The paper does not say whether there is a residual connection: ``residual`` decides, docs/results.md has both.
-    Mamba4Rec is d_model 64, one layer, d_state 32, d_conv 4 in the arrangement :class:`Stack` describes: 72,128
+    The paper does not say if there is a residual connection. ``residual`` decides; docs/results.md has both results.
+    Mamba4Rec is d_model 64, one layer, d_state 32, d_conv 4, with the layer that :class:`Stack` describes: 72,128
     parameters, 72,256 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank: As :class:`MambaBlock`.
-        n_layers: How many blocks.
-        stack: The options of :class:`Stack`.
+        d_model, d_state, d_conv, expand, dt_rank: As in :class:`MambaBlock`.
+        n_layers: Number of blocks.
+        stack: Options of :class:`Stack`.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Mamba
+        >>> backbone = Mamba(d_model=8, n_layers=1, d_state=4)
+        >>> backbone(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> output, state = backbone.step(torch.randn(2, 8), backbone.init_state(batch_size=2))
+        >>> output.shape
+        torch.Size([2, 8])
     """
 
     causal = True

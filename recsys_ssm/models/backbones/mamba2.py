@@ -1,5 +1,25 @@
 """Mamba-2: state space duality (Dao and Gu 2024, arXiv 2405.21060).
 
+A Mamba-2 block is a Mamba block whose recurrence is mostly matrix products. Channels come in heads of P, as in
+attention. All states of a head share one decay: A is one number a head, and dt one step size a head and token. B and C
+are shared by the heads of a group. The state of a head is a matrix, to which each token adds an outer product:
+
+    h[t] = exp(dt[t] · A) · h[t-1] + dt[t] · x[t] B[t]ᵀ        the state, P × N numbers a head
+    y[t] = h[t] C[t] + D · x[t]                                the output, P numbers a head
+
+With one decay a head, the recurrence is also a masked attention without softmax, hence *duality*:
+``y[t] = Σ_{s ≤ t} (C[t] · B[s]) exp(A · Σ_{s < r ≤ t} dt[r]) dt[s] x[s] + D · x[t]``.
+:func:`~recsys_ssm.ops.ssd.ssd` uses the attention form within chunks of tokens and the recurrence between chunks;
+``step`` uses the recurrence.
+
+One projection computes z, x, B, C and dt from the token at once. x, B and C pass the convolution together (in Mamba, B
+and C are computed after it). The output is gated and normalised: RMSNorm(y · SiLU(z)).
+
+    (B, L, D) ── in_proj ──► z (B, L, E), [x, B, C] (B, L, X), dt (B, L, H)
+    [x, B, C] ── conv1d, SiLU ──► x (B, L, H, P), B and C (B, L, G, N)
+    x, dt, A (H,), B, C, D (H,) ── ssd ──► y (B, L, H, P)
+    RMSNorm(y · SiLU(z)) ── out_proj ──► (B, L, D)
+
 Legend: B rows, L tokens, D = d_model, E = expand·D inner channels, H heads of P = headdim channels, G groups of heads
 that share B and C, N = d_state, W = d_conv, X = E + 2·G·N channels that are convolved: x, B and C.
 """
@@ -20,7 +40,10 @@ from recsys_ssm.ops.ssd import ssd, ssd_step
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y · SiLU(z)), or RMSNorm(y) · SiLU(z) where ``norm_before_gate``; over ``groups`` groups of channels."""
+    """RMSNorm with a gate, over ``groups`` groups of channels.
+
+    RMSNorm(y · SiLU(z)), or RMSNorm(y) · SiLU(z) with ``norm_before_gate``.
+    """
 
     def __init__(
         self, d: int, *, eps: float = 1e-5, groups: int = 1, norm_before_gate: bool = False
@@ -30,9 +53,8 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        wide = torch.promote_types(
-            y.dtype, torch.float32
-        )  # half precision is normalised in float32
+        # Half precision is normalised in float32.
+        wide = torch.promote_types(y.dtype, torch.float32)
         gate = F.silu(z.to(wide))
         x = y.to(wide)
         if not self.norm_before_gate:
@@ -45,14 +67,14 @@ class GatedRMSNorm(nn.Module):
 
 
 def initial_dt_bias(heads: int, dt_min: float, dt_max: float, dt_init_floor: float) -> nn.Parameter:
-    """(H,): softplus of it is log-uniform between ``dt_min`` and ``dt_max``."""
+    """Draw biases (H,) whose softplus is log-uniform between ``dt_min`` and ``dt_max``."""
     dt = torch.exp(torch.rand(heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
     dt = dt.clamp(min=dt_init_floor)
     return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
 class Mamba2State(NamedTuple):
-    """What a Mamba-2 block remembers of the tokens so far."""
+    """State of a Mamba-2 block after the tokens so far."""
 
     conv: Tensor
     """(B, X, W - 1), the last inputs of the convolution."""
@@ -61,7 +83,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2Block(Mixer):
-    """One Mamba-2 block; names, shapes and initialisation of its parameters are the public implementation's.
+    """One Mamba-2 block; parameters have the names, shapes and initialisation of the public implementation.
 
     Args:
         d_model: D.
@@ -70,14 +92,15 @@ class Mamba2Block(Mixer):
         expand: E / D.
         headdim: P.
         ngroups: G.
-        A_init_range: Range the heads' initial decay rates -A are drawn from, uniformly.
-        dt_min, dt_max: Range the initial step sizes are drawn from, log-uniformly.
+        A_init_range: Range of the heads' initial decay rates -A, which are drawn uniformly.
+        dt_min, dt_max: Range of the initial step sizes, which are drawn log-uniformly.
         dt_init_floor: Lower bound of the initial step sizes.
-        norm_before_gate: RMSNorm(y) · SiLU(z) in place of RMSNorm(y · SiLU(z)).
-        conv_bias, bias: Whether the convolution, the projections in and out, have a bias.
+        norm_before_gate: Compute RMSNorm(y) · SiLU(z) rather than RMSNorm(y · SiLU(z)).
+        conv_bias: Give the convolution a bias.
+        bias: Give the projections in and out a bias.
 
     Raises:
-        ValueError: E is no multiple of ``headdim``, or H none of ``ngroups``.
+        ValueError: E is not a multiple of ``headdim``, or H is not a multiple of ``ngroups``.
     """
 
     def __init__(
@@ -101,18 +124,20 @@ class Mamba2Block(Mixer):
         self.d_inner = expand * d_model
         if self.d_inner % headdim:
             raise ValueError(
-                f"headdim={headdim} does not divide expand * d_model = {expand} * {d_model} = {self.d_inner}"
+                f"headdim={headdim} does not divide expand * d_model = {expand} * {d_model} = {self.d_inner}; "
+                "give a headdim that does"
             )
         self.heads = self.d_inner // headdim
         if self.heads % ngroups:
             raise ValueError(
-                f"ngroups={ngroups} does not divide the {self.heads} heads of headdim={headdim}"
+                f"ngroups={ngroups} does not divide the {self.heads} heads of headdim={headdim}; "
+                "give an ngroups that does"
             )
         self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
         self.d_conved = self.d_inner + 2 * ngroups * d_state
 
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conved + self.heads, bias=bias)
-        # A Conv1d for its parameters' names, shapes and initialisation; the operator is ours.
+        # nn.Conv1d gives parameters their names, shapes and initialisation; causal_conv1d computes.
         self.conv1d = nn.Conv1d(
             self.d_conved,
             self.d_conved,
@@ -178,11 +203,11 @@ class Mamba2Block(Mixer):
         return self.out_proj(self.norm(y_BHP.flatten(1), z_BE)), Mamba2State(conv, ssm)
 
     def _split(self, x_D: Tensor) -> tuple[Tensor, ...]:
-        """z, what is convolved, dt before its bias and softplus."""
+        """Return z, the channels to convolve, and dt before its bias and softplus."""
         return self.in_proj(x_D).split([self.d_inner, self.d_conved, self.heads], dim=-1)
 
     def _selection(self, xBC_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What of the recurrence depends on the input: x by heads, B and C by groups."""
+        """Return the input-dependent parts of the recurrence: x by heads, B and C by groups."""
         states = self.ngroups * self.d_state
         x_E, B_S, C_S = xBC_X.split([self.d_inner, states, states], dim=-1)
         by_group = (self.ngroups, self.d_state)
@@ -196,13 +221,23 @@ class Mamba2Block(Mixer):
 class Mamba2(Stack):
     """Mamba-2 blocks in a stack.
 
-    2Mamba4Rec is Mamba4Rec's arrangement (see :class:`Stack`) with d_model 64, one layer, d_state 128, headdim 4:
-    78,496 parameters, 78,624 with the LayerNorm of the item embeddings.
+    2Mamba4Rec is Mamba4Rec (see :class:`Stack`) with d_model 64, one layer, d_state 128, headdim 4: 78,496 parameters,
+    78,624 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, headdim, ngroups: As :class:`Mamba2Block`.
-        n_layers: How many blocks.
-        stack: The options of :class:`Stack`.
+        d_model, d_state, d_conv, expand, headdim, ngroups: As in :class:`Mamba2Block`.
+        n_layers: Number of blocks.
+        stack: Options of :class:`Stack`.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Mamba2
+        >>> backbone = Mamba2(d_model=8, n_layers=1, d_state=4, headdim=4)
+        >>> backbone(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> output, state = backbone.step(torch.randn(2, 8), backbone.init_state(batch_size=2))
+        >>> output.shape
+        torch.Size([2, 8])
     """
 
     causal = True

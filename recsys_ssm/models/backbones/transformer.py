@@ -1,4 +1,4 @@
-"""Transformer encoder: the FT-Transformer's embedder and, causal, SASRec's."""
+"""Transformer encoder: the embedder of FT-Transformer and, if causal, that of SASRec."""
 
 from __future__ import annotations
 
@@ -19,31 +19,41 @@ from recsys_ssm.ops.dropout import dropout
 
 
 class Transformer(Backbone):
-    """``n_layers`` of the encoder layer of Vaswani et al. 2017, its parameters those of ``nn.TransformerEncoderLayer``.
+    """Encoder layers of Vaswani et al. 2017 with the parameters of ``nn.TransformerEncoderLayer``.
 
-    The published FT-Transformer tower is the default: 2 layers, 2 heads, no dropout, feed-forward 2048,
-    normalisation after, every token seeing every other; 1,186,048 parameters at d_model 128.
+    The defaults are the published FT-Transformer tower: 2 layers, 2 heads, no dropout, feed-forward width 2048, norm
+    after each sum, every token sees every other; 1,186,048 parameters at d_model 128.
 
-    SASRec (Kang and McAuley 2018, arXiv 1808.09781) as RecBole has it: d_model 64, ``dim_feedforward=256``,
+    SASRec (Kang and McAuley 2018, arXiv 1808.09781) as RecBole builds it: d_model 64, ``dim_feedforward=256``,
     ``activation=gelu``, ``causal=true``, ``inner_dropout=0``, ``norm_eps=1e-12``, ``init=normal``; 99,968 parameters,
-    100,096 with the LayerNorm of the item embeddings, which is the tokenizer's.
+    100,096 with the LayerNorm of the item embeddings, which belongs to the tokenizer.
 
     Args:
         d_model: D.
-        n_layers: How many.
-        nhead: Attention heads.
+        n_layers: Number of layers.
+        nhead: Number of attention heads.
         dim_feedforward: Inner width of the feed-forward network.
-        dropout: Of the output of attention and of the network.
-        attention_dropout: Of the attention weights; none: ``dropout``.
-        inner_dropout: Within the network; none: ``dropout``.
-        activation: Of the network.
-        norm_first: LayerNorm before attention and network, and once more at the end, in place of after each sum.
-        norm_eps: What LayerNorm adds to the variance.
-        causal: Whether a token sees no later one.
-        init, init_std: As :class:`~recsys_ssm.models.backbones.base.Stack`.
+        dropout: Dropout rate of the outputs of attention and network.
+        attention_dropout: Dropout rate of the attention weights; None: ``dropout``.
+        inner_dropout: Dropout rate within the network; None: ``dropout``.
+        activation: Activation of the network.
+        norm_first: Put LayerNorm before attention and network, and once more at the end, rather than after each sum.
+        norm_eps: Number that LayerNorm adds to the variance.
+        causal: Hide later tokens from each token.
+        init, init_std: As in :class:`~recsys_ssm.models.backbones.base.Stack`.
 
     Raises:
-        ValueError: ``d_model`` is no multiple of ``nhead``, or there is no layer.
+        ValueError: ``d_model`` is not a multiple of ``nhead``, or ``n_layers`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from recsys_ssm import Transformer
+        >>> backbone = Transformer(d_model=8, n_layers=1, dim_feedforward=16, causal=True)
+        >>> backbone(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> output, state = backbone.step(torch.randn(2, 8), backbone.init_state(batch_size=2))
+        >>> output.shape
+        torch.Size([2, 8])
     """
 
     causal = False
@@ -69,11 +79,15 @@ class Transformer(Backbone):
     ) -> None:
         super().__init__()
         if d_model % nhead:
-            raise ValueError(f"d_model={d_model} is no multiple of nhead={nhead}")
+            raise ValueError(
+                f"d_model={d_model} is not a multiple of nhead={nhead}; change one of them"
+            )
         if n_layers < 1:
-            raise ValueError(f"n_layers={n_layers}: an encoder needs a layer")
+            raise ValueError(f"n_layers={n_layers}: an encoder needs a layer; give at least 1")
         self.d_model, self.norm_first, self.causal = d_model, norm_first, causal
-        # One by one, not nn.TransformerEncoder: that copies its first layer, so that all start out equal.
+        # NOTE[DIFF] nn.TransformerEncoder copies its first layer, so its layers start equal; here each is drawn anew.
+        # NOTE[DIFF] The SASRec of the paper normalises queries alone and has a ReLU network of width D; with the
+        # options named above this is RecBole's, a post-norm encoder.
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 d_model,
@@ -104,6 +118,7 @@ class Transformer(Backbone):
         return self.final_norm(self._after(last, pick(tokens, at), pick(y, at)))
 
     def init_state(self, batch_size: int) -> list[AttentionState]:
+        """Return an empty cache of keys and values for each layer; needs ``causal``."""
         if not self.causal:
             return super().init_state(batch_size)
         return [no_tokens(layer.self_attn, batch_size) for layer in self._layers()]
@@ -111,7 +126,7 @@ class Transformer(Backbone):
     def step(
         self, token: Tensor, state: list[AttentionState]
     ) -> tuple[Tensor, list[AttentionState]]:
-        """As :meth:`Backbone.step`, in time that grows with the number of tokens before."""
+        """Advance by one token, as :meth:`Backbone.step` does; the time of a call grows with the tokens before."""
         states = []
         for layer, seen in zip(self._layers(), state, strict=True):
             y, seen = attend_step(
@@ -130,7 +145,7 @@ class Transformer(Backbone):
         return attend(layer.self_attn, layer.norm1(x_BLD) if self.norm_first else x_BLD, mask)
 
     def _after(self, layer: nn.TransformerEncoderLayer, x: Tensor, y: Tensor) -> Tensor:
-        """All that comes after attention, which turned the layer's input x into y; each token by itself."""
+        """Apply all that follows attention, which turned the layer's input x into y; each token by itself."""
         x = x + self._drop(layer.dropout1, y)
         if not self.norm_first:
             x = layer.norm1(x)

@@ -1,4 +1,4 @@
-"""Layers of a stack: the arrangements the papers' code has, written out plainly; sizes; initialisation."""
+"""Test the layers of a stack against the papers' code, written out plainly; their sizes and initialisation."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_layers_of_a_mixer_alone(norm: str, residual: bool) -> None:
 
 
 def scrambled(backbone: Backbone) -> Backbone:
-    """Biases and norms of 0 and 1 would hide where they are."""
+    """Draw all parameters anew, since biases and norms of 0 and 1 would hide mistakes."""
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if parameter.dim() == 1 and "mixer" not in name:
@@ -102,7 +102,7 @@ def norm(norm: nn.LayerNorm, x: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_mamba4rec_layer(n_layers: int) -> None:
-    """Dropout included: the same draws in the same places, so in training mode."""
+    """Compare in training mode: dropout draws the same numbers in the same places."""
     torch.manual_seed(0)
     options = {**MAMBA4REC, "n_layers": n_layers, "dropout": 0.2, "residual": n_layers > 1}
     backbone = scrambled(Mamba(**options))
@@ -133,7 +133,7 @@ def test_pre_norm_layer() -> None:
 
 
 def test_weights_are_drawn_as_in_recbole() -> None:
-    """Linear layers within Mamba too; the rest of a block is its authors'."""
+    """Linear layers within Mamba are drawn too; other parameters keep the initialisation of their authors."""
     torch.manual_seed(0)
     (layer,) = Mamba(**MAMBA4REC).layers
     mamba = layer.mixer
@@ -174,7 +174,7 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             Mamba(**{"d_model": 16, "n_layers": 1, **options})
     for kind in (Transformer, Ligr):
-        with pytest.raises(ValueError, match="d_model=30 is no multiple of nhead=4"):
+        with pytest.raises(ValueError, match="d_model=30 is not a multiple of nhead=4"):
             kind(d_model=30, nhead=4)
         with pytest.raises(ValueError, match="n_layers=0"):
             kind(n_layers=0)

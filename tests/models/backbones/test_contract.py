@@ -1,4 +1,4 @@
-"""The contract, held by every backbone there is: a new file in the folder is tested without being named here."""
+"""Test the contract of every backbone; a new file in the folder is found without being named here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def concrete(kind: type[Backbone]) -> list[type[Backbone]]:
 
 
 KINDS = concrete(Backbone)
-# Beside each class as it comes: what an option makes of it where that changes what a token sees or the way it goes.
+# Each class with its defaults, and with options that change what a token sees.
 OPTIONS: list[tuple[type[Backbone], dict[str, object]]] = [
     *((kind, {}) for kind in KINDS),
     (Transformer, {"causal": True}),
@@ -96,7 +96,7 @@ def test_a_causal_backbone_does_not_look_ahead(
 
 @pytest.mark.parametrize(("kind", "options"), CAUSAL)
 def test_nor_within_packed_rows(kind: type[Backbone], options: dict[str, object]) -> None:
-    """Every token in turn is changed: only it and what follows in its own sequence may move."""
+    """Change each token in turn: only its output and later ones of its own sequence may change."""
     backbone = build(kind, **options)
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, -1, -1]])
     tokens = torch.randn(1, 10, 32, dtype=torch.float64)

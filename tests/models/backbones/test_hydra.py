@@ -1,4 +1,4 @@
-"""Hydra: published sizes, packed rows, both directions, even convolution widths."""
+"""Test Hydra: published sizes, packed rows, both directions, even convolution widths."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_position_sees_every_other() -> None:
 
 
 def test_an_even_width_looks_further_back_than_ahead() -> None:
-    """Of the L+1 outputs of ``Conv1d(padding=2)`` at width 4 the first L are taken."""
+    """Of the L+1 outputs of ``Conv1d(padding=2)`` at width 4, the first L are kept."""
     torch.manual_seed(0)
     block = HydraBlock(d_model=8, d_state=4, headdim=4, d_conv=4).double()
     x = torch.randn(2, 6, block.d_conved, dtype=torch.float64)

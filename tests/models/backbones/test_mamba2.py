@@ -1,4 +1,4 @@
-"""Mamba-2: published sizes, packed rows, steps, precision."""
+"""Test Mamba-2: published sizes, packed rows, steps, precision."""
 
 from __future__ import annotations
 

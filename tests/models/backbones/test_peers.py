@@ -1,6 +1,6 @@
-"""Layers equal those of RecBole (SASRec), RecTools (LiGR) and skrecsys (Mamba4Rec): outputs, gradients, float64.
+"""Test that layers equal those of RecBole (SASRec), RecTools (LiGR) and skrecsys (Mamba4Rec) in float64.
 
-The numbers are made from the peers' own code by scripts/make_layer_fixtures.py.
+Outputs and gradients of the peers' own code come from scripts/make_layer_fixtures.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def mamba4rec(n_layers: int) -> Backbone:
     )
 
 
-# What we call what they call so: patterns, in this order.
+# Patterns of a peer's names and our names for them, in order.
 NAMES = {
     "recbole": {
         r"^layer\.": "layers.",
@@ -86,7 +86,7 @@ CASES = [
 
 
 def ours(peer: str, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names; what is one of ours and three of theirs is put together."""
+    """Return a peer's tensors by our names; three of theirs that are one of ours are concatenated."""
     found: dict[str, Tensor] = {}
     for name, tensor in numbers.items():
         for theirs, mine in NAMES[peer].items():

@@ -1,4 +1,4 @@
-"""Attention layers against PyTorch's own and against the formulas, float64."""
+"""Test attention layers against PyTorch's own and against the formulas, in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HIDDEN = torch.tensor(
 def test_equals_pytorchs_layers(
     norm_first: bool, activation: str, causal: bool, packed: bool
 ) -> None:
-    """Outputs and gradients, whatever the mask."""
+    """Compare outputs and gradients for every mask."""
     torch.manual_seed(0)
     encoder = Transformer(
         d_model=16,
@@ -63,7 +63,7 @@ def test_equals_pytorchs_layers(
 
 
 def attention(weights: nn.MultiheadAttention, x: Tensor, hidden: Tensor) -> Tensor:
-    """One head at a time, as it is in the paper."""
+    """Compute one head at a time, as in the paper."""
     q, k, v = F.linear(x, weights.in_proj_weight, weights.in_proj_bias).chunk(3, -1)
     heads = []
     for q_h, k_h, v_h in zip(
