@@ -112,9 +112,7 @@ def test_a_file_names_only_what_deviates_from_its_class(path: Path) -> None:
             same = [
                 key
                 for key, value in node.items()
-                if key in defaults
-                and value == defaults[key]
-                and key not in ("name", "kind")  # they are the choice itself
+                if key in defaults and value == defaults[key] and key not in exempt
             ]
             assert not same, f"{where}: {same} repeat the class's defaults"
         for key, value in node.items():

@@ -20,8 +20,9 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     Args:
         results: ``name`` and ``metrics`` (of this run, name -> value). Optional: ``generated`` (True marks the
             title), ``metrics_all_users`` (the same with zeros for users without a relevant item; shown if there are
-            such users), ``metrics_unfiltered`` (items a user has seen may be recommended too), ``published`` (with
-            ``published_label``, the head of its column), and ``baselines`` (name -> its metrics).
+            such users), ``metrics_unfiltered`` or ``metrics_filtered`` (the same with seen items allowed, or left out,
+            where ``metrics`` are the other way), ``published`` (with ``published_label``, the head of its column), and
+            ``baselines`` (name -> its metrics).
         width: Columns of the terminal; headers that do not fit are broken at spaces.
 
     Returns:
@@ -31,7 +32,9 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     columns: dict[str, Mapping[str, Any]] = {"this run": metrics}
     if metrics.get("n_users_without_relevant") and results.get("metrics_all_users"):
         columns["all users"] = results["metrics_all_users"]
-    if results.get("metrics_unfiltered"):
+    if results.get("metrics_filtered"):
+        columns["seen items left out"] = results["metrics_filtered"]
+    elif results.get("metrics_unfiltered"):
         columns["seen items allowed"] = results["metrics_unfiltered"]
     if results.get("published"):
         columns[label] = results["published"]
@@ -41,6 +44,13 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     if results.get("generated"):
         title += " (generated data)"
     names = [name for name in metrics if name not in COUNTS]
+    # With one relevant item a user these are all the hit ratio at the first place.
+    names = [
+        name
+        for name in names
+        if name not in ("mrr@1", "ndcg@1")
+        or any(v.get(name) != v.get("hr@1") for v in columns.values())
+    ]
     cells = {"metric": list(map(str, names))}
     for head, values in columns.items():
         numbers = [format_number(values.get(name), exact=head == label) for name in names]
@@ -100,14 +110,39 @@ def _footnotes(results: Mapping[str, Any]) -> list[str]:
             if results.get("metrics_all_users"):
                 note += ", except in the column 'all users', where they count as zeros"
         notes.append(f"{note}.")
-    if results.get("metrics_unfiltered"):
+    if results.get("metrics_filtered"):
+        notes.append(
+            "Users often take items again, so seen items may be recommended (model.filter_seen=false). "
+            "'seen items left out': such a target is then a miss."
+        )
+    elif results.get("metrics_unfiltered"):
         notes.append(
             "'seen items allowed': items a user had already may be recommended again (RecBole's "
-            "protocol). The other columns leave them out, except the item held out."
+            "protocol). The other columns leave them out; a target seen before is then a miss."
         )
+    if below := _below_popularity(results):
+        notes.append(below)
     if results.get("generated"):
         notes.append("Generated data: these figures say nothing about the real dataset.")
     return notes
+
+
+def _below_popularity(results: Mapping[str, Any]) -> str | None:
+    """Return a warning if the model ranks no better than by popularity; None if it does, or that is not known."""
+    unfiltered = results.get("filter_seen") is False
+    popularity = (results.get("baselines") or {}).get(
+        "popularity_unfiltered" if unfiltered else "popularity"
+    )
+    for name in ("ndcg@10", "hr@10"):
+        ours, theirs = results["metrics"].get(name), (popularity or {}).get(name)
+        if ours is not None and theirs is not None:
+            if float(ours) > float(theirs):
+                return None
+            return (
+                f"The model is not better than popularity on {name} ({float(ours):.4f} against {float(theirs):.4f}): "
+                "train longer, or try another learning rate (optimizer.lr)."
+            )
+    return None
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:

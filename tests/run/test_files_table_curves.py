@@ -356,3 +356,36 @@ class TestReadHistory:
         path.write_text("epoch,val/p@5\n1,0.5\n")
         with pytest.raises(UserError, match="needs a column 'step'"):
             read_history(path)
+
+
+def test_a_model_below_popularity_is_said() -> None:
+    better = {"metrics": {"ndcg@10": 0.3}, "baselines": {"popularity": {"ndcg@10": 0.2}}}
+    worse = {"metrics": {"ndcg@10": 0.1}, "baselines": {"popularity": {"ndcg@10": 0.2}}}
+    assert "popularity on" not in shown(better)
+    assert "not better than popularity on ndcg@10 (0.1000 against 0.2000)" in shown(worse)
+    again = {
+        "metrics": {"ndcg@10": 0.3},
+        "filter_seen": False,
+        "baselines": {"popularity": {"ndcg@10": 0.2}, "popularity_unfiltered": {"ndcg@10": 0.4}},
+    }
+    assert "not better than popularity" in shown(again)
+
+
+def test_one_figure_stands_once() -> None:
+    same = {"hr@1": 0.5, "ndcg@1": 0.5, "mrr@1": 0.5, "hr@10": 0.7}
+    assert "ndcg@1" not in shown({"metrics": same}).replace("ndcg@10", "")
+    other = shown({"metrics": same, "baselines": {"x": {"hr@1": 0.1, "ndcg@1": 0.2}}})
+    assert "ndcg@1" in other and "mrr@1" in other
+
+
+def test_the_other_filter_is_a_column() -> None:
+    text = shown(
+        {"metrics": {"hr@10": 0.8}, "metrics_unfiltered": {"hr@10": 0.8}, "metrics_filtered": {"hr@10": 0.3}}
+    )  # fmt: skip
+    assert "seen items left out" in text and "seen items allowed" not in text
+
+
+def shown(results: dict) -> str:
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    print_results(results, console)
+    return " ".join(console.file.getvalue().split())
