@@ -27,8 +27,8 @@ results: $(STAMP) ## docs/results.md and the README's table from results/; RUNS=
 	@$(if $(RUNS),$(BIN)/python -m recsys_ssm.report $(RUNS) results=results $(ARGS))
 	@$(BIN)/python scripts/results_page.py
 
-test: $(STAMP) ## run the tests; ARGS="-k mamba" and any other pytest option
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests on all cores; ARGS="-k mamba" and any other pytest option
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
