@@ -79,7 +79,7 @@ def test_evaluate_gives_the_same_figures_and_other_metrics(cli, csv, tmp_path: P
     # Other items: another catalogue.
     csv.write_text(csv.read_text() + "u0,new,99\n")
     outcome = cli("evaluate", f"run={run}", "output_dir=third")
-    assert outcome.code == 1 and "not those of the training" in outcome.err
+    assert outcome.code == 1 and "differ from those of the training" in outcome.err
 
 
 def test_mistakes_are_one_line(cli, csv: Path) -> None:
