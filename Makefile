@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help train report results test test-slow lint format bench dist clean
+.PHONY: help train report results test test-slow lint format docs bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ lint: $(STAMP) ## check style and types
 format: $(STAMP) ## put the code into the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the documentation site into build/site
+	@$(BIN)/python scripts/options_page.py --check
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 bench: $(STAMP) ## measure speed and memory beside other implementations
 	@for script in ops train_step data_loading; do \

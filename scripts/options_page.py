@@ -28,9 +28,9 @@ GROUPS = {
     "dataset": "The data. A dataset chooses the task.",
     "task": "The kind of model. A dataset sets it, so it is hardly ever given by hand.",
     "tokenizer": "Turns one side of a batch into tokens.",
-    "backbone": "Mixes the tokens. Letters: D is `d_model`, the width of a token; N `d_state`, the size of a channel's state; "
-    "W `d_conv`, the width of the convolution; E the inner channels, `expand` times D; P `headdim`, the width of a head; "
-    "G `ngroups`, the groups of heads that share B and C.",
+    "backbone": "Mixes the tokens. Letters: D is `d_model`, the width of a token; N `d_state`, the size of a\n"
+    "channel's state; W `d_conv`, the width of the convolution; E the inner channels, `expand` times D; P `headdim`,\n"
+    "the width of a head; G `ngroups`, the groups of heads that share B and C.",
     "head": "Turns the backbone's outputs into embeddings.",
     "loss": "Compares scores with targets.",
     "optimizer": "Updates the weights.",
@@ -133,7 +133,7 @@ def class_section(group: str, owner: str, target: str, names: list[str]) -> list
     heading = f"### {target.rpartition('.')[2]}: {chosen}"
     given = f"Options are given as `{owner}.<option>=<value>`."
     if not target.startswith("recsys_ssm."):
-        return [heading, f"{given} Every argument of `{target}` is one."]
+        return [heading, f"{given}\nEvery argument of `{target}` is one."]
     found = find(target, "options")
     options = options_of(found)
     if not options:
