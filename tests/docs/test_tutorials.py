@@ -31,13 +31,13 @@ def results(folder: Path, pattern: str) -> list[dict]:
 def test_paper_tables(run_page: Run, tutorials: Path) -> None:
     folder = run_page(tutorials / "paper_tables.md")
     (single,) = results(folder, "runs/spotify-mamba-seed0/*/metrics.json")
-    assert single["steps"] == 60
+    assert single["steps"] == 40
     assert single["metrics"]["ndcg@10"] > single["baselines"]["random"]["ndcg@10"]
     jobs = results(folder, "runs/multirun/table/*/metrics.json")
-    assert sorted(job["seed"] for job in jobs) == [0, 0, 1, 1, 2, 2]
+    assert sorted(job["seed"] for job in jobs) == [0, 0, 1, 1]
     # The seeds that were finished were not run again.
     statuses = results(folder, "runs/multirun/table/*/job_status.json")
-    assert [status["attempt"] for status in statuses] == [1] * 6
+    assert [status["attempt"] for status in statuses] == [1] * 4
     report = (folder / "runs/multirun/table/report/report.md").read_text()
     for expected in ("FT-Mamba", "FT-Transformer", "max_steps"):
         assert expected in report
