@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
-import pytest
 from pages import blocks, commands
 from small import SMALL_MAMBA, TINY
 
@@ -58,10 +56,6 @@ def test_speeds_are_those_that_were_measured(repository: Path) -> None:
         assert f"**{shown} ×**" in README.read_text()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("recsys_ssm.data.columns") is None,
-    reason="Interactions takes data frames once recsys_ssm.data.columns is there",
-)
 def test_the_lines_of_python(tmp_path: Path) -> None:
     (block,) = [block for block in blocks(README) if block.language == "python"]
     assert len([line for line in block.text.splitlines() if line and line[0] != "#"]) <= 10
