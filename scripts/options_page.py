@@ -168,7 +168,7 @@ def argument_texts(target: Callable[..., Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in getattr(target, "__mro__", (target,)):
         for name, text in docstring_entries(each).items():
-            if refers := re.match(r"(?:As|See) :class:`~?(?:[\w.]*\.)?(\w+)`", text):
+            if refers := re.match(r"(?:As|See)(?: in)? :class:`~?(?:[\w.]*\.)?(\w+)`", text):
                 other = getattr(sys.modules[each.__module__], refers[1], None)
                 other = other or getattr(recsys_ssm, refers[1], None)
                 text = argument_texts(other).get(name, "") if other else ""
