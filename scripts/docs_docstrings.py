@@ -1,7 +1,7 @@
 """Adapt docstrings to the documentation site (a griffe extension of mkdocs.yml).
 
-Roles (``:class:`~package.Name```) become code, and an entry of several arguments (``rows, columns: …``) becomes one
-entry for each.
+Roles (``:class:`~package.Name```) become code, an entry of several arguments (``rows, columns: …``) becomes one entry
+for each, and an example becomes a code block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Docstrings(griffe.Extension):
         """Rewrite the docstring of one object."""
         if obj.docstring is not None:
             text = SEVERAL.sub(_one_entry_each, obj.docstring.value)
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
             obj.docstring.value = ROLE.sub(r"`\1`", text)
 
 
