@@ -106,7 +106,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Version"] == recsys_ssm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"cuda", "dashboard", "dev", "joblib", "optuna", "ray", "submitit"}
+    extras = {"cuda", "dashboard", "dev", "docs", "joblib", "optuna", "ray", "submitit"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
     def required(extra: str | None) -> set[str]:

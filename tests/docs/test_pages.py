@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -100,6 +101,22 @@ def test_make_targets_exist() -> None:
     }
     assert {"train", "test", "docs"} <= named
     assert named <= targets
+
+
+def test_the_layers_of_the_architecture_page_are_those_that_hold() -> None:
+    spec = importlib.util.spec_from_file_location("layers", ROOT / "tests" / "test_architecture.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    section = (
+        (ROOT / "docs" / "architecture.md")
+        .read_text()
+        .partition("## Layers")[2]
+        .partition("## ")[0]
+    )
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    shown = [set(re.findall(r"`(\w+)(?:\.py|/)`", cell)) for cell in cells]
+    assert shown == [set(layer) - {"__main__"} for layer in module.LAYERS]
 
 
 def test_every_public_name_has_a_place_in_the_reference() -> None:
