@@ -5,8 +5,11 @@ The training command does the same with a config, a logger and a run folder.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,21 @@ class StepSeed(L.Callback):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out messages about devices, tips and deprecations that a caller cannot act upon."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def fit(
     model: L.LightningModule,
     data: L.LightningDataModule,
@@ -59,8 +77,7 @@ def fit(
     Returns:
         The trainer.
     """
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         best = ModelCheckpoint(folder, "best", monitor, mode="max", auto_insert_metric_name=False)
         stop = [] if patience is None else [EarlyStopping(monitor, patience=patience, mode="max")]
         options = {
@@ -93,8 +110,7 @@ def evaluate(model: Any, data: L.LightningDataModule, **trainer: Any) -> dict[st
         Metrics by name, as ``{"hr@10": 0.1}``.
     """
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
+    with _quiet():
         L.Trainer(**{**options, "enable_checkpointing": False, **trainer}).test(
             model, datamodule=data, verbose=False
         )
