@@ -5,7 +5,6 @@ Legend: N pairs, B of them in a batch (B rows of a packed batch), L positions of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,9 +16,11 @@ NO_ITEM = -1
 """Index used for padding and for positions without a target."""
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``."""
+class Ragged(NamedTuple):
+    """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``.
+
+    A tuple, as the batches are: Lightning converts batches to a trainer's precision, and cannot convert frozen classes.
+    """
 
     values: Tensor
     offsets: Tensor

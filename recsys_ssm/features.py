@@ -187,7 +187,7 @@ def numeric_column(frame: pl.DataFrame, name: str, where: str) -> np.ndarray:
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
         raise UserError(
-            f"{where}, row {row + 1}, column {name!r}: {column[row]!r} is not a finite number; "
+            f"{where}, row {row + 1}, column {name!r:.60}: {column[row]!r:.60} is not a finite number; "
             "correct it, leave it empty if it is unknown, or list the column as categorical"
         )
     return numbers.fill_null(math.nan).to_numpy()
@@ -213,11 +213,13 @@ def text_column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
 
 def _column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
     if name not in frame.columns:
-        raise UserError(f"{where}: no column {name!r}; its columns are {', '.join(frame.columns)}")
-    column = frame[name]
-    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
         raise UserError(
-            f"{where}: column {name!r} holds {column.dtype}; give a number or a text in each cell"
+            f"{where}: no column {name!r:.60}; its columns are {', '.join(frame.columns):.150}"
+        )
+    column = frame[name]
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Duration):
+        raise UserError(
+            f"{where}: column {name!r:.60} holds {column.dtype}; give a number or a text in each cell"
         )
     return column
 

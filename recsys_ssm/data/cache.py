@@ -32,9 +32,10 @@ import numpy as np
 import platformdirs
 import polars as pl
 
+from recsys_ssm.data.files import parts_of
 from recsys_ssm.errors import UserError
 
-VERSION = 2
+VERSION = 3
 """Version of the entries and of their preparation: raise it when either changes."""
 
 _SETTLED = 2 * 10**9
@@ -94,6 +95,23 @@ def hash_file(path: Path, folder: Path) -> str:
             beside = _write_json(kept.with_suffix(f".{os.getpid()}.tmp"), content)
             beside.replace(kept)
     return digest
+
+
+def hash_path(path: Path, folder: Path) -> str:
+    """Return the sha256 of a file's content, or of the Parquet parts in a folder and their names.
+
+    Args:
+        path: The file or the folder.
+        folder: Cache folder.
+
+    Raises:
+        UserError: A file is not readable.
+    """
+    if not path.is_dir():
+        return hash_file(path, folder)
+    return hash_values(
+        {str(part.relative_to(path)): hash_file(part, folder) for part in parts_of(path)}
+    )
 
 
 def _state(path: Path) -> list[int]:
@@ -263,7 +281,7 @@ def _load(index: _Index | None) -> Prepared | None:
                     np.load(path, mmap_mode="r", allow_pickle=False)
                 )
             elif path.suffix == ".parquet":
-                entry.texts[path.stem] = pl.read_parquet(path)[path.stem]
+                entry.texts[path.stem] = pl.read_parquet(path, glob=False)[path.stem]
             else:
                 entry.notes = json.loads(path.read_text(encoding="utf-8"))["notes"]
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):

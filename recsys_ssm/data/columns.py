@@ -9,6 +9,7 @@ Legend: R rows of a table.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import polars as pl
 
-from recsys_ssm.data.files import collect
-from recsys_ssm.data.formats import Format, scan, separator_of
+from recsys_ssm.data.files import listed, shown
+from recsys_ssm.data.formats import Format, read
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import as_frame, numeric_column, text_column
 
+log = logging.getLogger(__name__)
+
 Table = str | Path | pl.DataFrame | Any
 """A CSV or Parquet file, or a data frame: polars, pandas, or anything else that polars can convert."""
+
+MISSING_IDS = ("NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "\\N", "<NA>")
+"""Texts that usually stand for a missing id."""
+
+ROW = "\0row"
+"""Hidden column of the numbers (from 1) of a table's rows, where some were left out."""
 
 TimeUnit = Literal["number", "ms", "us", "ns", "text"]
 _PER_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -41,8 +50,8 @@ class Times(NamedTuple):
 
 
 def one_or_more(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return column names as a tuple; one name without the brackets of a list is one column."""
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    """Return column names as a tuple of texts; one name without the brackets of a list is one column."""
+    return (names,) if isinstance(names, str) else tuple(str(name) for name in names or ())
 
 
 def is_frame(source: object) -> bool:
@@ -61,64 +70,215 @@ def open_table(
     names: Sequence[str] = (),
     separator: str | None = None,
     names_option: str | None = None,
+    separator_option: str = "dataset.separator",
+    notes: list[str] | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """Read the named columns of a file or a data frame.
+
+    A header line that is repeated among the rows of a text file is left out.
 
     Args:
         source: The file or the data frame.
         argument: Name of the argument, for messages about a data frame.
         columns: Columns to read, in this order.
-        format, names, separator, names_option: See :func:`recsys_ssm.data.formats.scan`; for files only.
+        format, names, separator, names_option, separator_option: See :func:`recsys_ssm.data.formats.read`; for files
+            only.
+        notes: List for remarks on what was left out; None: they are logged.
 
     Returns:
-        The columns, and the name of the table in messages: the path or ``argument``.
+        The columns (and :data:`ROW` where rows were left out), and the name of the table in messages: the path or
+        ``argument``.
 
     Raises:
         UserError: The source cannot be read, has no row, or lacks a column.
     """
     columns = list(dict.fromkeys(columns))
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        lazy = scan(
-            path,
+        frame = read(
+            source,
             columns,
             format=format,
             names=names,
             separator=separator,
             names_option=names_option,
+            separator_option=separator_option,
+            notes=notes,
         )
-        return collect(lazy, path, separator=separator or separator_of(path)), str(source)
+        return _without_headers(frame, str(source), notes), str(source)
     frame = as_frame(source, argument)
     if absent := [name for name in columns if name not in frame.columns]:
         raise UserError(
-            f"{argument}: no column {absent[0]!r}; its columns are {', '.join(frame.columns[:30])}"
+            f"{argument}: no column {shown(absent[0])}; its columns are {listed(frame.columns)}"
         )
     if frame.height == 0:
         raise UserError(f"{argument}: the data frame has no row")
     return frame.select(columns), argument
 
 
-def refuse(wrong: np.ndarray, where: str, column: str, what: str) -> None:
+def _without_headers(frame: pl.DataFrame, where: str, notes: list[str] | None) -> pl.DataFrame:
+    """Leave out rows whose cells are the names of their columns."""
+    if any(kind != pl.String for kind in frame.dtypes):
+        return frame
+    kept = frame.select(
+        kept=pl.any_horizontal(pl.col(name).ne_missing(name) for name in frame.columns)
+    )["kept"]
+    if kept.all():
+        return frame
+    n_again = frame.height - int(kept.sum())
+    note = f"{where}: {n_again:,} rows repeat the header line: left out"
+    if notes is None:
+        log.warning("%s", note)
+    else:
+        notes.append(note)
+    if not kept.any():
+        raise UserError(f"{where}: no row below the header line")
+    return at_rows(frame, kept)
+
+
+def at_rows(frame: pl.DataFrame, kept: pl.Series) -> pl.DataFrame:
+    """Return the rows of a mask (R,), with their numbers in the table as :data:`ROW`."""
+    if ROW not in frame.columns:
+        frame = frame.with_columns(pl.int_range(1, pl.len() + 1).alias(ROW))
+    return frame.filter(kept)
+
+
+def exploded(
+    frame: pl.DataFrame, columns: Sequence[str], where: str, notes: list[str]
+) -> pl.DataFrame:
+    """Return a row for each element of list columns, which have as many elements each in a row.
+
+    Args:
+        frame: The table.
+        columns: Columns that may have lists.
+        where: Name of the table in messages.
+        notes: Notes to add to.
+
+    Raises:
+        UserError: Two lists of a row differ in length.
+    """
+    lists = [name for name in columns if isinstance(frame[name].dtype, pl.List | pl.Array)]
+    if not lists:
+        return frame
+    frame = frame.with_columns(
+        pl.col(name).arr.to_list() for name in lists if isinstance(frame[name].dtype, pl.Array)
+    )
+    lengths = frame.select(pl.col(name).list.len().fill_null(0) for name in lists)
+    for name in lists[1:]:
+        refuse(
+            (lengths[name] != lengths[lists[0]]).to_numpy(),
+            where,
+            name,
+            f"its list has another length than that of column {shown(lists[0])}; give lists of one length",
+            frame,
+        )
+    empty = lengths[lists[0]] == 0
+    n_rows, n_empty = frame.height, int(empty.sum())
+    if n_empty == n_rows:
+        raise UserError(f"{where}: every list of column {shown(lists[0])} is empty")
+    frame = at_rows(frame, ~empty)
+    frame = frame.explode(lists)
+    notes.append(
+        f"{where}: {n_rows:,} rows have lists of {frame.height:,} elements"
+        + (f"; {n_empty:,} rows with an empty list are left out" if n_empty else "")
+    )
+    return frame
+
+
+def refuse(
+    wrong: np.ndarray, where: str, column: str, what: str, frame: pl.DataFrame | None = None
+) -> None:
     """Raise an error that names the first row of a mask (R,), if there is one.
+
+    Args:
+        wrong: The mask.
+        where: Name of the table.
+        column: Name of the column.
+        what: What is wrong, and what to do.
+        frame: The table, for the numbers of rows where some were left out.
 
     Raises:
         UserError: A row is marked.
     """
     if wrong.any():
-        raise UserError(f"{where}, row {int(wrong.argmax()) + 1}, column {column!r}: {what}")
+        row = int(wrong.argmax())
+        number = frame[ROW][row] if frame is not None and ROW in frame.columns else row + 1
+        raise UserError(f"{where}, row {number}, column {shown(column)}: {what}")
 
 
-def keys(frame: pl.DataFrame, column: str, where: str) -> pl.Series:
+def keys(
+    frame: pl.DataFrame,
+    column: str,
+    where: str,
+    *,
+    missing: Sequence[str] = (),
+    notes: list[str] | None = None,
+) -> pl.Series:
     """Return an id column as text.
 
+    Args:
+        frame: The table.
+        column: Name of the column.
+        where: Name of the table in messages.
+        missing: Texts that stand for a missing id.
+        notes: Notes to add to, on ids that may be meant to be the same.
+
     Raises:
-        UserError: A cell is empty.
+        UserError: A cell is empty, or has one of the texts for a missing id.
     """
-    ids = text_column(frame, column, where)
+    try:
+        ids = text_column(frame, column, where)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(
+            f"{where}: column {shown(column)} holds {frame[column].dtype}, not ids; give texts or numbers"
+        ) from error
+    empty = ids.is_null()
+    n_rows = f"{int(empty.sum()):,} rows are" if empty.sum() > 1 else "the row is"
+    drop = f'; {n_rows} left out by dataset.filter="{_name(column)} is not null"' if missing else ""
     refuse(
-        ids.is_null().to_numpy(), where, column, "empty (or a blank line); every row needs its id"
+        empty.to_numpy(),
+        where,
+        column,
+        f"empty (or a blank line); every row needs its id{drop}",
+        frame,
     )
+    if missing:
+        absent = ids.is_in(list(missing))
+        if absent.any():
+            first = ids.filter(absent)[0]
+            refuse(
+                absent.to_numpy(),
+                where,
+                column,
+                f"{first!r} stands for a missing id ({int(absent.sum()):,} rows); leave these rows out with "
+                f"dataset.filter='{_name(column)} != \"{first}\"', or set dataset.missing=[] to take it as an id",
+                frame,
+            )
+    if notes is not None:
+        notes += _spellings(ids, column, where)
     return ids
+
+
+def _name(column: str) -> str:
+    """Return a column's name as a filter has it."""
+    return column if column.isidentifier() else f"`{column}`"
+
+
+def _spellings(ids: pl.Series, column: str, where: str) -> list[str]:
+    """Return a note on ids that are written both as ``12`` and as ``12.0``."""
+    different = ids.unique()
+    floats = different.filter(different.str.contains(r"^-?\d+\.0+$"))
+    if not floats.len():
+        return []
+    whole = floats.str.replace(r"\.0+$", "")
+    both = floats.filter(whole.is_in(different.implode())).sort()
+    if not both.len():
+        return []
+    one = both[0]
+    note = (
+        f"{where}: column {shown(column)} has {both.len():,} ids in two spellings, as {one.partition('.')[0]!r} and "
+        f"{one!r}: counted as different ids; write them alike if they are the same"
+    )
+    return [note]
 
 
 def positions(
@@ -144,26 +304,31 @@ def numbers(frame: pl.DataFrame, column: str, where: str, option: str) -> np.nda
     text = cells.str.strip_chars() if cells.dtype == pl.String else cells
     if text.dtype.is_nested() or text.dtype in (pl.Binary, pl.Object) or text.dtype.is_temporal():
         raise UserError(
-            f"{where}: column {column!r} holds {text.dtype}, not numbers; {option} needs numbers"
+            f"{where}: column {shown(column)} holds {text.dtype}, not numbers; {option} needs numbers"
         )
     values = text.cast(pl.Float64, strict=False)
     wrong = ~values.is_finite().fill_null(value=False).to_numpy()
     if wrong.any():
         cell = cells[int(wrong.argmax())]
-        what = "empty" if cell is None else f"{cell!r} is not a finite number"
-        refuse(wrong, where, column, f"{what}; every row needs a number ({option})")
+        what = "empty" if cell is None else f"{shown(cell)} is not a finite number"
+        refuse(wrong, where, column, f"{what}; every row needs a number ({option})", frame)
     return values.to_numpy()
 
 
-def times(frame: pl.DataFrame, column: str, where: str) -> Times:
+def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times:
     """Read a column of times: numbers, dates, or dates with a time of day, with or without a zone.
 
     A date is midnight, a time without a zone is UTC. A text that only begins with a date (``2024-05-31, evening``) is
-    compared as text, and so is its whole column.
+    compared as text, and so is its whole column. Of several columns, a date and a time of day are joined; others are
+    compared one after another.
 
     Raises:
         UserError: A cell is empty, or is neither a number nor a date.
     """
+    if not isinstance(column, str):
+        if len(column) > 1:
+            return _joined_times(frame, column, where)
+        (column,) = column
     cells = frame[column]
     unit: TimeUnit = "number"
     values = cells
@@ -177,7 +342,7 @@ def times(frame: pl.DataFrame, column: str, where: str) -> Times:
             begins_with_date = text.str.contains(r"^\d{4}-\d\d-\d\d").fill_null(value=False).all()
             if dates.null_count() and begins_with_date:
                 odd = text.filter(dates.is_null())[0]
-                note = f"{where}: column {column!r} is compared as text: {odd!r} only begins with a date"
+                note = f"{where}: column {shown(column)} is compared as text: {shown(odd)} only begins with a date"
                 return Times(text.rank("dense").cast(pl.Int64).to_numpy(), "text", note)
             if dates.null_count() < values.null_count():
                 values, unit = dates, date_unit
@@ -191,7 +356,7 @@ def times(frame: pl.DataFrame, column: str, where: str) -> Times:
         values = cells.cast(pl.Float64)
     elif not cells.dtype.is_numeric():
         raise UserError(
-            f"{where}: column {column!r} holds {cells.dtype}, not times; give numbers or dates"
+            f"{where}: column {shown(column)} holds {cells.dtype}, not times; give numbers or dates"
         )
     if values.dtype.is_float():
         values = values.fill_nan(None)
@@ -202,9 +367,37 @@ def times(frame: pl.DataFrame, column: str, where: str) -> Times:
             wrong,
             where,
             column,
-            f"{cell!r} is not a time; give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row",
+            f"{shown(cell)} is not a time; give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row",
+            frame,
         )
     return Times(values.to_numpy(), unit)
+
+
+def _joined_times(frame: pl.DataFrame, columns: Sequence[str], where: str) -> Times:
+    """Read a date and a time of day as one time; rank the rows of other columns, one column after another."""
+    first = times(frame, columns[0], where)
+    if len(columns) == 2 and first.unit in _PER_SECOND:
+        of_day = _times_of_day(frame[columns[1]])
+        if not of_day.null_count():
+            per_us = _PER_SECOND[first.unit] / 10**6
+            return first._replace(
+                values=first.values + (of_day.to_numpy() * per_us).astype(np.int64)
+            )
+    parts = [first, *(times(frame, column, where) for column in columns[1:])]
+    made = pl.DataFrame({str(number): part.values for number, part in enumerate(parts)})
+    ranks = made.select(pl.struct(pl.all()).rank("dense").cast(pl.Int64)).to_series()
+    notes = [part.note for part in parts if part.note]
+    note = f"{where}: rows are ordered by {' and then by '.join(columns)}"
+    return Times(ranks.to_numpy(), "text", "; ".join([*notes, note]))
+
+
+def _times_of_day(cells: pl.Series) -> pl.Series:
+    """Return times of day as microseconds since midnight; null where a cell is another text."""
+    if cells.dtype == pl.Time:
+        return cells.to_physical() // 1000
+    parts = cells.cast(pl.String).str.strip_chars().str.extract_groups(_OF_DAY).struct
+    hours, minutes, seconds = (parts.field(str(n)).cast(pl.Float64) for n in (1, 2, 3))
+    return ((hours * 60 + minutes) * 60 + seconds.fill_null(0)) * 10**6
 
 
 def _numbers(text: pl.Series) -> pl.Series:
@@ -213,6 +406,7 @@ def _numbers(text: pl.Series) -> pl.Series:
     return text.cast(pl.Float64, strict=False) if whole.null_count() else whole
 
 
+_OF_DAY = r"^(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d+)?))?$"
 _DAY_FIRST = r"^(\d{4}-\d{1,2}-\d{1,2})"
 _ZONE = r"(:\d\d(?:\.\d+)?) ?([+-])(\d\d):?(\d\d)?$"
 
@@ -275,7 +469,7 @@ class FeatureTable:
         numeric, categorical: Feature columns, read as numbers or as categories.
         names: Names of the columns of a file without a header line.
         separator: Separator between the cells of a file; None: the format's own.
-        names_option: Option that sets ``names``, for messages.
+        names_option, separator_option: Options that set ``names`` and ``separator``, for messages.
         instead: Advice for those who name the id column as a feature.
 
     Raises:
@@ -290,6 +484,7 @@ class FeatureTable:
     names: tuple[str, ...] = ()
     separator: str | None = None
     names_option: str | None = None
+    separator_option: str = "dataset.separator"
     instead: str = ""
 
     def __post_init__(self) -> None:
@@ -314,8 +509,11 @@ class FeatureTable:
     def features(self) -> list[str]:
         return [*self.numeric, *self.categorical]
 
-    def read(self) -> tuple[pl.DataFrame, str]:
+    def read(self, notes: list[str] | None = None) -> tuple[pl.DataFrame, str]:
         """Read the ids and features, every cell checked; return them and the table's name in messages.
+
+        Args:
+            notes: List for remarks on how the file was read; None: they are logged.
 
         Raises:
             UserError: The table cannot be read, a cell is wrong, or two rows have the same id.
@@ -327,6 +525,8 @@ class FeatureTable:
             names=self.names,
             separator=self.separator,
             names_option=self.names_option,
+            separator_option=self.separator_option,
+            notes=notes,
         )
         ids = keys(frame, self.key, where)
         again = ~ids.is_first_distinct().to_numpy()
@@ -334,7 +534,7 @@ class FeatureTable:
             row = int(again.argmax())
             first = int((ids == ids[row]).to_numpy().argmax()) + 1
             raise UserError(
-                f"{where}, row {row + 1}, column {self.key!r}: {ids[row]!r} is the id of row {first} "
+                f"{where}, row {row + 1}, column {shown(self.key)}: {shown(ids[row])} is the id of row {first} "
                 f"already; each {self.kind} needs one row"
             )
         # Cells are checked before rows are joined, so that messages can name the file's row.
@@ -355,7 +555,7 @@ class FeatureTable:
         if unknown.len() == ids.len():
             raise UserError(
                 f"{where}: none of the {ids.len():,} {self.kind}s of the interactions is in it, for "
-                f"example {unknown[0]!r}; its first is {frame[self.key][0]!r}: check that ids are "
+                f"example {shown(unknown[0])}; its first is {shown(frame[self.key][0])}: check that ids are "
                 "written alike in both"
             )
         return unknown
@@ -382,7 +582,7 @@ class FeatureTable:
             rows = "" if n_rows is None else f" ({n_rows:,} rows)"
             notes.append(
                 f"{where}: {unknown.len():,} {kind}s of the interactions{rows} are not in it, for "
-                f"example {unknown[0]!r}: kept, their features missing"
+                f"example {shown(unknown[0])}: kept, their features missing"
             )
         if n_idle := frame.height - (ids.len() - unknown.len()):
             notes.append(f"{where}: {n_idle:,} {kind}s without an interaction: {idle}")

@@ -23,6 +23,7 @@ If there are no files, :mod:`recsys_ssm.data.hm_generate` generates some, and th
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -189,9 +190,7 @@ class HmData(TwoTowerData):
         item_ids = tables.articles["article_id"].to_list()
         baselines: dict[str, Baseline] = {}
         if shop is not None:
-            baselines["oracle"] = lambda users: torch.from_numpy(
-                shop.log_probability(tables.customers[users.cpu().numpy()], item_ids)
-            )
+            baselines["oracle"] = functools.partial(_oracle, shop, tables.customers, item_ids)
         return TwoTowerSplits(
             users=user_schema.encode(tables.customers, where=where),
             items=item_schema.encode(tables.articles, where=str(root / ARTICLES)),
@@ -434,6 +433,12 @@ def _sources(root: Path, shop: Shop | None) -> dict[str, str]:
         return {"hm_generate": hash_values(shop.settings.fingerprint)}
     files = (root / name for name in (ARTICLES, CUSTOMERS, TRANSACTIONS))
     return {str(path): hash_file(path, cache_folder()) for path in files}
+
+
+def _oracle(
+    shop: Shop, customers: pl.DataFrame, item_ids: list[str], users: torch.Tensor
+) -> torch.Tensor:
+    return torch.from_numpy(shop.log_probability(customers[users.cpu().numpy()], item_ids))
 
 
 def _ranking(users: np.ndarray, positives: Ragged) -> Ranking:

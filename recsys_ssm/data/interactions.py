@@ -20,11 +20,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import polars as pl
 
-from recsys_ssm.data.cache import Prepared, cache_folder, hash_file, hash_frame, load_or_make
+from recsys_ssm.data.cache import Prepared, cache_folder, hash_frame, hash_path, load_or_make
 from recsys_ssm.data.columns import (
+    MISSING_IDS,
     FeatureTable,
     Table,
     Times,
+    at_rows,
+    exploded,
     instant,
     is_frame,
     keys,
@@ -35,9 +38,18 @@ from recsys_ssm.data.columns import (
     times,
 )
 from recsys_ssm.data.download import fetch_member
-from recsys_ssm.data.files import collect
-from recsys_ssm.data.formats import Format, check_format, format_of, scan_sequences
+from recsys_ssm.data.files import shown
+from recsys_ssm.data.formats import (
+    Format,
+    check_format,
+    format_of,
+    is_folder_of_parts,
+    is_sequences,
+    scan_sequences,
+)
+from recsys_ssm.data.row_filter import RowFilter
 from recsys_ssm.data.sequences import (
+    COMMON_REPEATS,
     HeldOut,
     Histories,
     SequenceData,
@@ -58,15 +70,19 @@ class Interactions(SequenceData):
     """Histories from one table of interactions; every argument is also a config option.
 
     Args:
-        interactions: The file, several files of which the first that exists is read, or a data frame. Paths are
-            relative to ``root``. Formats: :mod:`recsys_ssm.data.formats`.
+        interactions: The file (or a folder of Parquet parts), several files of which the first that exists is read, or
+            a data frame. Paths are relative to ``root``. Formats: :mod:`recsys_ssm.data.formats`.
         root: Folder of the files; None: the current folder.
-        format: One of ``csv, parquet, recbole, movielens, sequences``; None: by the file's name.
-        user, item: Id columns. Ids are text of any length.
-        timestamp: Column to order a user's events by (numbers, dates, or ISO text); None: rows are in the order of time
-            already.
+        format: One of ``csv, parquet, json, recbole, movielens, sequences``; None: by the file's name. A ``*.txt`` with
+            named columns is a table.
+        user, item: Id columns. Ids are text of any length. A column of lists has a row for each element.
+        timestamp: Column to order a user's events by (numbers, dates, or ISO text), or several of them, the most
+            significant first: a date and a time of day are joined. None: rows are in the order of time already.
         rating: Column of ratings, used by ``min_rating``.
         min_rating: Drop rows rated below this; None: keep all.
+        filter: Rows to read, as ``event_type == "purchase" and price > 3``; None: all. Comparisons of a column with
+            values (``== != < <= > >= in``, ``is null``), ``and``, ``or``, ``not``.
+        missing: Texts that stand for a missing id. A row with one is an error, as an empty id is.
         names: Names of the columns of a file without a header line.
         separator: Separator between the cells of a line; None: the format's own.
         duplicates: Which rows count once. ``identical``: rows of the same user, item and timestamp; ``first`` or
@@ -82,6 +98,7 @@ class Interactions(SequenceData):
         items_id: Id column of ``items``; None: the same name as ``item``.
         item_numeric, item_categorical: Feature columns of ``items``.
         item_names: Names of the columns of ``items`` if that file has no header line.
+        items_separator: Separator between the cells of ``items``; None: the format's own.
         cache_dir: Folder to keep prepared data in; None: ``$RECSYS_SSM_CACHE`` or the user's cache folder.
         download: ``{url, md5, member}`` of a public archive to fetch the file from if none exists; None: never fetch.
         source: Where people can get the file, for the message that it does not exist.
@@ -99,9 +116,11 @@ class Interactions(SequenceData):
         format: Format | None = None,  # noqa: A002 (the usual name)
         user: str = "user_id",
         item: str = "item_id",
-        timestamp: str | None = "timestamp",
+        timestamp: str | Sequence[str] | None = "timestamp",
         rating: str | None = None,
         min_rating: float | None = None,
+        filter: str | None = None,  # noqa: A002 (the usual name)
+        missing: Sequence[str] = MISSING_IDS,
         names: Sequence[str] = (),
         separator: str | None = None,
         duplicates: Duplicates = "identical",
@@ -116,6 +135,7 @@ class Interactions(SequenceData):
         item_numeric: Sequence[str] = (),
         item_categorical: Sequence[str] = (),
         item_names: Sequence[str] = (),
+        items_separator: str | None = None,
         cache_dir: str | Path | None = None,
         download: Mapping[str, str] | None = None,
         source: str | None = None,
@@ -127,11 +147,13 @@ class Interactions(SequenceData):
             raise UserError("dataset.interactions: not set; name the file of interactions")
         self.preparation = Preparation(
             format=format,
-            user=user,
-            item=item,
-            timestamp=timestamp,
+            user=str(user),
+            item=str(item),
+            timestamp=one_or_more(timestamp) or None,
             rating=rating,
             min_rating=min_rating,
+            filter=filter,
+            missing=one_or_more(missing),
             names=one_or_more(names),
             separator=separator,
             duplicates=duplicates,
@@ -159,11 +181,13 @@ class Interactions(SequenceData):
         self.items = FeatureTable(
             "item",
             items,
-            items_id or item,
+            str(items_id or item),
             one_or_more(item_numeric),
             one_or_more(item_categorical),
             names=one_or_more(item_names),
+            separator=items_separator,
             names_option="dataset.item_names",
+            separator_option="dataset.items_separator",
         )
         if items is not None and not self.items.features:
             raise UserError(
@@ -196,6 +220,8 @@ class Interactions(SequenceData):
     def _find(self) -> Path:
         """Return the first file that exists; fetch it if that is possible and needed."""
         for path in self.paths:
+            if is_folder_of_parts(path):
+                return path
             if path.is_dir():
                 raise UserError(f"{path}: is a folder; name the file in it")
             if path.is_file():
@@ -217,7 +243,7 @@ class Interactions(SequenceData):
     def _hash(self, source: Path | pl.DataFrame) -> dict[str, str]:
         """Return the sha256 of the interactions by their name."""
         if isinstance(source, Path):
-            return {str(source): hash_file(source, self.cache)}
+            return {str(source): hash_path(source, self.cache)}
         return {"interactions": hash_frame(self.preparation.select(source))}
 
     def read_histories(self, source: Any) -> tuple[pl.Series, list[str], Histories]:
@@ -239,9 +265,9 @@ class Interactions(SequenceData):
     def _item_features(self, splits: SequenceSplits) -> tuple[FeatureSchema, Features]:
         """Return the features of the catalogue's items, scaled by the items with training events."""
         table = self.items
-        frame, where = table.read()
+        frame, where = table.read(splits.notes)
         if isinstance(table.source, str | Path):
-            splits.sources[where] = hash_file(Path(table.source), self.cache)
+            splits.sources[where] = hash_path(Path(table.source), self.cache)
         else:
             splits.sources[where] = hash_frame(frame)
         ids = pl.Series(splits.item_ids)
@@ -272,9 +298,11 @@ class Preparation:
     format: Format | None
     user: str
     item: str
-    timestamp: str | None
+    timestamp: tuple[str, ...] | None
     rating: str | None
     min_rating: float | None
+    filter: str | None
+    missing: tuple[str, ...]
     names: tuple[str, ...]
     separator: str | None
     duplicates: Duplicates
@@ -299,6 +327,8 @@ class Preparation:
                 f"dataset.min_rating={self.min_rating}: name the column of ratings with "
                 "dataset.rating"
             )
+        if self.filter is not None:
+            RowFilter(self.filter)
         for option in ("val_share", "test_share"):
             if not 0 < (share := getattr(self, option)) < 1:
                 raise UserError(f"dataset.{option}={share}: give a share between 0 and 1")
@@ -346,17 +376,54 @@ class Preparation:
     def ordered(self, source: Table, notes: list[str]) -> _Rows:
         """Read the rows of a table by user and time, without low ratings and repeated rows."""
         kind = (self.format or format_of(source)) if isinstance(source, Path) else None
-        if kind == "sequences" and isinstance(source, Path):
+        if (
+            kind == "sequences"
+            and isinstance(source, Path)
+            and (self.format or self._is_sequences(source, notes))
+        ):
             rows = self._sequences(source, notes)
         else:
             rows = self._table(source, notes)
         return _without_repeats(_by_user_and_time(rows, notes), self.duplicates, notes)
 
+    def _is_sequences(self, path: Path, notes: list[str]) -> bool:
+        """Return True for a ``*.txt`` whose lines are sequences, with a note where options are not used for it.
+
+        Raises:
+            UserError: Columns are named that the file does not seem to have.
+        """
+        if not path.is_file() or path.stat().st_size == 0:
+            return True
+        if not is_sequences(path, self.columns, self.names, self.separator):
+            return False
+        named = [
+            f"dataset.{option}={value}"
+            for option, value, default in (
+                ("user", self.user, "user_id"),
+                ("item", self.item, "item_id"),
+                ("timestamp", ",".join(self.timestamp or ("timestamp",)), "timestamp"),
+            )
+            if value != default
+        ]
+        if named and not self.names:
+            raise UserError(
+                f"{path}: {named[0]}: the file has no such header line; name every column with dataset.names, or set "
+                "dataset.format=sequences for lines like: user item item …"
+            )
+        if self.names:
+            notes.append(
+                f"{path}: lines have different numbers of ids: read as sequences (user item item …), and the named "
+                "columns are not used"
+            )
+        return True
+
     @property
     def columns(self) -> list[str]:
         """The columns that are read, each once."""
-        names = (self.user, self.item, self.timestamp, self.rating)
-        return list(dict.fromkeys(name for name in names if name is not None))
+        names = [self.user, self.item, *(self.timestamp or ())]
+        names += [] if self.rating is None else [self.rating]
+        names += [] if self.filter is None else RowFilter(self.filter).columns
+        return list(dict.fromkeys(names))
 
     def select(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the columns of a data frame that are read.
@@ -376,8 +443,15 @@ class Preparation:
             names=self.names,
             separator=self.separator,
             names_option="dataset.names",
+            notes=notes,
         )
-        user, item = (keys(frame, name, where) for name in (self.user, self.item))
+        if self.filter is not None:
+            frame = filtered(frame, self.filter, where, notes)
+        frame = exploded(frame, [self.user, self.item, *(self.timestamp or ())], where, notes)
+        user, item = (
+            keys(frame, name, where, missing=self.missing, notes=notes)
+            for name in (self.user, self.item)
+        )
         time = None if self.timestamp is None else times(frame, self.timestamp, where)
         if time is not None and time.note:
             notes.append(time.note)
@@ -416,17 +490,28 @@ class Preparation:
             )
         if self.min_rating is not None:
             raise UserError(f"{path}: a sequence text has no ratings; set dataset.min_rating=null")
-        frame = collect(scan_sequences(path, separator=self.separator), path)
+        if self.filter is not None:
+            raise UserError(f"{path}: a sequence text has no columns; set dataset.filter=null")
+        frame = scan_sequences(path, separator=self.separator)
         alone = ((frame["items"].list.len() == 0) & ~frame["blank"]).to_numpy()
         if alone.any():
             line = int(alone.argmax())
             raise UserError(
-                f"{path}, line {line + 1}: one id alone ({frame['user'][line]!r}); write a user and "
+                f"{path}, line {line + 1}: one id alone ({shown(frame['user'][line])}); write a user and "
                 "the user's items in a line: user item item …"
             )
+        gap = frame["items"].list.contains("") | (frame["user"] == "")
+        if (gaps := (gap & ~frame["blank"]).to_numpy()).any():
+            raise UserError(
+                f"{path}, line {int(gaps.argmax()) + 1}: an empty id between two separators; give every id, or another "
+                "dataset.separator"
+            )
+        blank = int(frame["blank"].sum())
         frame = frame.filter(~pl.col("blank")).select("user", "items")
         if not frame.height:
             raise UserError(f"{path}: every line is blank; write lines like: user item item …")
+        if blank:
+            notes.append(f"{path}: {blank:,} blank lines are left out")
         if again := frame.height - frame["user"].n_unique():
             notes.append(f"{path}: {again:,} lines continue the user of an earlier line")
         frame = frame.explode("items")
@@ -460,6 +545,24 @@ class Preparation:
                 "let the test begin later, with val_from and test_from or with other shares"
             )
         return val_from, test_from
+
+
+def filtered(frame: pl.DataFrame, expression: str, where: str, notes: list[str]) -> pl.DataFrame:
+    """Return the rows that fulfil ``dataset.filter``, and add a note on the others.
+
+    Raises:
+        UserError: The filter does not fit the columns, or no row is left.
+    """
+    kept = RowFilter(expression).mask(frame, where)
+    if not kept.any():
+        raise UserError(
+            f"{where}: dataset.filter={shown(expression)} leaves no row; correct the column's values in it"
+        )
+    left_out = frame.height - int(kept.sum())
+    notes.append(
+        f"{where}: {left_out:,} of {frame.height:,} rows are left out by dataset.filter={shown(expression, 100)}"
+    )
+    return at_rows(frame, kept) if left_out else frame
 
 
 class _Rows(NamedTuple):
@@ -603,6 +706,13 @@ def _describe(splits: SequenceSplits) -> None:
         f"{int(splits.item_counts.sum()):,} trained on, {splits.val.user.size:,} users validated on, "
         f"{splits.test.user.size:,} tested"
     )
+    if share := splits.repeat_share:
+        common = share >= COMMON_REPEATS
+        splits.notes.append(
+            f"{share:.1%} of the validation targets are items that their users had before: seen items are "
+            + ("recommended again" if common else "left out")
+            + f" unless model.filter_seen={'true' if common else 'false'}"
+        )
     if untrained := int((splits.item_counts == 0).sum()):
         splits.notes.append(
             f"{untrained:,} items have no training event: they are ranked like the others"

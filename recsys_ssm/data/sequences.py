@@ -32,6 +32,9 @@ from recsys_ssm.metrics import RankingMetrics
 
 Objective = Literal["all", "last"]
 
+COMMON_REPEATS = 0.1
+"""Share of validation targets seen before from which seen items are recommended again by default."""
+
 
 class Histories(NamedTuple):
     """Events of every user, earliest first: ``events[offsets[u]:offsets[u + 1]]``; may be memory-mapped."""
@@ -360,23 +363,26 @@ class SequenceData(RecommenderData[SequenceSplits]):
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
         """Return test metrics of the most popular items, and of the user's own items, the latest first.
 
-        ``_unfiltered``: items of the user's history may be recommended again.
+        ``_unfiltered``: items of the user's history may be recommended again. In ``popularity`` they are left out, a
+        target that was seen before as well: the rule of :class:`~recsys_ssm.models.next_item.NextItem`.
         """
         splits = self.splits
         n_items = len(splits.item_ids)
         by_count = torch.argsort(splits.item_counts, descending=True, stable=True)
         results = {}
-        for name, recommend in (
-            ("popularity", lambda batch, k: _first_unseen(by_count, batch, k)),
-            ("popularity_unfiltered", lambda batch, k: by_count[:k].expand(len(batch.user), -1)),
-            ("repeat_last_unfiltered", lambda batch, k: _latest(batch.seen, k)),
-        ):
+        for name in ("popularity", "popularity_unfiltered", "repeat_last_unfiltered"):
             # Every process ranks for all users here, so there is nothing to sum over processes.
             ranking = RankingMetrics(
                 metrics, n_items=n_items, item_counts=splits.item_counts, sync_on_compute=False
             )
             for batch in self._users(splits.test, shard=False):
-                top = recommend(batch, ranking.max_k)
+                k = ranking.max_k
+                if name == "popularity":
+                    top = _first_unseen(by_count, batch.seen, k)
+                elif name == "popularity_unfiltered":
+                    top = by_count[:k].expand(len(batch.user), -1)
+                else:
+                    top = _latest(batch.seen, k)
                 filled = torch.nn.functional.pad(top, (0, ranking.max_k - top.shape[1]), value=-1)
                 ranking.update_from_top(filled, batch.target)
             results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
@@ -414,30 +420,36 @@ def _cut(first: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, 
     return np.maximum(first, stop - length), stop
 
 
-def _first_unseen(ranked: Tensor, batch: HistoryBatch, k: int) -> Tensor:
-    """Return the first ``k`` of ``ranked`` (I,) that are not in the history; (U, k) int64, -1 if there are fewer.
-
-    The target is kept even if it is in the history.
-    """
-    n_users, lengths = batch.user.numel(), batch.seen.lengths
+def _first_unseen(ranked: Tensor, seen: Ragged, k: int) -> Tensor:
+    """Return the first ``k`` of ``ranked`` (I,) that are not in the history; (U, k) int64, -1 if there are fewer."""
+    n_users, lengths = seen.lengths.numel(), seen.lengths
     n = min(ranked.numel(), k + int(lengths.max()))  # among these, k are not in the history
     place = torch.empty_like(ranked)
     place[ranked] = torch.arange(ranked.numel())
-    seen, target = place[batch.seen.values], place[batch.target]
-    user = torch.arange(n_users)
     # The last column stands for all later items.
     taken = torch.zeros(n_users, n + 1, dtype=torch.bool)
-    taken[user.repeat_interleave(lengths), seen.clamp(max=n)] = True
-    taken[user, target.clamp(max=n)] = False
+    user = torch.arange(n_users).repeat_interleave(lengths)
+    taken[user, place[seen.values].clamp(max=n)] = True
     return _left_aligned(ranked[:n].expand(n_users, -1), taken[:, :n])[:, :k]
 
 
 def _latest(seen: Ragged, k: int) -> Tensor:
-    """Return each user's latest ``k`` items, the latest first, none twice; (U, k) int64, -1 if there are fewer."""
-    back = torch.arange(1, k + 1)
-    items = seen.values[(seen.offsets[1:, None] - back).clamp(min=0)]
-    again = (items[:, :, None] == items[:, None, :]).tril(-1).any(2)
-    return _left_aligned(items, again | (back > seen.lengths[:, None]))
+    """Return each user's latest ``k`` different items, the latest first; (U, k) int64, -1 if there are fewer."""
+    lengths = seen.lengths
+    user = torch.arange(lengths.numel()).repeat_interleave(lengths)
+    # Sorted by user and item (stable), the last of equal neighbours is an item's latest event.
+    by_item = torch.argsort(seen.values, stable=True)
+    order = by_item[torch.argsort(user[by_item], stable=True)]
+    again = (user[order][1:] == user[order][:-1]) & (
+        seen.values[order][1:] == seen.values[order][:-1]
+    )
+    kept = order[torch.nn.functional.pad(~again, (0, 1), value=True)].sort().values
+    n_kept = torch.bincount(user[kept], minlength=lengths.numel())
+    place = n_kept.cumsum(0)[user[kept]] - 1 - torch.arange(kept.numel())  # 0: the latest
+    top = torch.full((lengths.numel(), k), NO_ITEM)
+    near = place < k
+    top[user[kept][near], place[near]] = seen.values[kept][near]
+    return top
 
 
 def _left_aligned(items: Tensor, without: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ Shapes: B listeners, G genres, A attributes, S songs.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,9 @@ class SpotifyData(TwoTowerData):
             preference_B = (likes_BG[user] * affinity_GS.T[item]).sum(dim=1)
             return Pairs(user, item, self.sentiment(preference_B))
 
-        def preference(user: Tensor) -> Tensor:
-            return likes_BG[user] @ affinity_GS
-
         def ranking(user: Tensor) -> Ranking:
-            return Ranking(user, Ragged.from_mask(self.sentiment(preference(user)) > 0))
+            preference = likes_BG[user] @ affinity_GS
+            return Ranking(user, Ragged.from_mask(self.sentiment(preference) > 0))
 
         listeners = pl.DataFrame(likes, schema=genres["genre"].to_list())
         user_schema = FeatureSchema.fit(listeners, numeric=listeners.columns, scale=False)
@@ -148,7 +147,7 @@ class SpotifyData(TwoTowerData):
             val=pairs(rows[1], val),
             val_ranking=ranking(rows[2]),
             test_ranking=ranking(rows[3]),
-            baselines={"oracle": lambda user: preference(user).float()},
+            baselines={"oracle": functools.partial(_preferences, likes_BG, affinity_GS)},
             notes=[f"listeners and {self.n_train:,} training pairs sampled, {n_songs} songs"],
             sources={
                 "spotify": self._hash_arguments(
@@ -167,6 +166,10 @@ class SpotifyData(TwoTowerData):
         # The first n_liked genres of a random order are a uniform choice.
         place_BG = rng.random((n, n_genres)).argsort(axis=1).argsort(axis=1)
         return (place_BG < np.maximum(n_liked_B, 1)[:, None]).astype(np.float64)
+
+
+def _preferences(likes_BG: Tensor, affinity_GS: Tensor, user: Tensor) -> Tensor:
+    return (likes_BG[user] @ affinity_GS).float()
 
 
 def _attributes(table: pl.DataFrame, where: str) -> np.ndarray:

@@ -19,10 +19,12 @@ import polars as pl
 import torch
 
 from recsys_ssm.batches import Ragged
-from recsys_ssm.data.cache import cache_folder, hash_file, hash_frame
+from recsys_ssm.data.cache import cache_folder, hash_frame, hash_path
 from recsys_ssm.data.columns import (
+    MISSING_IDS,
     FeatureTable,
     Table,
+    exploded,
     keys,
     numbers,
     one_or_more,
@@ -30,7 +32,10 @@ from recsys_ssm.data.columns import (
     positions,
     times,
 )
+from recsys_ssm.data.interactions import filtered
+from recsys_ssm.data.row_filter import RowFilter
 from recsys_ssm.data.two_tower import (
+    ByCount,
     Pairs,
     Ranking,
     TwoTowerData,
@@ -40,6 +45,9 @@ from recsys_ssm.data.two_tower import (
 )
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import FeatureSchema, as_frame
+
+MAX_NEGATIVES = 10**9
+"""Most negatives that are drawn for a dataset: more of them would not be in memory."""
 
 MAX_DEFAULT_USERS = 1000
 """Most users to rank for, in validation and in the test each, unless options give a number."""
@@ -57,7 +65,8 @@ class TableData(TwoTowerData):
         items: File or data frame with a row for each item: the id column ``item`` and the item features.
         user, item: Id columns, with the same name in every file.
         timestamp: Column to order a user's rows by (numbers or dates): the last are held out, and of equal times those
-            that are last in the file. None: random ones are.
+            that are last in the file. Several columns, the most significant first: a date and a time of day are joined.
+            None: random ones are.
         target: Column to learn, numeric. None: each row is a positive with target 1.
         negatives: Items without an interaction of the user to draw for each relevant row, with target 0. None: 1
             without a target column, 0 with one.
@@ -69,7 +78,10 @@ class TableData(TwoTowerData):
         user_id_feature: Use the user's id as a feature. None: only if there are no user features.
         on_unknown: Treatment of interactions whose user or item is not in its file: ``keep`` them with missing features
             (and count them), or ``error``.
+        filter: Rows of ``interactions`` to read, as ``event_type == "purchase" and price > 3``; None: all.
+        missing: Texts that stand for a missing id in ``interactions``. A row with one is an error, as an empty id is.
         separator: Separator between the cells of a file; None: the format's own, a comma in a CSV.
+        users_separator, items_separator: The same for ``users`` and ``items``; None: ``separator``.
         split: ``users``: hold out whole users, none of whose rows is trained on (needs user features).
             ``interactions``: hold out a share of some users' rows; items of their training rows are not ranked.
             ``auto``: the first if there are user features.
@@ -92,7 +104,7 @@ class TableData(TwoTowerData):
         items: Table | None = None,
         user: str = "user_id",
         item: str = "item_id",
-        timestamp: str | None = None,
+        timestamp: str | Sequence[str] | None = None,
         target: str | None = None,
         negatives: int | None = None,
         relevant_above: float = 0.0,
@@ -103,7 +115,11 @@ class TableData(TwoTowerData):
         item_id_feature: bool = True,
         user_id_feature: bool | None = None,
         on_unknown: Literal["keep", "error"] = "keep",
+        filter: str | None = None,  # noqa: A002 (the usual name)
+        missing: Sequence[str] = MISSING_IDS,
         separator: str | None = None,
+        users_separator: str | None = None,
+        items_separator: str | None = None,
         split: Literal["auto", "users", "interactions"] = "auto",
         held_out: float = 0.2,
         n_test_users: int | None = None,
@@ -125,6 +141,8 @@ class TableData(TwoTowerData):
         ):
             if value is not None and value < least:
                 raise UserError(f"dataset.{option}={value}: give at least {least}")
+            if value is not None and value != int(value):
+                raise UserError(f"dataset.{option}={value}: give a whole number")
         for option, known, word in (
             ("split", ("auto", "users", "interactions"), split),
             ("on_unknown", ("keep", "error"), on_unknown),
@@ -134,11 +152,14 @@ class TableData(TwoTowerData):
         if not 0 < held_out < 1:
             raise UserError(f"dataset.held_out={held_out}: give a share between 0 and 1")
 
+        user, item = str(user), str(item)
         if user == item:
             raise UserError(f"dataset.user, dataset.item: both are {user!r}; name two columns")
         self.interactions, self.user, self.item = interactions, user, item
-        self.timestamp, self.target = timestamp, target
-        self.negatives = negatives if negatives is not None else int(target is None)
+        self.timestamp, self.target = one_or_more(timestamp), target
+        self.filter, self.missing = filter, one_or_more(missing)
+        self.filter_columns = RowFilter(filter).columns if filter is not None else []
+        self.negatives = int(negatives) if negatives is not None else int(target is None)
         self.relevant_above, self.on_unknown, self.separator = relevant_above, on_unknown, separator
         self.held_out, self.min_relevant = held_out, min_relevant
         self.n_test_users, self.n_val_users = n_test_users, n_val_users
@@ -147,9 +168,15 @@ class TableData(TwoTowerData):
         has_user_features = bool(user_numeric or user_categorical)
         if user_id_feature is None:
             user_id_feature = not has_user_features
-        sides: tuple[tuple[Literal["user", "item"], Any, str, Any, Any, bool], ...] = (
-            ("user", users, user, user_numeric, user_categorical, user_id_feature),
-            ("item", items, item, item_numeric, item_categorical, item_id_feature),
+        sides: tuple[tuple[Literal["user", "item"], Any, str, Any, Any, bool, Any], ...] = (
+            (
+                *("user", users, user, user_numeric, user_categorical, user_id_feature),
+                users_separator,
+            ),
+            (
+                *("item", items, item, item_numeric, item_categorical, item_id_feature),
+                items_separator,
+            ),
         )
         self.user_side, self.item_side = (
             _Side(
@@ -159,12 +186,13 @@ class TableData(TwoTowerData):
                     key,
                     one_or_more(numeric),
                     one_or_more(categorical),
-                    separator=separator,
+                    separator=separator if own is None else own,
+                    separator_option=f"dataset.{kind}s_separator",
                     instead=f", and set dataset.{kind}_id_feature=true for the id as a feature",
                 ),
                 id_feature,
             )
-            for kind, source, key, numeric, categorical, id_feature in sides
+            for kind, source, key, numeric, categorical, id_feature, own in sides
         )
         if split == "users" and not has_user_features:
             raise UserError(
@@ -220,7 +248,7 @@ class TableData(TwoTowerData):
             val=val,
             val_ranking=self._ranking_of(rows, split, split.val),
             test_ranking=self._ranking_of(rows, split, split.test),
-            baselines={"popularity": lambda user: popularity.expand(user.numel(), -1)},
+            baselines={"popularity": ByCount(popularity)},
             notes=notes,
             sources=self._hash(),
         )
@@ -234,23 +262,32 @@ class TableData(TwoTowerData):
             ("items", self.item_side.table.source),
         ):
             if isinstance(source, str | Path):
-                hashes[str(source)] = hash_file(Path(source).expanduser(), cache_folder())
+                hashes[str(source)] = hash_path(Path(source).expanduser(), cache_folder())
             elif source is not None:
                 hashes[argument] = hash_frame(as_frame(source, argument))
         return hashes
 
     def _read(self, notes: list[str]) -> tuple[_Rows, pl.DataFrame, pl.DataFrame]:
         """Read the distinct interactions, as row numbers of the two tables, and those tables."""
-        columns = [self.user, self.item, *filter(None, (self.target, self.timestamp))]
+        target_column = [] if self.target is None else [self.target]
+        columns = [self.user, self.item, *target_column, *self.timestamp, *self.filter_columns]
         frame, where = open_table(
-            self.interactions, "interactions", columns, separator=self.separator
+            self.interactions, "interactions", columns, separator=self.separator, notes=notes
         )
-        users, items = keys(frame, self.user, where), keys(frame, self.item, where)
+        if self.filter is not None:
+            frame = filtered(frame, self.filter, where, notes)
+        frame = exploded(
+            frame, [self.user, self.item, *target_column, *self.timestamp], where, notes
+        )
+        users, items = (
+            keys(frame, name, where, missing=self.missing, notes=notes)
+            for name in (self.user, self.item)
+        )
         target = np.ones(frame.height)
         if self.target is not None:
             target = numbers(frame, self.target, where, "dataset.target")
         when = np.zeros(frame.height, dtype=np.int64)
-        if self.timestamp is not None:
+        if self.timestamp:
             when, _, note = times(frame, self.timestamp, where)
             notes += [note] if note else []
 
@@ -294,7 +331,7 @@ class TableData(TwoTowerData):
         else:
             # Count each user's rows from the last; at least one row of a user is trained on.
             size = np.bincount(rows.user, minlength=n_users)
-            by = rows.when if self.timestamp is not None else generator.random(rows.user.size)
+            by = rows.when if self.timestamp else generator.random(rows.user.size)
             order = np.lexsort((by, rows.user))
             place = np.empty_like(order)
             place[order] = size.cumsum()[rows.user[order]] - 1 - np.arange(order.size)
@@ -348,7 +385,14 @@ class TableData(TwoTowerData):
             has_room = positives.lengths.numpy() < n_known
             owner = rows.user[rows.relevant]
             full = np.unique(owner[~has_room[owner]])
-            owner = np.repeat(owner[has_room[owner]], self.negatives)
+            owner = owner[has_room[owner]]
+            if self.negatives > n_known or owner.size * self.negatives > MAX_NEGATIVES:
+                raise UserError(
+                    f"dataset.negatives={self.negatives}: makes {owner.size * self.negatives:,} pairs; give at most "
+                    f"{min(n_known, MAX_NEGATIVES // max(1, owner.size)):,} for {n_known:,} items and {owner.size:,} "
+                    "relevant rows"
+                )
+            owner = np.repeat(owner, self.negatives)
             drawn = sample_negatives(positives, owner, n_known, generator)
             user = np.concatenate([user, owner])
             item = np.concatenate([item, np.flatnonzero(known)[drawn]])
@@ -376,7 +420,7 @@ class TableData(TwoTowerData):
             "whole users are held out, none of their rows is trained on"
             if self.whole_users
             else f"{self.held_out:.0%} of these users' rows are held out, "
-            + (f"the last by {self.timestamp}" if self.timestamp is not None else "at random")
+            + (f"the last by {', '.join(self.timestamp)}" if self.timestamp else "at random")
             + "; items of their training rows are not ranked for them"
         )
         return (
@@ -437,7 +481,7 @@ class _Side:
         kind, key = table.kind, table.key
         if table.source is None:
             return pl.DataFrame({key: ids.sort()}).with_columns(in_file=pl.lit(value=False))
-        frame, where = table.read()
+        frame, where = table.read(notes)
         unknown = table.unknown(frame, ids, where)
         if unknown.len() and on_unknown == "error":
             raise UserError(

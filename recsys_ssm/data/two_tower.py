@@ -46,7 +46,30 @@ class Ranking:
 
 
 Baseline = Callable[[Tensor], Tensor]
-"""Scores of a simpler method or of an oracle: from rows of the user table (U,) to scores (U, I)."""
+"""Scores of a simpler method or of an oracle: from rows of the user table (U,) to scores (U, I).
+
+Prepared data is pickled for the processes of ``ddp_spawn``: a baseline is an object or a partial, not a lambda.
+"""
+
+
+@dataclass(frozen=True)
+class ByCount:
+    """A baseline: the scores (I,) of the items, the same for every user."""
+
+    counts: Tensor
+
+    def __call__(self, user: Tensor) -> Tensor:
+        return self.counts.expand(user.numel(), -1)
+
+
+@dataclass(frozen=True)
+class AtRandom:
+    """A baseline: random scores of so many items."""
+
+    n_items: int
+
+    def __call__(self, user: Tensor) -> Tensor:
+        return random_scores(user, self.n_items)
 
 
 @dataclass
@@ -86,8 +109,8 @@ class TwoTowerSplits:
             )
         counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
         self.baselines = {
-            "random": lambda user: random_scores(user, n_items),
-            "popularity": lambda user: counts.expand(user.numel(), -1),
+            "random": AtRandom(n_items),
+            "popularity": ByCount(counts),
             **self.baselines,
         }
 

@@ -38,6 +38,7 @@ Legend: U people, M messages, E numbers an embedding; N points, D numbers a poin
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -185,8 +186,7 @@ class VaccineData(TwoTowerData):
         user_cluster = torch.from_numpy(nearest(points_UD, centres_KD))
         message_cluster = torch.from_numpy(nearest(embeddings_ME, centres_KE))
 
-        def match(user: Tensor) -> Tensor:
-            return user_cluster[user, None] == message_cluster
+        match = functools.partial(_in_same_cluster, user_cluster, message_cluster)
 
         def pairs(among: Tensor, n: int, rng: np.random.Generator) -> Pairs:
             user = among[torch.from_numpy(rng.integers(0, among.numel(), n))]
@@ -196,7 +196,7 @@ class VaccineData(TwoTowerData):
             return Pairs(user, item, (torch.from_numpy(rng.random(n)) < p).float())
 
         def ranking(user: Tensor) -> Ranking:
-            return Ranking(user, Ragged.from_mask(match(user)))
+            return Ranking(user, Ragged.from_mask(match(user) > 0))
 
         train_users, val_users, test_users = torch.arange(people.height).split(
             [n for n, _ in parts]
@@ -223,7 +223,7 @@ class VaccineData(TwoTowerData):
             val_ranking=ranking(val_users),
             test_ranking=ranking(test_users),
             baselines={
-                "oracle": lambda user: match(user).float(),
+                "oracle": match,
                 "age_band": age_band_rates(age, train_pairs, self.n_messages, self.age_bands),
             },
             notes=[f"users and {self.n_train:,} training pairs sampled, k={self.k}"],
@@ -276,7 +276,16 @@ def age_band_rates(age: Tensor, train: Pairs, n_messages: int, n_bands: int) -> 
     ones = torch.bincount(cell, train.target, minlength=size).view(n_bands, n_messages)
     overall = ones.sum(0) / pairs.sum(0).clamp(min=1)
     rates = (ones + overall) / (pairs + 1)
-    return lambda user: rates[band[user]]
+    return functools.partial(_of_band, rates, band)
+
+
+def _in_same_cluster(user_cluster: Tensor, message_cluster: Tensor, user: Tensor) -> Tensor:
+    """Return which messages match each user, (U, M) float32 of 0 and 1."""
+    return (user_cluster[user, None] == message_cluster).float()
+
+
+def _of_band(rates: Tensor, band: Tensor, user: Tensor) -> Tensor:
+    return rates[band[user]]
 
 
 def kmeans(

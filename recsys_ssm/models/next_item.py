@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from recsys_ssm.batches import NO_ITEM
+from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.instantiate import Configurable, Part, build, to_spec
@@ -43,10 +44,6 @@ DEFAULT_METRICS: tuple[str, ...] = (
     "coverage@10",
     "popularity@10",
 )
-
-
-COMMON_REPEATS = 0.1
-"""Share of validation targets seen before from which seen items are recommended again by default."""
 
 
 class NextItem(Recommender):

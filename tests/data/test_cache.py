@@ -110,6 +110,7 @@ def test_options_of_the_loader_share_an_entry(tmp_path, table):
 NOT_PREPARATION = {
     *("interactions", "root", "download", "source", "cache_dir", "name"),  # how the file is found
     *("items", "items_id", "item_numeric", "item_categorical", "item_names"),  # read at every start
+    "items_separator",
 }
 """Options that the prepared data does not depend on."""
 
@@ -129,6 +130,9 @@ def test_no_option_can_be_forgotten_in_the_fingerprint():
         "names": ("a",),
         "separator": ";",
         "rating": "stars",
+        "filter": "a == 1",
+        "timestamp": ("day", "hour"),
+        "missing": (),
         "duplicates": "keep",
         "split": "time",
         "val_from": 1,

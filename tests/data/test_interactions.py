@@ -422,7 +422,7 @@ HEADER = "user_id,item_id,rating,timestamp\n"
         ("x.txt", "1 2 3 4\n", {"split": "time"}, "a sequence text has no times"),
         ("x.txt", "1 2 3\n", {"rating": "r", "min_rating": 3}, "a sequence text has no ratings"),
         ("x.dat", "1::2::3::4\n1::2\n", {}, "row 2, column 'timestamp': None is not a time"),
-        ("x.dat", "1,2,3,4\n", {}, "row 1, column 'item_id': empty"),
+        ("x.dat", "1,2\n", {}, "no column 'user_id'; its columns are 1, 2; .* with dataset.names"),
         (
             "x.inter",
             "user_id:token\titem:token\ttimestamp:float\n1\t2\t3\n",

@@ -452,7 +452,7 @@ def test_baselines_equal_their_scores_ranked():
         ranking = RankingMetrics(names, n_items=30, item_counts=prepared.item_counts)
         for batch in data.test_dataloader():
             n = batch.user.numel()
-            seen = batch.seen.mask(0, n, 30).scatter_(1, batch.target[:, None], False)
+            seen = batch.seen.mask(0, n, 30)  # a target that was seen before is a miss
             scores = prepared.item_counts.float().expand(n, -1)
             ranking.update(scores, batch.target, seen if name == "popularity" else None)
         assert found[name] == {key: float(value) for key, value in ranking.compute().items()}
@@ -474,8 +474,25 @@ def test_baselines_where_the_catalogue_is_short():
         (3, 3, 5), histories=Histories(events, prepared.histories.offsets), item_ids=["a", "b", "c"]
     )
     found = Data(prepared).baseline_metrics(["hr@20", "hr@1"])
-    # Everything but the target is filtered: it comes first.
-    assert found["popularity"]["hr@1"] == found["popularity_unfiltered"]["hr@20"] == 1
+    # Everything seen is left out: the target comes first, and for the third user there is nothing left.
+    assert found["popularity"]["hr@1"] == found["popularity"]["hr@20"] == pytest.approx(2 / 3)
+    assert found["popularity_unfiltered"]["hr@20"] == 1
+
+
+def test_repeat_last_is_of_different_items_whatever_the_other_metrics():
+    """The latest item may have come many times in a row."""
+    events = np.array([0, 1, 2, 3, *(3, 2, 1), *[0] * 40, 1], dtype=np.int32)
+    made = splits((4, events.size - 4))
+    prepared = splits(
+        (4, events.size - 4),
+        histories=Histories(events, made.histories.offsets),
+        item_ids=list("abcd"),
+    )
+    data = Data(prepared)
+    alone = data.baseline_metrics(["hr@3", "mrr@3"])["repeat_last_unfiltered"]
+    assert (alone["hr@3"], alone["mrr@3"]) == (0.5, pytest.approx(1 / 4))
+    beside = data.baseline_metrics(["hr@3", "mrr@3", "hr@20"])["repeat_last_unfiltered"]
+    assert alone == {name: beside[name] for name in alone}
 
 
 # Options
