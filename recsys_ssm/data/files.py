@@ -398,14 +398,23 @@ def listed(names: Sequence[str], limit: int = 150) -> str:
 
 
 def header_of(path: Path, separator: str) -> list[str]:
-    """Return the cells of a text file's first line, as polars names columns."""
-    first = next(iter(_lines(path, start=True)), b"")
-    if not first.strip():
-        raise UserError(f"{path}: not a readable CSV file (it has no header line)")
-    quote = '"' if _record(separator).fullmatch(first.rstrip(b"\r\n")) else None
-    frame = pl.read_csv(
-        first.rstrip(b"\r\n") + b"\n", separator=separator, infer_schema=False, quote_char=quote
-    )
+    """Return the cells of a text file's first line, as polars names columns.
+
+    Raises:
+        UserError: The line is blank or unreadable.
+    """
+    try:
+        first = next(iter(_lines(path, start=True)), b"").rstrip(b"\r\n")
+        if not first:
+            raise UserError(f"{path}: not a readable CSV file (it has no header line)")
+        quote = '"' if _record(separator).fullmatch(first) else None
+        frame = pl.read_csv(
+            first + b"\n", separator=separator, infer_schema=False, quote_char=quote
+        )
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path}: not a readable CSV file ({_first_line(error)})"
+        ) from error
     return frame.columns
 
 

@@ -129,9 +129,8 @@ class RowFilter:
         match node:
             case ast.Constant(value=str() | int() | float() | None):
                 return node.value
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
-                assert isinstance(node.operand, ast.Constant)
-                return -node.operand.value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return -number
             case ast.Name() if node.id.lower() in _WORDS:
                 return _WORDS[node.id.lower()]
             case ast.List() | ast.Tuple():
