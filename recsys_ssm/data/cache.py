@@ -11,6 +11,10 @@ write their own folder; the later one discards its own.
 Large files are not read again at every start. The hash of an input file is kept with the file's size, dates and inode
 and computed again only when one of these changes. A file of an entry is checked by its size and date, and by its
 checksum only when the date differs.
+
+A map of a file that is then truncated in place ends the process (SIGBUS) when it reads beyond the new end. So files are
+written read-only, sizes are checked before a file is mapped, and arrays of an entry of at most :data:`IN_MEMORY` bytes
+are read, not mapped. What remains: a larger entry that somebody truncates, permissions notwithstanding, during a run.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -37,6 +41,9 @@ from recsys_ssm.errors import UserError
 
 VERSION = 3
 """Version of the entries and of their preparation: raise it when either changes."""
+
+IN_MEMORY = 64 << 20
+"""Bytes of an entry's arrays up to which they are read into memory, not mapped."""
 
 _SETTLED = 2 * 10**9
 """Nanoseconds after which a further change of a file also changes its date, whatever the file system's resolution."""
@@ -172,7 +179,7 @@ def load_or_make(
         make: Makes the entry.
 
     Returns:
-        The entry as it is on disk: arrays are memory-mapped, read-only.
+        The entry as it is on disk: arrays are read-only, and memory-mapped if they are large.
 
     Raises:
         UserError: An input changed while it was read, or the cache folder cannot be written.
@@ -228,6 +235,9 @@ def _write(made: Prepared, folder: Path) -> dict[str, list[Any]]:
     for name, text in made.texts.items():
         pl.DataFrame({name: text}).write_parquet(folder / f"{name}.parquet")
     _write_json(folder / "notes.json", {"notes": made.notes})
+    if os.name == "posix":  # elsewhere a read-only file cannot be removed
+        for path in folder.iterdir():
+            path.chmod(0o444)
     return {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns, _checksum(path)]
         for path in sorted(folder.iterdir())
@@ -269,6 +279,8 @@ def _load(index: _Index | None) -> Prepared | None:
     if index is None:
         return None
     entry = Prepared({}, {})
+    n_bytes = sum(size for name, (size, _, _) in index.files.items() if name.endswith(".npy"))
+    mode: Literal["r"] | None = "r" if n_bytes > IN_MEMORY else None
     try:
         for name, (size, date, checksum) in index.files.items():
             path = index.folder / name
@@ -277,9 +289,9 @@ def _load(index: _Index | None) -> Prepared | None:
                 return None
             if path.suffix == ".npy":
                 # Indexing a plain view of the map is faster than indexing an np.memmap.
-                entry.arrays[path.stem] = np.asarray(
-                    np.load(path, mmap_mode="r", allow_pickle=False)
-                )
+                array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+                array.flags.writeable = False
+                entry.arrays[path.stem] = array
             elif path.suffix == ".parquet":
                 entry.texts[path.stem] = pl.read_parquet(path, glob=False)[path.stem]
             else:

@@ -412,9 +412,7 @@ def header_of(path: Path, separator: str) -> list[str]:
             first + b"\n", separator=separator, infer_schema=False, quote_char=quote
         )
     except _UNREADABLE as error:
-        raise UserError(
-            f"{path}: not a readable CSV file ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{path}: not a readable CSV file ({_first_line(error)})") from error
     return frame.columns
 
 

@@ -46,6 +46,7 @@ def count_preparations(monkeypatch) -> list[int]:
 
 
 def test_prepared_data_is_kept_and_memory_mapped(tmp_path, table, monkeypatch):
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
     made = count_preparations(monkeypatch)
     first, second = splits_of(table), splits_of(table)
     assert len(made) == 1
@@ -145,7 +146,10 @@ def test_no_option_can_be_forgotten_in_the_fingerprint():
     seen = {fingerprint(preparation)}
     for name in fields:
         value = getattr(preparation, name)
-        other = others.get(name, value + "2" if isinstance(value, str) else (value or 0) + 0.25)
+        if name in others:
+            other = others[name]
+        else:
+            other = value + "2" if isinstance(value, str) else (value or 0) + 0.25
         changed = dataclasses.replace(preparation)
         object.__setattr__(changed, name, other)
         seen.add(fingerprint(changed))
@@ -197,6 +201,26 @@ def test_a_start_reads_neither_the_file_nor_the_arrays(table, monkeypatch):
     assert read == []
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_entry_that_is_truncated_in_place(tmp_path, table, monkeypatch, in_memory):
+    """Truncated before a start, it is made again; truncated during a run, a small one is in memory already."""
+    monkeypatch.setattr(cache, "IN_MEMORY", cache.IN_MEMORY if in_memory else 0)
+    made = count_preparations(monkeypatch)
+    first = splits_of(table)
+    (index,) = entries(tmp_path)
+    folder = index.parent / json.loads(index.read_text())["folder"]
+    assert all(path.stat().st_mode & 0o222 == 0 for path in folder.glob("*.npy"))
+    if in_memory:
+        for path in folder.iterdir():
+            os.truncate(path, 0)
+        assert histories(first) == IN_ORDER
+    else:
+        del first
+        os.truncate(folder / "events.npy", 100)
+    assert histories(splits_of(table)) == IN_ORDER
+    assert len(made) == 2
+
+
 def test_an_entry_that_was_copied_is_checked_by_its_sums(tmp_path, table, monkeypatch):
     made = count_preparations(monkeypatch)
     splits_of(table)
@@ -238,7 +262,12 @@ def test_another_version_is_another_entry(tmp_path, table, monkeypatch):
 
 
 def garble(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    overwrite(path, path.read_bytes()[:-1] + b"\x55")
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +275,7 @@ def garble(path: Path) -> None:
     [
         lambda index, folder: garble(folder / "events.npy"),
         lambda index, folder: (folder / "offsets.npy").unlink(),
-        lambda index, folder: (folder / "item_ids.parquet").write_bytes(b""),
+        lambda index, folder: overwrite(folder / "item_ids.parquet", b""),
         lambda index, folder: garble(folder / "notes.json"),
         lambda index, folder: index.write_text("{"),
         lambda index, folder: index.write_text("[]"),
