@@ -73,9 +73,10 @@ class InBatchSoftmax(PairLoss):
             else (user.sum() + item.sum()) * 0
         )
 
-
     @staticmethod
-    def with_static_shapes(user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+    def with_static_shapes(
+        user: Tensor, item: Tensor, target: Tensor, item_index: Tensor
+    ) -> Tensor:
         """Return the same loss by shapes that do not depend on the targets, for ``vmap`` and ``torch.compile``."""
         positive_B = target > 0
         itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
@@ -181,7 +182,7 @@ class NextItemLoss(Configurable, nn.Module):
             if self.logq:
                 others_PK = others_PK - self.log_expected(negative)
             others_PK = others_PK.masked_fill(same_PK, -torch.inf)
-            return _mean(torch.cat([own_P.unsqueeze(1), others_PK], 1).logsumexp(1) - own_P)
+            return _mean(_logsumexp(torch.cat([own_P.unsqueeze(1), others_PK], 1)) - own_P)
         beta = self.beta() if self.kind == "gbce" else 1.0
         others = F.softplus(others_PK).masked_fill(same_PK, 0).sum(1)
         return _mean(beta * F.softplus(-own_P) + others) / (self.negatives + 1)
@@ -214,3 +215,11 @@ def _mean(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x.sum() / torch.sym_max(x.numel(), 1)
     return x.mean()
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """Return the logsumexp of each row; in a compiled graph without PyTorch's branch on the size."""
+    if torch.compiler.is_compiling():
+        top = x.detach().amax(1, keepdim=True)
+        return (x - top).exp().sum(1).log() + top.squeeze(1)
+    return x.logsumexp(1)

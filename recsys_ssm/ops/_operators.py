@@ -159,9 +159,7 @@ def register_operator(
     def rule(operator: Any, differentiable: Callable[..., Any]) -> Callable[..., Any]:
         def autograd(*arguments: Any) -> Any:
             if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
-                raise RuntimeError(
-                    f"{operator.name()}: no forward-mode derivative; {remedy}"
-                )
+                raise RuntimeError(f"{operator.name()}: no forward-mode derivative; {remedy}")
             if torch.is_grad_enabled() and any(
                 isinstance(x, Tensor) and x.requires_grad for x in arguments
             ):

@@ -211,7 +211,14 @@ class _LinearCrossEntropy(KernelFunction):
             grad, dx, dweight, x, weight
         )
         left = iter(found)
-        return *(None if t is None else next(left) for t in (dx, dweight)), None, None, None, None, None
+        return (
+            *(None if t is None else next(left) for t in (dx, dweight)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _differentiable(*arguments: Any) -> list[Tensor]:
