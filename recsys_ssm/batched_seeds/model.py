@@ -49,13 +49,7 @@ class BatchableSoftmax(InBatchSoftmax):
     """Compute :class:`InBatchSoftmax` with shapes that do not depend on the targets, as ``vmap`` needs them."""
 
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-        positive_B = target > 0
-        itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
-        same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
-        logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
-        own_B = torch.arange(target.numel(), device=target.device)
-        losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
-        return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
+        return self.with_static_shapes(user, item, target, item_index)
 
 
 class _Trained(nn.Module):

@@ -58,6 +58,8 @@ class InBatchSoftmax(PairLoss):
     """
 
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # one graph needs shapes that are known
+            return self.with_static_shapes(user, item, target, item_index)
         positive = target > 0
         logits_PB = user[positive] @ item.T
         same_PB = item_index[positive].unsqueeze(1) == item_index.unsqueeze(0)
@@ -70,6 +72,19 @@ class InBatchSoftmax(PairLoss):
             if own_P.numel()
             else (user.sum() + item.sum()) * 0
         )
+
+    @staticmethod
+    def with_static_shapes(
+        user: Tensor, item: Tensor, target: Tensor, item_index: Tensor
+    ) -> Tensor:
+        """Return the same loss by shapes that do not depend on the targets, for ``vmap`` and ``torch.compile``."""
+        positive_B = target > 0
+        itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
+        same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
+        logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
+        own_B = torch.arange(target.numel(), device=target.device)
+        losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
+        return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
 
 
 NextItemLossKind = Literal["softmax", "sampled_softmax", "bce", "gbce"]
@@ -153,7 +168,7 @@ class NextItemLoss(Configurable, nn.Module):
                 self.matmul == "auto" and multiplies_bfloat16(x.device)
             )
             return linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
-        if not target.numel():
+        if not torch.compiler.is_compiling() and not target.numel():
             return (x.sum() + weight.sum()) * 0
         shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)
         negative = self.draw(shape)
@@ -167,16 +182,21 @@ class NextItemLoss(Configurable, nn.Module):
             if self.logq:
                 others_PK = others_PK - self.log_expected(negative)
             others_PK = others_PK.masked_fill(same_PK, -torch.inf)
-            return (torch.cat([own_P.unsqueeze(1), others_PK], 1).logsumexp(1) - own_P).mean()
+            return _mean(_logsumexp(torch.cat([own_P.unsqueeze(1), others_PK], 1)) - own_P)
         beta = self.beta() if self.kind == "gbce" else 1.0
         others = F.softplus(others_PK).masked_fill(same_PK, 0).sum(1)
-        return (beta * F.softplus(-own_P) + others).mean() / (self.negatives + 1)
+        return _mean(beta * F.softplus(-own_P) + others) / (self.negatives + 1)
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Sample items with replacement."""
-        ticket = torch.randint(int(self.cumulative[-1]), shape, device=self.cumulative.device)
+        device = self.cumulative.device
         if self.sampling == "uniform":
-            return ticket
+            return torch.randint(self.n_items, shape, device=device)
+        if torch.compiler.is_compiling():  # a graph does not read the total
+            share = torch.rand(shape, dtype=torch.float64, device=device)
+            ticket = (share * self.cumulative[-1]).long()
+        else:
+            ticket = torch.randint(int(self.cumulative[-1]), shape, device=device)
         return torch.searchsorted(self.cumulative, ticket, right=True)
 
     def log_expected(self, item: Tensor) -> Tensor:
@@ -188,3 +208,18 @@ class NextItemLoss(Configurable, nn.Module):
         """Return the exponent of the next item's probability (gSASRec, equation 12)."""
         share = min(1.0, self.negatives / max(self.n_items - 1, 1))
         return share * (self.gbce_t * (1 - 1 / share) + 1 / share)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Return the mean; in a compiled graph 0 of nothing, without a branch on the size."""
+    if torch.compiler.is_compiling():
+        return x.sum() / torch.sym_max(x.numel(), 1)
+    return x.mean()
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """Return the logsumexp of each row; in a compiled graph without PyTorch's branch on the size."""
+    if torch.compiler.is_compiling():
+        top = x.detach().amax(1, keepdim=True)
+        return (x - top).exp().sum(1).log() + top.squeeze(1)
+    return x.logsumexp(1)

@@ -62,7 +62,7 @@ class NextItem(Recommender):
         objective: Positions that have a target: ``all``, or ``last``, the last position of each prefix. ``all`` needs a
             causal backbone; others would see the targets.
         item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
-        items: The catalogue's features, I rows.
+        items: The catalogue's features, I rows. None: a checkpoint has to fill them before any use.
         item_counts: (I,) training interactions of each item.
         tokenizer: A :class:`HistoryTokenizer`; None: :class:`ItemTokenizer`.
         head: A :class:`NextItemHead`; None: inner products.
@@ -158,17 +158,7 @@ class NextItem(Recommender):
         )
         self.register_buffer("item_counts", counts)
         self.item_counts: Tensor
-        catalogue = items
-        if catalogue is None:
-            n_numeric, n_categorical = (
-                (0, 0) if schema is None else (len(schema.numeric), len(schema.categorical))
-            )
-            catalogue = Features(
-                torch.zeros(n_items, n_numeric),
-                torch.zeros(n_items, n_categorical, dtype=torch.long),
-            )
-        self.register_buffer("item_numeric", catalogue.numeric)
-        self.register_buffer("item_categorical", catalogue.categorical)
+        self.set_items(items, schema)
         self.item_numeric: Tensor
         self.item_categorical: Tensor
 
@@ -212,6 +202,7 @@ class NextItem(Recommender):
         """Features of the catalogue, I rows; None if items have none."""
         if self.item_schema is None:
             return None
+        self.check_items()
         return Features(self.item_numeric, self.item_categorical)
 
     def forward(

@@ -13,6 +13,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from recsys_ssm.errors import UserError
+from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.instantiate import Spec, defaults_of, find
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models import training
 from recsys_ssm.ops import rank_products
@@ -20,6 +23,12 @@ from recsys_ssm.recommendations import Rankings
 
 _LOCK = threading.Lock()
 """Held while a model changes its mode."""
+
+
+def _items_loaded(model: Any, incompatible: Any) -> None:
+    """Note that a state had the features of the catalogue."""
+    if not {"item_numeric", "item_categorical"} & set(incompatible.missing_keys):
+        model._without_items = False
 
 
 class Recommender(L.LightningModule, abc.ABC):
@@ -32,7 +41,61 @@ class Recommender(L.LightningModule, abc.ABC):
     test_rankings: Rankings
     """Recommendations of the last test."""
 
+    optimizer_spec: Spec
     _n_inferring = 0
+    _without_items = False
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the optimizer, which Lightning's ``Tuner.lr_find(…, update_attr=True)`` sets."""
+        spec = self.optimizer_spec
+        rate = {**defaults_of(find(spec["_target_"], "optimizer")), **spec}.get("lr")
+        if rate is None:
+            raise AttributeError(f"optimizer {spec['_target_']} has no lr")
+        return float(rate)
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimizer_spec = {**self.optimizer_spec, "lr": rate}
+        self.hparams["optimizer"] = self.optimizer_spec
+
+    def set_items(self, items: Features | None, schema: FeatureSchema | None) -> None:
+        """Keep the features of the catalogue as buffers. A checkpoint fills them where ``items`` is None.
+
+        Raises:
+            UserError: ``items`` has another shape than the catalogue by the schema.
+        """
+        n_items = len(self.item_ids)
+        n_numeric, n_categorical = (
+            (0, 0) if schema is None else (len(schema.numeric), len(schema.categorical))
+        )
+        if items is None:
+            self._without_items = n_items > 0 and n_numeric + n_categorical > 0
+            items = Features(
+                torch.zeros(n_items, n_numeric),
+                torch.zeros(n_items, n_categorical, dtype=torch.long),
+            )
+        found = tuple(items.numeric.shape), tuple(items.categorical.shape)
+        if found != ((n_items, n_numeric), (n_items, n_categorical)):
+            raise UserError(
+                f"items has numeric and categorical features of shapes {found[0]} and {found[1]}; pass "
+                f"{n_numeric} and {n_categorical} columns for the {n_items} items of item_ids"
+            )
+        self.register_buffer("item_numeric", items.numeric)
+        self.register_buffer("item_categorical", items.categorical)
+        self.register_load_state_dict_post_hook(_items_loaded)
+
+    def check_items(self) -> None:
+        """Check that the features of the catalogue are known.
+
+        Raises:
+            UserError: Neither the constructor nor a checkpoint gave them.
+        """
+        if self._without_items:
+            raise UserError(
+                f"{type(self).__name__} has an item_schema with features but no items; pass items=, the features of "
+                f"the {len(self.item_ids)} items of item_ids, or build the model by for_data"
+            )
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
@@ -43,6 +106,7 @@ class Recommender(L.LightningModule, abc.ABC):
 
     def on_fit_start(self) -> None:
         """Train in training mode, also a model that was loaded for use."""
+        self.check_items()
         self.train()
 
     @contextlib.contextmanager

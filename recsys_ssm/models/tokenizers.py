@@ -90,7 +90,10 @@ class FeatureTokenizer(TableTokenizer):
             raise ValueError(f"init={init!r}: expected 'normal' or 'uniform'")
         self.init, self.init_scale = init, init_scale
         self.weight = nn.Parameter(torch.empty(n_numeric + 1, d_model))
-        self.embedding = nn.Parameter(torch.empty(sum(cardinalities), d_model))
+        # A parameter without rows is trouble for FSDP, vmap and torch.export.save.
+        self.embedding = (
+            nn.Parameter(torch.empty(sum(cardinalities), d_model)) if cardinalities else None
+        )
         self.bias = nn.Parameter(torch.empty(n_numeric + len(cardinalities) + 1, d_model))
         first_rows = [0, *itertools.accumulate(cardinalities)][: len(cardinalities)]
         self.register_buffer(
@@ -112,9 +115,18 @@ class FeatureTokenizer(TableTokenizer):
         """Return the tokens (B, F + 1, D) of B rows."""
         numeric, categorical = features
         x_BFD = numeric.unsqueeze(-1) * self.weight[: self.n_numeric]
-        e_BFD = nn.functional.embedding(categorical + self.offsets, self.embedding)
-        cls_BFD = self.weight[self.n_numeric :].expand(numeric.shape[0], 1, -1)
-        return torch.cat((x_BFD, e_BFD, cls_BFD), dim=1) + self.bias
+        tokens = [x_BFD]
+        if self.embedding is not None:
+            tokens.append(nn.functional.embedding(categorical + self.offsets, self.embedding))
+        tokens.append(self.weight[self.n_numeric :].expand(numeric.shape[0], 1, -1))
+        return torch.cat(tokens, dim=1) + self.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load a state; leave out the empty ``embedding`` of version 0.1, which no parameter has now."""
+        name = f"{prefix}embedding"
+        if self.embedding is None and name in state_dict and not state_dict[name].numel():
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class ItemTokenizer(HistoryTokenizer):
@@ -200,7 +212,10 @@ class ItemTokenizer(HistoryTokenizer):
             tokens_BLD = nn.functional.embedding(item.clamp(min=0), items_ID)
             tokens_BLD = tokens_BLD * (item >= 0).unsqueeze(-1)
         if self.position is not None:
-            if position.numel() and int(position.max()) >= self.position.num_embeddings:
+            # A compiled graph does not read values; there the embedding raises an IndexError.
+            if not torch.compiler.is_compiling() and (
+                position.numel() and int(position.max()) >= self.position.num_embeddings
+            ):
                 raise UserError(
                     f"a history has {int(position.max()) + 1} items, and tokenizer.positions="
                     f"{self.position.num_embeddings}; give tokenizer.positions=max_length"

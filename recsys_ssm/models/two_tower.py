@@ -70,7 +70,7 @@ class TwoTower(Recommender):
     Args:
         user_schema, item_schema: :meth:`FeatureSchema.to_dict` of each side.
         item_ids: Names of the catalogue's items, in catalogue order (equal scores are ranked in it).
-        items: The catalogue's features, I rows.
+        items: The catalogue's features, I rows. None: a checkpoint has to fill them before any use.
         backbone: A :class:`Backbone`.
         tokenizer: A :class:`TableTokenizer`; None: :class:`FeatureTokenizer`.
         head: Module built with ``d_model``; None: :class:`TowerHead`.
@@ -125,12 +125,7 @@ class TwoTower(Recommender):
 
         self.user_tower = _tower(self.user_schema, tokenizer, backbone, head)
         self.item_tower = _tower(self.item_schema, tokenizer, backbone, head)
-        catalogue = items or Features(
-            torch.zeros(len(self.item_ids), len(self.item_schema.numeric)),
-            torch.zeros(len(self.item_ids), len(self.item_schema.categorical), dtype=torch.long),
-        )
-        self.register_buffer("item_numeric", catalogue.numeric)
-        self.register_buffer("item_categorical", catalogue.categorical)
+        self.set_items(items, self.item_schema)
         self.item_numeric: Tensor
         self.item_categorical: Tensor
 
@@ -167,6 +162,7 @@ class TwoTower(Recommender):
     @property
     def items(self) -> Features:
         """Features of the catalogue, I rows."""
+        self.check_items()
         return Features(self.item_numeric, self.item_categorical)
 
     def forward(self, user: Features, item: Features) -> Tensor:

@@ -164,7 +164,7 @@ class Operator:
 
     def takes(self, *tensors: Tensor) -> bool:
         """Return True if the CPU kernel serves a call with these floating-point inputs."""
-        if self.functions is None:
+        if not _has_kernel(self.name):
             return False
         for x in tensors:  # noqa: SIM110 - this loop runs in every call; all(...) takes twice as long
             if not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
@@ -181,6 +181,10 @@ class Operator:
             return getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, RuntimeError):  # built for another torch: RuntimeError
             return None
+
+    def has_cuda_function(self) -> bool:
+        """Return True if the package with the CUDA implementation is installed."""
+        return _has_cuda_function(self.name)
 
     def forget(self) -> None:
         """Look for the kernels again at the next call (tests change the environment)."""
@@ -208,6 +212,18 @@ class Operator:
         else:
             cuda, cuda_why = package, "packed sequences and initial states run on plain PyTorch"
         return {"cpu": cpu, "cpu_why": why, "cuda": cuda, "cuda_why": cuda_why}
+
+
+# torch.compile takes the results as constants. It cannot trace the loading of a library, nor the lock that
+# functools.cached_property holds.
+@torch.compiler.assume_constant_result
+def _has_kernel(name: str) -> bool:
+    return Operator.registered[name].functions is not None
+
+
+@torch.compiler.assume_constant_result
+def _has_cuda_function(name: str) -> bool:
+    return Operator.registered[name].cuda_function is not None
 
 
 def backends() -> dict[str, dict[str, str]]:

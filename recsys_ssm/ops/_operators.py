@@ -7,11 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._vmap import register_vmap
 
-__all__ = ["INTEGERS", "check_tensors", "empty_like", "register_operator", "state_dtype"]
+__all__ = [
+    "INTEGERS",
+    "KernelFunction",
+    "check_tensors",
+    "empty_like",
+    "kernels_differentiate",
+    "register_operator",
+    "state_dtype",
+]
 
 INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 """Dtypes of ``seq_idx``."""
@@ -64,6 +76,54 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+class KernelFunction(_SingleLevelFunction):
+    """Base of the autograd Functions that run under an operator's Autograd key.
+
+    ``torch.autograd.Function`` refuses to run inside ``torch.func.grad``. There the dispatcher calls the Autograd key
+    once for each transform, and a Function of a single level is right. PyTorch's own rule for Functions does the same.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        arguments = unwrap_dead_wrappers(arguments)
+        if not torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)  # type: ignore[misc]
+        with enable_single_level_autograd_function():
+            return super().apply(*arguments)  # type: ignore[misc]
+
+
+class _Once(KernelFunction):
+    """Call a backward operator whose gradients cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, remedy: str, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.message = f"{operator.name()}: only first derivatives; {remedy}"
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(operator(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def kernels_differentiate() -> bool:
+    """Return True if reverse-mode first derivatives are enough, as far as can be seen.
+
+    Forward mode (``torch.func.jvp``, ``jacfwd``) and nested transforms (``hessian``) need plain PyTorch.
+    """
+    if forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return True
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() != kinds.Vmap for level in levels) < 2
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
 def register_operator(
     name: str,
     library: torch.library.Library,
@@ -73,6 +133,8 @@ def register_operator(
     forward_fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
     differentiable: Callable[..., Any],
+    device: str = "CPU",
+    remedy: str = "pass float64 tensors or set RECSYS_SSM_NO_KERNELS=1 to differentiate plain PyTorch",
 ) -> None:
     """Register the operators ``name`` and ``name_backward``, both defined in ``library`` already.
 
@@ -88,20 +150,32 @@ def register_operator(
         forward_fake: Allocates the outputs of ``forward``.
         backward_fake: Allocates the outputs of ``backward``.
         differentiable: Calls the autograd Function with the arguments of the operator.
+        device: Dispatch key of ``forward`` and ``backward``.
+        remedy: Advice in the error where the operator has no derivative.
     """
     operator = getattr(torch.ops.recsys_ssm, name).default
+    backward_operator = getattr(torch.ops.recsys_ssm, f"{name}_backward").default
 
-    def autograd(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in arguments
-        ):
-            return differentiable(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+    def rule(operator: Any, differentiable: Callable[..., Any]) -> Callable[..., Any]:
+        def autograd(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+                raise RuntimeError(f"{operator.name()}: no forward-mode derivative; {remedy}")
+            if torch.is_grad_enabled() and any(
+                isinstance(x, Tensor) and x.requires_grad for x in arguments
+            ):
+                return differentiable(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
 
-    library.impl(name, forward, "CPU")
-    library.impl(name, autograd, "Autograd")
-    library.impl(f"{name}_backward", backward, "CPU")
+        return autograd
+
+    def once(*arguments: Any) -> list[Tensor]:
+        return list(_Once.apply(backward_operator, remedy, *arguments))
+
+    library.impl(name, forward, device)
+    library.impl(name, rule(operator, differentiable), "Autograd")
+    library.impl(f"{name}_backward", backward, device)
+    library.impl(f"{name}_backward", rule(backward_operator, once), "Autograd")
     for each, fake in ((name, forward_fake), (f"{name}_backward", backward_fake)):
         torch.library.register_fake(f"recsys_ssm::{each}", fake, lib=library)
         register_vmap(f"recsys_ssm::{each}", library)

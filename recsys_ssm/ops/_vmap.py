@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["each_call", "is_batched", "register_vmap"]
+__all__ = ["each_call", "in_transform", "is_batched", "register_vmap"]
 
 
 def is_batched(x: Tensor) -> bool:
     """Return True for tensors under ``torch.vmap``. Do not pass such tensors to code without vmap support."""
     return torch._C._functorch.is_batchedtensor(x)
+
+
+def in_transform(x: Tensor) -> bool:
+    """Return True under ``torch.vmap`` or ``torch.func``, also where a transform hides the batch of ``x``."""
+    if torch.compiler.is_compiling():
+        return is_batched(x)
+    return torch._C._are_functorch_transforms_active()
 
 
 def each_call(

@@ -28,7 +28,12 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._operators import check_tensors, register_operator
+from recsys_ssm.ops._operators import (
+    KernelFunction,
+    check_tensors,
+    kernels_differentiate,
+    register_operator,
+)
 from recsys_ssm.ops._vmap import each_call, is_batched
 from recsys_ssm.ops.sequences import starts_of
 
@@ -149,7 +154,7 @@ def _convolve(
 ) -> Tensor:
     """Choose the path. Takes the arguments of :func:`_reference`."""
     floats = [t for t in (x, weight, bias, initial_state) if t is not None]
-    if _OPERATOR.takes(*floats):
+    if _OPERATOR.takes(*floats) and kernels_differentiate():
         return torch.ops.recsys_ssm.causal_conv1d.default(
             x, weight, bias, seq_idx, initial_state, activation == "silu", ahead
         )
@@ -160,8 +165,10 @@ def _convolve(
         and ahead == 0
         and 2 <= weight.shape[1] <= 4  # the widths of that kernel
         and not is_batched(x)
-        and _OPERATOR.cuda_function is not None
+        and _OPERATOR.has_cuda_function()
+        and kernels_differentiate()
     ):
+        assert _OPERATOR.cuda_function is not None
         y_BEL = _OPERATOR.cuda_function(x.transpose(1, 2), weight, bias, activation=activation)
         return y_BEL.transpose(1, 2)
     return _reference(x, weight, bias, activation, seq_idx, initial_state, ahead)
@@ -292,7 +299,7 @@ def _backward_into(gradients: Sequence[Tensor], dy: Tensor, *inputs: Any) -> Non
             mine.copy_(computed)
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(KernelFunction):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -302,7 +309,6 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, seq_idx, state = ctx.saved_tensors
         found = torch.ops.recsys_ssm.causal_conv1d_backward.default(

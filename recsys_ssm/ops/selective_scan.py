@@ -28,8 +28,10 @@ from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops._operators import (
     INTEGERS,
+    KernelFunction,
     check_tensors,
     empty_like,
+    kernels_differentiate,
     register_operator,
     state_dtype,
 )
@@ -123,12 +125,18 @@ def selective_scan(
             are on different devices. The message names the argument.
     """
     inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state)
-    if _fit(inputs) and _OPERATOR.takes(*_floats(inputs)):
+    if _fit(inputs) and _OPERATOR.takes(*_floats(inputs)) and kernels_differentiate():
         outputs = _scan_kernel(inputs, return_final_state)
         return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
     plain = seq_idx is None and initial_state is None and u.dtype != torch.float64
-    if u.is_cuda and plain and not is_batched(u) and _OPERATOR.cuda_function:
+    if (
+        u.is_cuda
+        and plain
+        and not is_batched(u)
+        and _OPERATOR.has_cuda_function()
+        and kernels_differentiate()
+    ):
         return _scan_cuda(inputs, return_final_state)
     y, state = _scan_loop(*inputs)
     return (y, state) if return_final_state else y
@@ -478,7 +486,7 @@ def _backward_into(gradients: Sequence[Tensor], *arguments: Any) -> None:
     call.call(_OPERATOR.functions[1])
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(KernelFunction):
     @staticmethod
     def forward(ctx: Any, return_final_state: bool, *inputs: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -493,7 +501,6 @@ class _Scan(torch.autograd.Function):
         return tuple(outputs[:public])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None = None) -> Any:
         if dy is None and dfinal_state is None:
             return (None,) * 12

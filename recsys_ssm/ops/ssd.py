@@ -28,7 +28,14 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import Operator
-from recsys_ssm.ops._operators import check_tensors, empty_like, register_operator, state_dtype
+from recsys_ssm.ops._operators import (
+    KernelFunction,
+    check_tensors,
+    empty_like,
+    kernels_differentiate,
+    register_operator,
+    state_dtype,
+)
 from recsys_ssm.ops._vmap import each_call, is_batched
 from recsys_ssm.ops.selective_scan import _resets
 
@@ -115,13 +122,13 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
     floats = [t for t in (x, dt, A, B, C, D, dt_bias, initial_state) if t is not None]
-    if x.numel() > 0 and B.numel() > 0 and _OPERATOR.takes(*floats):
+    if x.numel() > 0 and B.numel() > 0 and _OPERATOR.takes(*floats) and kernels_differentiate():
         return _by_kernel(
             x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, return_final_state
         )
     if x.is_cuda and seq_idx is None and initial_state is None and not is_batched(x):
-        combined = _OPERATOR.cuda_function
-        if combined is not None and x.dtype != torch.float64:
+        combined = _OPERATOR.cuda_function if _OPERATOR.has_cuda_function() else None
+        if combined is not None and x.dtype != torch.float64 and kernels_differentiate():
             return combined(
                 x, dt, A, B, C, chunk_size or 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
                 return_final_states=return_final_state,
@@ -594,7 +601,7 @@ def _kernel_chunk(length: int, channels: int, states: int) -> int:
 _LONGEST_CHUNK = 256
 
 
-class _Ssd(torch.autograd.Function):
+class _Ssd(KernelFunction):
     @staticmethod
     def forward(ctx: Any, return_final_state: bool, *inputs: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -604,7 +611,6 @@ class _Ssd(torch.autograd.Function):
         return tuple(public)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None = None) -> Any:
         if dy is None and dfinal_state is None:
             return (None,) * 9

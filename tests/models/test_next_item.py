@@ -345,6 +345,13 @@ def test_features_of_items_take_part(tmp_path: Path) -> None:
     assert sum(int(item[1:]) % 2 for item in top) >= 4
     assert model.state_dict()["item_categorical"].shape == (20, 1)  # so a checkpoint has them
 
+    arguments = {**NextItem.arguments_from(data), "items": None}
+    bare = NextItem(**arguments, backbone=model.hparams["backbone"])
+    with pytest.raises(UserError, match="NextItem has an item_schema with features but no items"):
+        bare.recommend([["i1"]])
+    with pytest.raises(UserError, match="but no items; pass items="):
+        fit(bare, data, tmp_path, epochs=1)
+
 
 def test_embeddings_are_counted_apart(file: Path) -> None:
     data = data_of(file)

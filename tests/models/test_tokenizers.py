@@ -82,3 +82,18 @@ def test_only_numbers_or_only_categories() -> None:
 def test_unknown_initialisation() -> None:
     with pytest.raises(ValueError, match="init='zeros'"):
         tokenizer(init="zeros")
+
+
+def test_a_side_without_categories_has_no_parameter_for_them() -> None:
+    schema = FeatureSchema((NumericField("age", 0.0, 1.0),), ())
+    tokenizer = FeatureTokenizer(schema=schema, d_model=4)
+    assert all(parameter.numel() for parameter in tokenizer.parameters())
+    side = Features(torch.randn(3, 1), torch.zeros(3, 0, dtype=torch.long))
+    assert tokenizer(side).shape == (3, 2, 4)
+
+    old = tokenizer.state_dict() | {"embedding": torch.zeros(0, 4)}  # as version 0.1 saved it
+    again = FeatureTokenizer(schema=schema, d_model=4)
+    torch.nn.Sequential(again).load_state_dict({f"0.{name}": x for name, x in old.items()})
+    assert torch.equal(again(side), tokenizer(side))
+    with pytest.raises(RuntimeError, match="embedding"):
+        again.load_state_dict(old | {"embedding": torch.zeros(2, 4)})

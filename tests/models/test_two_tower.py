@@ -244,3 +244,29 @@ def test_predict_names_what_is_missing(tiny_data) -> None:
 
 def test_no_user_gives_no_score(tiny_data) -> None:
     assert model_of(tiny_data).predict(users_frame().clear()).shape == (0, 6)
+
+
+def test_a_model_without_the_items_features_is_refused_before_any_use(
+    tiny_data, tmp_path: Path
+) -> None:
+    arguments = TwoTower.arguments_from(tiny_data)
+    items = arguments.pop("items")
+    model = TwoTower(**arguments, backbone=BACKBONE, optimizer=ADAM)
+    message = r"TwoTower has an item_schema with features but no items; pass items="
+    with pytest.raises(UserError, match=message):
+        trainer_in(tmp_path).fit(model, datamodule=tiny_data)
+    with pytest.raises(UserError, match=message):
+        model.item_embeddings()
+
+    with pytest.raises(UserError, match=r"items has .*; pass \d+ and \d+ columns for the"):
+        TwoTower(**arguments, items=items.rows(slice(0, 2)), backbone=BACKBONE)
+
+    trainer = trainer_in(tmp_path, max_steps=2)
+    whole = TwoTower(**arguments, items=items, backbone=BACKBONE, optimizer=ADAM)
+    trainer.fit(whole, datamodule=tiny_data)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    again = TwoTower.load_from_checkpoint(tmp_path / "whole.ckpt")
+    whole.eval()
+    torch.testing.assert_close(again.item_embeddings(), whole.item_embeddings())
+    model.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(model.item_embeddings(), whole.item_embeddings())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -118,3 +119,32 @@ print((peak() - before) / 2**30)
     )
     # The weights' gradient is .24 of it; positions come in chunks, so more of them take no more.
     assert float(done.stdout) < 1.0
+
+
+@pytest.mark.parametrize("matmul", [torch.float32, torch.bfloat16])
+def test_opcheck(matmul: torch.dtype) -> None:
+    x, weight = torch.randn(7, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    arguments = (x, weight, torch.arange(7) % 5, 3, matmul, False, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(torch.ops.recsys_ssm.linear_cross_entropy.default, arguments)
+
+
+def test_all_at_once_is_one_after_the_other() -> None:
+    x, weight, target = torch.randn(3, 7, 4), torch.randn(3, 5, 4), torch.arange(21).view(3, 7) % 5
+    x.requires_grad_()
+    weight.requires_grad_()
+    found = torch.vmap(linear_cross_entropy)(x, weight, target)
+    each = torch.stack([linear_cross_entropy(*one) for one in zip(x, weight, target, strict=True)])
+    torch.testing.assert_close(found, each)
+    scale = torch.tensor([1.0, 2.0, 3.0])
+    wanted = torch.autograd.grad((each * scale).sum(), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad((found * scale).sum(), (x, weight)), wanted)
+
+
+def test_validation_computes_no_gradients() -> None:
+    x, weight = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        linear_cross_entropy(x, weight, torch.arange(7) % 5)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::mm" in called and "aten::addmm_" not in called

@@ -686,3 +686,31 @@ def test_no_channels_or_no_states_leave_no_memory_uninitialised(
     )
     for name, a, b in zip(inputs, found, wanted, strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("length", [200, 256, 257, 2048])
+def test_slow_decays_over_long_rows(length: int, isa: str, use: Any) -> None:
+    """Small errors of the rate add up along the row: the bound of docs/kernels.md holds at every length."""
+    if isa != "plain":
+        use(RECSYS_SSM_MAX_ISA=isa)
+    torch.manual_seed(0)
+    shape = (1, length, 16)
+    x = {
+        "u": torch.randn(shape), "dt": torch.rand(shape) * 0.009 + 0.001,
+        "A": -torch.arange(1.0, 5).repeat(16, 1), "B": torch.randn(1, length, 4), "C": torch.randn(1, length, 4),
+    }  # fmt: skip
+    weight = torch.randn(shape)
+
+    def results(x: dict[str, Tensor], scan: Any) -> list[Tensor]:
+        given = {name: value.requires_grad_() for name, value in x.items()}
+        y = scan(**given)
+        return [y, *torch.autograd.grad((y * weight).sum(), list(given.values()))]
+
+    plain = (None, None, None, False, None, None)
+    expected = results(
+        {name: value.double() for name, value in x.items()},
+        lambda u, dt, A, B, C: _scan_loop(u, dt, A, B, C, *plain)[0],
+    )
+    for value, exact in zip(results(x, selective_scan), expected, strict=True):
+        assert (value - exact).abs().max() < 1e-5 * exact.abs().max()

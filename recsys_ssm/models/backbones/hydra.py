@@ -138,7 +138,8 @@ class HydraBlock(Mixer):
             seq_idx=seq_idx_RL,
         )
         y_RLE = _one_later(y_RLHP.flatten(2), seq_idx_RL)
-        before_BLE, after_BLE = y_RLE.chunk(2)
+        # chunk(2) would fix the batch size of an exported program.
+        before_BLE, after_BLE = y_RLE.split([x_BLD.shape[0], x_BLD.shape[0]])
         own_BLH1 = F.linear(x_BLE, self.fc_D.weight, self.D.to(x_BLE.dtype)).unsqueeze(-1)
         own_BLE = (own_BLH1 * x_BLE.unflatten(-1, (self.heads, self.headdim))).flatten(2)
         return self.out_proj(self.norm(before_BLE + after_BLE.flip(1) + own_BLE, z_BLE))

@@ -35,6 +35,9 @@ constexpr int64_t kChunk = 32;
 constexpr int64_t kBlock = 64;
 constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kLane = Vec::size;
+// Longest row whose decays are taken from the parabola of Vec::exp2. Its bias adds up along a row;
+// docs/kernels.md has the errors. Longer rows take the cubic, which is slower.
+constexpr int64_t kParabola = 256;
 
 struct Strided {  // (batch, length, width), the last stride 1; strides count elements
   void* data;
@@ -297,6 +300,12 @@ struct Shared {
   }
 };
 
+template <class Block>
+Block choose(const Row& row, bool cubic, Block one, Block packed, Block one_cubic, Block packed_cubic) {
+  if (cubic) return row.starts == nullptr ? one_cubic : packed_cubic;
+  return row.starts == nullptr ? one : packed;
+}
+
 // ---- forward -------------------------------------------------------------------------------------
 
 struct ForwardChunk {  // of one block, (chunk, kBlock) each
@@ -307,9 +316,9 @@ struct ForwardChunk {  // of one block, (chunk, kBlock) each
   int64_t steps, states;
 };
 
-// One vector of channels from `e` on, N states from `n0` on. Packed: `starts` is given. (Known when
-// compiled, because a compiler moves work behind the branch and runs out of registers.)
-template <int N, bool Packed>
+// One vector of channels from `e` on, N states from `n0` on. Packed: `starts` is given. Cubic: as exp2.
+// (Known when compiled, because a compiler moves work behind the branch and runs out of registers.)
+template <int N, bool Packed, bool Cubic>
 RECSYS_INLINE void forward_tile(ForwardChunk c, const float* A, const float* h_in, float* h_out, int64_t e,
                                 int64_t n0, const Prefetch& ahead, int64_t tile) {
   Vec h[N], rate[N];
@@ -326,7 +335,7 @@ RECSYS_INLINE void forward_tile(ForwardChunk c, const float* A, const float* h_i
     const Vec dt = Vec::load(c.dt + i), dtu = Vec::load(c.dtu + i);
     Vec y = Vec::load(c.y + i), decay[N];
     for (int n = 0; n < N; ++n) decay[n] = dt * rate[n];
-    exp2(decay);
+    exp2<Cubic>(decay);
     for (int n = 0; n < N; ++n) {
       h[n] = Vec::fma(decay[n], h[n], dtu * Vec::all(B[n]));
       y = Vec::fma(h[n], Vec::all(C[n]), y);
@@ -347,15 +356,15 @@ constexpr int kForwardN = 4, kBackwardN = 2;
 // Of n states each; those left over are tiles of one.
 RECSYS_INLINE int64_t tiles_of(int64_t states, int64_t n) { return states / n + states % n; }
 
-template <bool Packed>
+template <bool Packed, bool Cubic>
 void forward_block(const ForwardChunk& c, const float* A, const float* h_in, float* h_out,
                    int64_t channels, const Prefetch& ahead) {
   int64_t tile = 0;
   for (int64_t e = 0; e < channels; e += kLane) {
     int64_t n = 0;
     for (; n + kForwardN <= c.states; n += kForwardN)
-      forward_tile<kForwardN, Packed>(c, A, h_in, h_out, e, n, ahead, tile++);
-    for (; n < c.states; ++n) forward_tile<1, Packed>(c, A, h_in, h_out, e, n, ahead, tile++);
+      forward_tile<kForwardN, Packed, Cubic>(c, A, h_in, h_out, e, n, ahead, tile++);
+    for (; n < c.states; ++n) forward_tile<1, Packed, Cubic>(c, A, h_in, h_out, e, n, ahead, tile++);
   }
 }
 
@@ -421,6 +430,7 @@ void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, i
   const int64_t k0 = plan.first_block(group), k1 = plan.first_block(group + 1);
   const int64_t state_size = a.channels * a.states;
   const Row row = row_of(a, b, f.position, f.starts);
+  const bool cubic = a.length > kParabola;
 
   for (int64_t k = k0; k < k1; ++k) {
     const int64_t e = k * kBlock, channels = min64(kBlock, a.channels - e);
@@ -454,7 +464,8 @@ void forward_row(const Arguments& a, const Shared& s, const ForwardBuffers& f, i
       }
       const int64_t tiles = ceil_div(channels, kLane) * tiles_of(a.states, kForwardN);
       const Prefetch ahead = prefetch_chunk(a, row, c + 1, e, channels, tiles);
-      const auto scan = row.starts == nullptr ? &forward_block<false> : &forward_block<true>;
+      const auto scan = choose(row, cubic, &forward_block<false, false>, &forward_block<true, false>,
+                               &forward_block<false, kHasCubic>, &forward_block<true, kHasCubic>);
       scan(chunk, s.A + k * plan.block_state, from, to, channels, ahead);
       out(a, f, row, t0, steps, e, channels);
     }
@@ -512,7 +523,7 @@ RECSYS_INLINE void unfold_states(const float* folded, float* dB, float* dC) {
 // With x = decay h_before the step is h = x + dt u B, and with g = dh x (the gradient of dt A)
 //   dB = dh dt u,  dC = dy h,  d(dt u) = dh B,  d(dt) = g A,  dA = g dt,  dh_before = dh decay + dy C.
 // dC is left as dy x; the rest of it, B dy dt u, is the same for all states and added at the end.
-template <int N, bool Packed>
+template <int N, bool Packed, bool Cubic>
 RECSYS_INLINE void backward_tile(BackwardChunk c, const float* A, const float* h_in, float* dh_inout,
                                  float* dA, float* kept, int64_t e, int64_t n0, const Prefetch& ahead,
                                  int64_t tile) {
@@ -532,7 +543,7 @@ RECSYS_INLINE void backward_tile(BackwardChunk c, const float* A, const float* h
     const Vec dt = Vec::load(c.dt + t * kBlock + e), dtu = Vec::load(c.dtu + t * kBlock + e);
     Vec decay[N];
     for (int n = 0; n < N; ++n) decay[n] = dt * rate[n];
-    exp2(decay);
+    exp2<Cubic>(decay);
     for (int n = 0; n < N; ++n, keep += 2 * kLane) {
       const Vec x = decay[n] * h[n];
       decay[n].store(keep);
@@ -580,15 +591,15 @@ RECSYS_INLINE void backward_tile(BackwardChunk c, const float* A, const float* h
   }
 }
 
-template <bool Packed>
+template <bool Packed, bool Cubic>
 void backward_block(BackwardChunk c, const float* A, const float* h_in, float* dh, float* dA,
                     float* kept, int64_t channels, const Prefetch& ahead) {
   int64_t tile = 0;
   for (int64_t e = 0; e < channels; e += kLane) {
     int64_t n = 0;
     for (; n + kBackwardN <= c.states; n += kBackwardN)
-      backward_tile<kBackwardN, Packed>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
-    for (; n < c.states; ++n) backward_tile<1, Packed>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
+      backward_tile<kBackwardN, Packed, Cubic>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
+    for (; n < c.states; ++n) backward_tile<1, Packed, Cubic>(c, A, h_in, dh, dA, kept, e, n, ahead, tile++);
     c.first = false;
   }
 }
@@ -692,6 +703,7 @@ void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f,
   const int64_t k0 = plan.first_block(group), k1 = plan.first_block(group + 1);
   const int64_t state_size = a.channels * a.states, row_size = plan.blocks * plan.block_state;
   const Row row = row_of(a, b, f.position, f.starts);
+  const bool cubic = a.length > kParabola;
 
   for (int64_t k = k0; k < k1; ++k) {
     const int64_t e = k * kBlock, channels = min64(kBlock, a.channels - e);
@@ -727,7 +739,8 @@ void backward_row(const Arguments& a, const Shared& s, const BackwardBuffers& f,
       const int64_t tiles = ceil_div(channels, kLane) * tiles_of(a.states, kBackwardN);
       Prefetch ahead = prefetch_chunk(a, row, c - 1, e, channels, tiles);
       if (c > 1) ahead.state = from - row_size;
-      const auto scan = row.starts == nullptr ? &backward_block<false> : &backward_block<true>;
+      const auto scan = choose(row, cubic, &backward_block<false, false>, &backward_block<true, false>,
+                               &backward_block<false, kHasCubic>, &backward_block<true, kHasCubic>);
       scan(chunk, s.A + k * plan.block_state, from, f.dh + (k - k0) * plan.block_state,
            sums.dA + k * plan.block_state, f.kept, channels, ahead);
       out(a, s, f, sums, row, t0, steps, e, channels);

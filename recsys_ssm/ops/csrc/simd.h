@@ -153,11 +153,13 @@ struct Vec {
   // registers, and a parabola. Fewer multiplications than a polynomial over the whole of [-.5, .5].
   RECSYS_INLINE Vec exp2() const {
     Vec x[1] = {*this};
-    exp2(x);
+    exp2<false>(x);
     return x[0];
   }
-  // Of several: a step at a time for all of them, because a processor sees only so far ahead.
-  template <int N>
+  // Of several: a step at a time for all of them, because a processor sees only so far ahead. The
+  // parabola's slope at 0 is too steep by 1.5e-5 of itself, and so is the rate of a slow decay. Cubic
+  // takes one multiplication more, and only rounding errors are left.
+  template <bool Cubic, int N>
   static RECSYS_INLINE void exp2(Vec (&x)[N]) {
     // Sums with a rounding mode of their own: compilers would fuse them with the multiplication that
     // v is, twice, and multiplications are what there are most of.
@@ -171,8 +173,13 @@ struct Vec {
     }
     for (int n = 0; n < N; ++n) {
       const __m512 r = _mm512_sub_round_ps(x[n].v, s[n], _MM_FROUND_CUR_DIRECTION);
-      const __m512 q =
-          _mm512_fmadd_ps(_mm512_set1_ps(.240226763f), r, _mm512_set1_ps(.693157334f));
+      __m512 q;
+      if (Cubic) {
+        q = _mm512_fmadd_ps(_mm512_set1_ps(5.55041087e-2f), r, _mm512_set1_ps(.240226507f));
+        q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(.693147181f));
+      } else {
+        q = _mm512_fmadd_ps(_mm512_set1_ps(.240226763f), r, _mm512_set1_ps(.693157334f));
+      }
       t[n] = _mm512_fmadd_ps(q, _mm512_mul_ps(r, t[n]), t[n]);
     }
     for (int n = 0; n < N; ++n) x[n].v = _mm512_scalef_ps(t[n], s[n]);
@@ -421,11 +428,16 @@ struct Vec {
 
 #endif
 
-// 2^x of each.
-template <int N>
+// 2^x of each. Cubic: with AVX-512, without the bias of slow decays; others have none.
+#if defined(RECSYS_ISA_AVX512)
+constexpr bool kHasCubic = true;
+#else
+constexpr bool kHasCubic = false;
+#endif
+template <bool Cubic, int N>
 RECSYS_INLINE void exp2(Vec (&x)[N]) {
 #if defined(RECSYS_ISA_AVX512)
-  Vec::exp2(x);
+  Vec::exp2<Cubic>(x);
 #else
   for (int n = 0; n < N; ++n) x[n] = x[n].exp2();
 #endif
