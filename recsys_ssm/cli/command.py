@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli.errors import explain, is_users
 from recsys_ssm.cli.resolvers import register_resolvers, run_folder
-from recsys_ssm.instantiate import with_defaults
+from recsys_ssm.instantiate import import_modules, with_defaults
 from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.run.assemble import as_list
 from recsys_ssm.sweeps.identity import sweep_name
 from recsys_ssm.sweeps.jobs import Task, end_with_parent
 from recsys_ssm.sweeps.progress import SweepProgress, end_progress
@@ -68,6 +69,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         def guarded(cfg: DictConfig) -> Any:
             try:
+                import_modules(as_list(cfg.get("import")))
                 return task(complete(cfg))
             except Exception as error:
                 failures.append(error)

@@ -25,6 +25,7 @@ from recsys_ssm.instantiate import (
     spec,
     takes,
 )
+from recsys_ssm.metrics import MetricName
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
 from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
@@ -54,6 +55,8 @@ def check_config(cfg: DictConfig) -> None:
     accumulate = cfg.trainer.get("accumulate_grad_batches", 1)
     if not (_is_int(accumulate) and accumulate >= 1):
         raise UserError(f"trainer.accumulate_grad_batches={accumulate}: give at least 1")
+    if cfg.metrics is not None:
+        check_metrics(as_list(cfg.metrics))
     check_name(str(cfg.name), "name")
     if cfg.sweep is not None:
         check_name(str(cfg.sweep), "sweep")
@@ -84,6 +87,25 @@ def as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+LARGEST_K = 10_000
+"""Most places of a ranking metric: the ranking of every test user has so many."""
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Check the names of ranking metrics, before memory is spent on their rankings.
+
+    Raises:
+        UserError: A name is unknown, or its ``k`` is too large.
+    """
+    if not names:
+        raise UserError("metrics=[]: none; give at least one, as metrics=hr@10")
+    for name in names:
+        if MetricName.parse(name).k > LARGEST_K:
+            raise UserError(
+                f"metrics={name}: ranks more than {LARGEST_K:,} items for each user; give a smaller number behind @"
+            )
 
 
 def make_data(cfg: DictConfig) -> RecommenderData[Any]:
