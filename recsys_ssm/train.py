@@ -47,6 +47,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     log.info(ops.describe_backends())
 
     data = assemble.make_data(cfg)
+    assemble.check_intervals(cfg, data)
     name = cfg.name + ("-generated" if data.splits.generated else "")
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)

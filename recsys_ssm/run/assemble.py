@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ def check_config(cfg: DictConfig) -> None:
         raise UserError(f"trainer.accumulate_grad_batches={accumulate}: give at least 1")
     if cfg.metrics is not None:
         check_metrics(as_list(cfg.metrics))
+    check_trainer(cfg)
     check_name(str(cfg.name), "name")
     if cfg.sweep is not None:
         check_name(str(cfg.sweep), "sweep")
@@ -87,6 +90,43 @@ def as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def check_trainer(cfg: DictConfig) -> None:
+    """Check the trainer's options as Lightning does, and that checkpoints can be written, before data is read.
+
+    Raises:
+        UserError: Lightning refuses an option, or a folder for checkpoints cannot be written.
+    """
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the trainer that is made later prints the same lines
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make_trainer(cfg, [], [])
+    finally:
+        logger.setLevel(level)
+    for name, node in (cfg.callbacks or {}).items():
+        if node is not None and node.get("dirpath") is not None:
+            check_writable(Path(str(node.dirpath)), f"callbacks.{name}.dirpath")
+
+
+def check_intervals(cfg: DictConfig, data: RecommenderData[Any]) -> None:
+    """Check that an epoch has as many batches as one validation waits for.
+
+    Raises:
+        UserError: It has fewer: no validation would ever be run.
+    """
+    interval = cfg.trainer.get("val_check_interval")
+    if not _is_int(interval) or cfg.trainer.get("check_val_every_n_epoch", 1) is None:
+        return
+    n_batches = len(data.train_dataloader())
+    if interval > n_batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has {n_batches} batches; give at most so many, or "
+            "trainer.check_val_every_n_epoch=null to count over the epochs"
+        )
 
 
 LARGEST_K = 10_000
