@@ -29,6 +29,7 @@ from recsys_ssm.run.loggers import finish, log_results
 from recsys_ssm.run.published import published_results
 from recsys_ssm.run.resume import RunRecord, check_resume
 from recsys_ssm.run.table import print_results
+from recsys_ssm.sweeps.jobs import check_siblings
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     data = assemble.make_data(cfg)
     assemble.check_intervals(cfg, data)
+    if cfg.sweep is not None:
+        check_siblings(output, data.sources)
     name = cfg.name + ("-generated" if data.splits.generated else "")
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
