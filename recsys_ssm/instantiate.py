@@ -4,8 +4,8 @@ The convention is Hydra's, so a config node is a spec. A spec is also what a che
 load without Hydra and without running code that a stranger's file names. So there are two verbs:
 
 - :func:`instantiate` makes the object that a user's own config names, from any module that can be imported.
-- :func:`build` makes an object from a spec of unknown origin: the class must be of the expected kind, and must come
-  from this package, from ``torch.optim`` or from a module that the program has imported already.
+- :func:`build` makes an object from a spec of unknown origin: it must name a class of the expected kind, which is
+  defined in a module of :data:`TRUSTED`, in ``torch.optim``, or in the user's own code.
 
 Both check every argument against the signature first. The signature is the home of an option's default: configs name
 only what deviates from it, and :func:`with_defaults` fills in the rest.
@@ -20,7 +20,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,8 +31,31 @@ from recsys_ssm.errors import UserError
 T = TypeVar("T")
 Spec = Mapping[str, Any]
 
-TRUSTED = ("recsys_ssm.", "torch.optim.")
-"""Packages whose classes a checkpoint may name."""
+TRUSTED = frozenset(
+    {
+        "recsys_ssm.data.hm",
+        "recsys_ssm.data.interactions",
+        "recsys_ssm.data.spotify",
+        "recsys_ssm.data.table",
+        "recsys_ssm.data.vaccine",
+        "recsys_ssm.models.backbones.hydra",
+        "recsys_ssm.models.backbones.identity",
+        "recsys_ssm.models.backbones.ligr",
+        "recsys_ssm.models.backbones.mamba",
+        "recsys_ssm.models.backbones.mamba2",
+        "recsys_ssm.models.backbones.transformer",
+        "recsys_ssm.models.heads",
+        "recsys_ssm.models.losses",
+        "recsys_ssm.models.next_item",
+        "recsys_ssm.models.optim",
+        "recsys_ssm.models.tokenizers",
+        "recsys_ssm.models.two_tower",
+    }
+)
+"""Modules of this package whose classes a checkpoint or a run's folder may name."""
+
+_vouched: set[Any] = set()
+"""Modules (by name) and classes that the user named in this process."""
 
 
 class Configurable:
@@ -126,38 +150,121 @@ def build(spec: Spec, kind: type[T], option: str, **given: Any) -> T:
     """
     if "_target_" not in spec:
         raise UserError(f"{option}: no _target_ in {dict(spec)}; name the class to build")
-    target = find(spec["_target_"], option)
-    if not (isinstance(target, type) and issubclass(target, kind)):
+    target = find(spec["_target_"], option, kind)
+    if not issubclass(target, kind):
         raise UserError(
             f"{option}._target_={spec['_target_']}: not a {kind.__name__}; name a subclass of it"
         )
     arguments = {name: value for name, value in spec.items() if name != "_target_"}
     check_arguments(target, arguments, option, given)
     try:
-        return target(**{**arguments, **given})
+        made: T = target(**{**arguments, **given})
+    except UserError:
+        raise
     except ValueError as error:  # values that do not go together: constructors say which
         raise UserError(f"{option}: {error}") from error
+    return made
 
 
-def find(path: str, option: str, *, trust: Iterable[str] = TRUSTED) -> Any:
-    """Return the object at a dotted path; import only modules that are trusted.
+def find(path: Any, option: str, kind: type | None = None) -> Any:
+    """Return the class at a dotted path of unknown origin. Neither call nor import anything that is not trusted.
+
+    Args:
+        path: The dotted path, from a checkpoint or a run's folder.
+        option: Its name, for messages.
+        kind: Class that the caller expects a subclass of. A subclass of this package's own abstract classes is the
+            user's if its module is imported; for other kinds the module must be trusted or the user's own.
 
     Raises:
-        UserError: There is no such object, or its module is neither trusted nor imported.
+        UserError: There is no such class, or its module is not trusted.
     """
-    module_name, _, name = path.rpartition(".")
+    module_name = path.rpartition(".")[0] if isinstance(path, str) else ""
     if not module_name:
         raise UserError(
-            f"{option}._target_={path}: give the full dotted path, package.module.Class"
+            f"{option}._target_={str(path)[:100]}: give the full dotted path, package.module.Class"
         )
-    if module_name not in sys.modules and not path.startswith(tuple(trust)):
+    found = _look_up(path)
+    if found is None and module_name not in {*sys.modules, *TRUSTED}:
         raise UserError(
-            f"{option}._target_={path}: import {module_name} first (a checkpoint never imports code by itself)"
+            f"{option}._target_={path[:100]}: {module_name[:80]} is not imported, and a checkpoint never imports code "
+            f"by itself; import the module first (commands: import={module_name.partition('.')[0][:80]})"
         )
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{option}._target_={path}: {error}; check the path") from error
+    if found is None:
+        raise UserError(f"{option}._target_={path[:100]}: no such class; check the path")
+    is_kind = kind is not None and _is_subclass(found, kind) and kind.__module__.startswith("recsys_ssm.")
+    if not isinstance(found, type) or not (is_kind or _is_trusted(found)):
+        raise UserError(
+            f"{option}._target_={path[:100]}: not a class that a checkpoint or a run's folder may name; "
+            f"if it is your own, name its module: import={module_name.partition('.')[0][:80]}"
+        )
+    return found
+
+
+def _look_up(path: str) -> Any:
+    """Return the object at a dotted path, without importing any module but the trusted ones; None if there is none."""
+    module_name, _, name = path.rpartition(".")
+    if module_name == "recsys_ssm" or module_name in TRUSTED:
+        return getattr(importlib.import_module(module_name), name, None)
+    return vars(sys.modules[module_name]).get(name) if module_name in sys.modules else None
+
+
+def _is_subclass(found: Any, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+def _is_trusted(found: Any) -> bool:
+    """Return True if a class is defined in a trusted module, or in code that the user imported."""
+    module = getattr(found, "__module__", None) or ""
+    if found in _vouched or module in _vouched or module in TRUSTED:
+        return True
+    package = module.partition(".")[0]
+    if package in ("recsys_ssm", "torch"):
+        return module.startswith("torch.optim.")
+    return module in sys.modules and _is_own(sys.modules[module])
+
+
+def _is_own(module: types.ModuleType) -> bool:
+    """Return True if a module is a file of the user, and not one of Python's or of an installed package."""
+    if module.__name__.partition(".")[0] in sys.stdlib_module_names:
+        return module.__name__ == "__main__"
+    file = getattr(module, "__file__", None)
+    if file is None:  # built in, or a namespace package
+        return False
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import the user's own modules, so that a run's folder may name their classes.
+
+    Args:
+        names: Names of modules, ``my_package.my_gru``, or files, ``models/my_gru.py``; from the current folder too.
+
+    Raises:
+        UserError: A module does not exist or cannot be imported.
+    """
+    for name in names:
+        path = Path(name)
+        is_file = path.suffix == ".py"
+        folder = str((path.parent if is_file else Path()).resolve())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        module_name = path.stem if is_file else name
+        try:
+            if is_file and not path.is_file():
+                raise UserError(f"import={name}: no such file; give a module's name, or its file")
+            module = importlib.import_module(module_name)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the module raises
+            raise UserError(
+                f"import={name}: cannot be imported ({type(error).__name__}: {str(error)[:200]}); correct the name or "
+                "the module"
+            ) from error
+        if is_file and Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+            raise UserError(
+                f"import={name}: another module is called {module_name} already; rename the file"
+            )
+        _vouched.add(module.__name__)
 
 
 # Trusted: a user's own config
@@ -169,7 +276,18 @@ def import_target(path: str, option: str) -> Any:
     Raises:
         UserError: There is no such object.
     """
-    return find(path, option, trust=("",))
+    module_name, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    if not module_name:
+        raise UserError(
+            f"{option}._target_={path}: give the full dotted path, package.module.Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{option}._target_={path}: {error}; check the path") from error
+    if isinstance(found, type):
+        _vouched.add(found)
+    return found
 
 
 def instantiate(node: Any, option: str, **given: Any) -> Any:
@@ -239,30 +357,31 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def with_defaults(config: Any, *, trust: Iterable[str] = ("",)) -> Any:
+def with_defaults(config: Any, *, trusted: bool = True) -> Any:
     """Return a copy of a plain config in which every spec names all options of its class, defaults included.
 
     Args:
         config: Plain containers; interpolations may stay as text. Options of a class that are called as a part of the
             whole config (a model's ``tokenizer``, a trainer's ``logger``) are left to that part.
-        trust: Packages to import classes from; others are used only if they are imported already.
+        trusted: True for a user's own config; False for one of unknown origin, as in :func:`find`.
     """
     parts = frozenset(config) if isinstance(config, Mapping) else frozenset()
-    return _filled(config, tuple(trust), parts)
+    return _filled(config, trusted, parts)
 
 
-def _filled(node: Any, trust: tuple[str, ...], parts: frozenset[str]) -> Any:
+def _filled(node: Any, trusted: bool, parts: frozenset[str]) -> Any:
     if isinstance(node, list):
-        return [_filled(each, trust, parts) for each in node]
+        return [_filled(each, trusted, parts) for each in node]
     if not isinstance(node, Mapping):
         return node
-    filled = {name: _filled(value, trust, parts) for name, value in node.items()}
+    filled = {name: _filled(value, trusted, parts) for name, value in node.items()}
     if isinstance(path := node.get("_target_"), str):
         try:
-            target = find(path, "config", trust=trust)
-        except UserError:  # reported where the object is made
+            target = import_target(path, "config") if trusted else _look_up(path)
+            defaults = {} if target is None else defaults_of(target)
+        except (UserError, TypeError, ValueError):  # reported where the object is made
             return filled
-        for name, value in defaults_of(target).items():
+        for name, value in defaults.items():
             if name not in parts:
                 filled.setdefault(name, value)
     return filled
@@ -341,6 +460,11 @@ def takes(target: Callable[..., Any], name: str) -> bool:
     return name in _parameters(target)[0]
 
 
+def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of a class's or function's parameters by name."""
+    return _parameters(target)[1]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean X?`` where a name is near, and all known names."""
     known = list(known)
@@ -376,6 +500,14 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
+    if hint is Path:
+        return isinstance(value, str | Path)
+    if origin is Sequence:  # one word stands for a list of one
+        return isinstance(value, str) or (
+            isinstance(value, list | tuple) and all(fits(each, args[0]) for each in value)
+        )
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(each, args[1]) for each in value.values())
     return True
 
 
@@ -422,4 +554,6 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return f"a list of {_type_name(get_args(hint)[0])}"
     return "none" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))

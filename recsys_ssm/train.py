@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from recsys_ssm import ops
 from recsys_ssm.cli.command import command
 from recsys_ssm.data.base import RecommenderData
-from recsys_ssm.errors import UnknownMonitorError
+from recsys_ssm.errors import UnknownMonitorError, UserError
 from recsys_ssm.instantiate import plain
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.training import StepSeed
@@ -29,6 +29,7 @@ from recsys_ssm.run.loggers import finish, log_results
 from recsys_ssm.run.published import published_results
 from recsys_ssm.run.resume import RunRecord, check_resume
 from recsys_ssm.run.table import print_results
+from recsys_ssm.sweeps.jobs import check_siblings
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     log.info(ops.describe_backends())
 
     data = assemble.make_data(cfg)
+    assemble.check_intervals(cfg, data)
+    if cfg.sweep is not None:
+        check_siblings(output, data.sources)
     name = cfg.name + ("-generated" if data.splits.generated else "")
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
@@ -114,6 +118,7 @@ def fit(
 
     Raises:
         KeyboardInterrupt: The user stopped the training.
+        UserError: There are more processes than rows to train on.
         UnknownMonitorError: Validation computes no metric called ``monitor``.
     """
     start = time.perf_counter()
@@ -125,6 +130,11 @@ def fit(
         if "Early stopping conditioned on metric" not in str(error):
             raise
         raise UnknownMonitorError(monitor, trainer.callback_metrics) from error
+    if trainer.global_step == 0 and trainer.max_steps != 0 and trainer.max_epochs != 0:
+        raise UserError(
+            f"trainer.devices={trainer.num_devices}: no step was trained, each process would have less than one row; "
+            "give fewer processes, or more data"
+        )
     return time.perf_counter() - start
 
 

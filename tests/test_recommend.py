@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
@@ -63,15 +64,16 @@ def test_new_histories_as_the_model_would(cli, next_item: Path, tmp_path: Path) 
         "output=out/top.csv",
     )
     assert outcome.code == 0, outcome.text
-    assert "1 of 3 users have no item of the catalogue" in outcome.text and "eve" in outcome.text
-    assert "out/top.csv" in outcome.text and "2 users" in outcome.text
+    assert "1 of 3 users have no item of the catalogue and get the most popular" in outcome.text
+    assert "the first is eve" in outcome.text and "3 users: out/top.csv" in outcome.text
     found = pl.read_csv(tmp_path / "out/top.csv")
     assert found.columns == ["user", "rank", "item", "score"]
     model = NextItem.load_from_checkpoint(next_item / "checkpoints/best.ckpt", weights_only=True)
-    expected = model.recommend([["i2", "i3"], ["i7"]], 4)
-    assert found["user"].to_list() == ["ann"] * 4 + ["bob"] * 4
-    assert found["rank"].to_list() == [1, 2, 3, 4] * 2
+    expected = model.recommend([["i2", "i3"], ["i7"], []], 4)
+    assert found["user"].to_list() == ["ann"] * 4 + ["bob"] * 4 + ["eve"] * 4
+    assert found["rank"].to_list() == [1, 2, 3, 4] * 3
     assert found["item"].to_list() == expected["item"].to_list()
+    found, expected = found.filter(pl.col("user") != "eve"), expected.filter(pl.col("user") < 2)
     assert found["score"].to_numpy() == pytest.approx(expected["score"].to_numpy(), rel=1e-4)
     assert not {"i2", "i3"} & set(found.filter(user="ann")["item"])
 
@@ -110,8 +112,16 @@ def test_two_towers_from_features(cli, tmp_path: Path) -> None:
     found = pl.read_parquet(tmp_path / "recommendations.parquet")
     assert found["user"].to_list() == [user for user, *_ in people for _ in range(2)]
     model = TwoTower.load_from_checkpoint(run / "checkpoints/best.ckpt", weights_only=True)
-    expected = model.recommend(pl.read_csv(tmp_path / "people.csv", infer_schema=False), 2)
+    table = pl.read_csv(tmp_path / "people.csv", infer_schema=False)
+    exclude = torch.tensor([[(u, i) in set(likes) for i in model.item_ids] for u, *_ in people])
+    expected = model.recommend(table, 2, exclude)
     assert found["item"].to_list() == expected["item"].to_list()
+    assert "60 of 60 users are known" in outcome.text
+    assert not set(found.select("user", "item").iter_rows()) & set(likes)
+    again = cli("recommend", f"run={run}", "users=people.csv", "k=2", "filter_seen=false")
+    assert again.code == 0
+    kept = pl.read_parquet(tmp_path / "recommendations.parquet")
+    assert kept["item"].to_list() == model.recommend(table, 2)["item"].to_list()
     outcome = cli("recommend", f"run={run}", "users=people.csv", "k=2", "output=rows.csv")
     assert outcome.code == 0 and pl.read_csv(tmp_path / "rows.csv")["user"][2] == 1
 
@@ -145,3 +155,62 @@ def test_mistakes_are_one_line(cli, next_item: Path, tmp_path: Path) -> None:
         outcome = cli("recommend", *arguments)
         assert outcome.code == 1 and message in outcome.err, (arguments, outcome.text)
         assert "Traceback" not in outcome.err
+
+
+def test_known_users_and_their_earlier_items(cli, next_item: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "new.csv", [("u3", "i1", 99), ("new", "i1", 99)])
+    options = (f"run={next_item}", "users=new.csv", "k=3", "output=top.csv")
+    outcome = cli("recommend", *options)
+    assert outcome.code == 0, outcome.text
+    assert "1 of 2 users were in the training data" in outcome.text
+    assert "not used: join_training=true" in outcome.text
+    outcome = cli("recommend", *options, "join_training=true")
+    assert outcome.code == 0 and "put before those of the file" in outcome.text
+    rows = pl.read_csv(tmp_path / "mine.csv").filter(user_id="u3")["item_id"].to_list()
+    model = NextItem.load_from_checkpoint(next_item / "checkpoints/best.ckpt", weights_only=True)
+    expected = model.recommend([["i1"], [*rows, "i1"]], 3)
+    found = pl.read_csv(tmp_path / "top.csv")
+    assert found["user"].to_list() == ["new"] * 3 + ["u3"] * 3
+    assert found["item"].to_list() == expected["item"].to_list()
+
+
+def test_the_suffix_decides_the_format(cli, next_item: Path, tmp_path: Path) -> None:
+    for name, read in (
+        ("top.parquet", pl.read_parquet),
+        ("top.CSV", pl.read_csv),
+        ("top.tsv", lambda path: pl.read_csv(path, separator="\t")),
+        ("top.json", pl.read_json),
+        ("top.jsonl", pl.read_ndjson),
+    ):
+        assert cli("recommend", f"run={next_item}", "k=2", f"output={name}").code == 0
+        found = read(tmp_path / name)
+        assert found.columns == ["user", "rank", "item", "score"] and found.height == 80
+    outcome = cli("recommend", f"run={next_item}", "output=top.xlsx")
+    assert outcome.code == 1 and "output=top.xlsx: unknown format; end the name with" in outcome.err
+    assert not (tmp_path / "top.xlsx").exists()
+
+
+def test_the_data_is_found_from_another_folder(cli, tmp_path: Path, monkeypatch) -> None:
+    rows = [(f"u{user}", f"i{(user + t) % 7}", t) for user in range(30) for t in range(5)]
+    write_rows(tmp_path / "mine.csv", rows)
+    data = ("dataset=interactions", "dataset.interactions=mine.csv")
+    assert cli("train", *data, *SMALL, "trainer.max_epochs=1").code == 0
+    run = only_run(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    outcome = cli("recommend", f"run={run}", "k=1")
+    assert outcome.code == 0, outcome.text
+    assert f"paths are relative to {tmp_path}, where the run was trained" in outcome.text
+    assert pl.read_parquet("recommendations.parquet").height == 30
+    outcome = cli("evaluate", f"run={run}", "output_dir=out")
+    assert outcome.code == 0, outcome.text
+
+
+def test_a_file_with_another_separator_is_read_as_the_message_says(
+    cli, next_item: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "semi.csv").write_text("user_id;item_id;timestamp\nann;i3;1\n")
+    outcome = cli("recommend", f"run={next_item}", "users=semi.csv")
+    assert outcome.code == 1 and "separator" in outcome.err
+    outcome = cli("recommend", f"run={next_item}", "users=semi.csv", "dataset.separator=';'")
+    assert outcome.code == 0, outcome.text

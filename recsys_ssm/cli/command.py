@@ -16,17 +16,35 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli.errors import explain, is_users
 from recsys_ssm.cli.resolvers import register_resolvers, run_folder
-from recsys_ssm.instantiate import with_defaults
+from recsys_ssm.instantiate import import_modules, with_defaults
 from recsys_ssm.paths import CONF_DIR
+from recsys_ssm.run.assemble import as_list
 from recsys_ssm.sweeps.identity import sweep_name
 from recsys_ssm.sweeps.jobs import Task, end_with_parent
 from recsys_ssm.sweeps.progress import SweepProgress, end_progress
 
 log = logging.getLogger(__name__)
+
+
+_NOISE = (
+    "💡 Tip",
+    "GPU available",
+    "TPU available",
+    "`Trainer.fit` stopped",
+    "`weights_only` was not set",
+    "Initializing distributed",
+    "Restoring states from the checkpoint path",
+    "Restored all states from the checkpoint at",
+    "-" * 20,
+    "distributed_backend=",
+)
+"""Beginnings of lines that Lightning logs in each run."""
 
 
 def quiet_dependencies() -> None:
@@ -39,11 +57,15 @@ def quiet_dependencies() -> None:
     ):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: (
-            not record.getMessage().startswith(("💡 Tip", "TPU available", "`Trainer.fit` stopped"))
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.fabric.utilities.distributed",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).addFilter(
+            lambda record: not record.getMessage().lstrip().startswith(_NOISE)
         )
-    )
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # A resumed run goes on in its own folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
@@ -51,6 +73,8 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # A process may have none of the users; the sums of the others are gathered all the same.
+    warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before")
     # Early stopping ends it.
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
@@ -68,6 +92,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         def guarded(cfg: DictConfig) -> Any:
             try:
+                import_modules(as_list(cfg.get("import")))
                 return task(complete(cfg))
             except Exception as error:
                 failures.append(error)
@@ -82,7 +107,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             run_folder.cache_clear()
             register_resolvers()
             quiet_dependencies()
-            arguments = open_options(overrides_last(sys.argv[1:]))
+            arguments = open_options(quoted(overrides_last(sys.argv[1:])))
             sys.argv[1:] = arguments
             name_sweep(config_name)
             shows_config = not {"--cfg", "-c"}.isdisjoint(arguments)
@@ -124,8 +149,8 @@ def discard_empty(folder: Path) -> None:
     """Remove the folder of a run that ended before it wrote anything: it holds Hydra's own files alone."""
     if not (folder / ".hydra").is_dir() or folder.resolve() == Path.cwd():
         return
-    names = {path.name for path in folder.iterdir() if path.suffix != ".log"}
-    if names != {".hydra"}:
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    if any(path.parts[0] != ".hydra" and path.suffix != ".log" for path in files):
         return
     shutil.rmtree(folder, ignore_errors=True)
     for parent in folder.parents[:2]:  # the run's name, output_root
@@ -175,6 +200,24 @@ def open_options(arguments: list[str]) -> list[str]:
         else argument
         for argument in arguments
     ]
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """Put values that Hydra's grammar cannot read in quotes: ``dataset.interactions=date=2024-05-01/clicks.csv``."""
+    parser = OverridesParser.create()
+    result = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and value and not argument.startswith("-") and value[0] not in "[{\"'":
+            try:
+                parser.parse_override(argument)
+            except HydraException:
+                escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+                with contextlib.suppress(HydraException):
+                    parser.parse_override(candidate := f"{key}='{escaped}'")
+                    argument = candidate
+        result.append(argument)
+    return result
 
 
 _TAKES_A_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -23,27 +24,35 @@ USERS = (
     HydraException,
     OmegaConfBaseException,
     MisconfigurationException,
-    PermissionError,
-    NotADirectoryError,
-    FileExistsError,
 )
 """Exceptions that a user's mistake raises, in this package and in its dependencies."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Errors of the system that no code of ours can cause or prevent."""
 
 
 def is_users(error: BaseException) -> bool:
     """Return True if an error is a mistake of the user, and not a defect of this package."""
-    return (
-        isinstance(error, USERS)
-        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS))
-        or launcher_of(error) is not None
-    )
+    if isinstance(error, USERS) or launcher_of(error) is not None:
+        return True
+    return isinstance(error, OSError) and (error.errno in (*_FULL, *_DENIED) or _is_hydras(error))
+
+
+def _is_hydras(error: BaseException) -> bool:
+    """Return True if an error comes from Hydra, which creates a run's folder, with none of our code in between."""
+    files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+    last = max((at for at, parts in enumerate(files) if "hydra" in parts), default=None)
+    return last is not None and not any("recsys_ssm" in parts for parts in files[last + 1 :])
 
 
 def explain(error: BaseException, config_name: str | None = None) -> str:
     """Return an error as one line for people; for an option that does not exist, name similar ones."""
     # Hydra's "no such config" is an OSError without strerror.
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}; choose another folder with output_root="
+        where = f"{error.filename}: " if error.filename else ""
+        full = "free some space there" if error.errno in _FULL else "check the path and its permissions"
+        return f"{where}{error.strerror}; {full}, or choose another folder with output_root="
     text = str(error).strip()
     if launcher := launcher_of(error):
         return f"the launcher {launcher} cannot start jobs: {text.partition(chr(10))[0]}"
@@ -54,6 +63,11 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     if unread := re.match(r"LexerNoViableAltException: ([^=\s]+)=(.*)", text):
         option, value = unread.groups()
         return f"{option}={value}: cannot be read; put it in quotes twice: {option}=\"'{value}'\""
+    if unread := re.match(r"(?:mismatched|extraneous|token|no viable).*", text):
+        given = next((arg for arg in sys.argv[1:] if _is_unread(arg)), None)
+        if given is not None:
+            option, _, value = given.lstrip("+").partition("=")
+            return f"{option}={value}: cannot be read; check its brackets and quotes"
     if unknown := re.search(r"Could not (?:override|append to config\..*?) '([^']+)'", text):
         path = unknown[1].partition("@")[0]
         parent, _, name = path.rpartition(".")
@@ -63,6 +77,15 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
         text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text.partition("\n")[0])
     text = re.sub(r"^In '[^']*': ", "", text.partition("Config search path:")[0])
     return "; ".join(line.strip() for line in text.splitlines() if line.strip()).replace(":;", ":")
+
+
+def _is_unread(argument: str) -> bool:
+    """Return True if Hydra cannot read an argument as ``option=value``."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return not argument.startswith("-")
+    return False
 
 
 def _known(config_name: str, parent: str) -> list[str]:

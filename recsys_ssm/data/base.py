@@ -55,6 +55,8 @@ class RecommenderData(L.LightningDataModule, abc.ABC, Generic[Splits]):
             raise UserError(f"dataset.num_workers={num_workers}: give 0 or more")
         self.name, self.seed, self.num_workers = name, seed, num_workers
         self._splits: Splits | None = None
+        # Of a few rows or users a process may have none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @abc.abstractmethod
     def build(self) -> Splits:

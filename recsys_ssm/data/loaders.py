@@ -165,7 +165,8 @@ class ResumableLoader(BatchLoader[Batch]):
 class BlockLoader(BatchLoader[Batch]):
     """Batches of consecutive elements in their order, without shuffling.
 
-    Each process takes a contiguous share; no element is padded, left out or taken twice.
+    Each process takes a contiguous share; no element is padded, left out or taken twice. A process whose share is empty
+    makes one empty batch, since all processes take part in the sums over them.
 
     Args:
         n: Number of elements.
@@ -186,6 +187,7 @@ class BlockLoader(BatchLoader[Batch]):
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
         self.batch_size = batch_size
+        self._least = int(world_size > 1)
         self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
 
     @abc.abstractmethod
@@ -193,7 +195,7 @@ class BlockLoader(BatchLoader[Batch]):
         """Make the batch of the elements from ``start`` to ``stop``."""
 
     def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self.batch_size)
+        return max(self._least, -(-(self._stop - self._start) // self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
         return self._load(self._at)

@@ -143,7 +143,7 @@ class Layout(NamedTuple):
         row = np.repeat(np.arange(per_row.size), per_row)
         first_of_row = np.cumsum(per_row) - per_row
         column = begin - begin[first_of_row][row]
-        width = int((column + length).max())
+        width = int((column + length).max(initial=0))
         position = np.arange(length.sum()) - np.repeat(begin, length)
         cell = row * width + column
         return cls(

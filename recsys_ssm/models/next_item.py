@@ -245,6 +245,8 @@ class NextItem(Recommender):
         if dataloader_idx == 0:
             self.val_loss.update(*self._loss(batch))  # type: ignore[arg-type]
             return
+        if not batch.target.numel():  # this process has none of the users
+            return
         all_UK, unseen_UK = self.top(batch, self.val_metrics.max_k, seen_too=not self.filter_seen)  # type: ignore[arg-type]
         self.val_metrics.update_from_top(unseen_UK if all_UK is None else all_UK, batch.target)
 
@@ -262,6 +264,8 @@ class NextItem(Recommender):
         self.test_metrics_other.reset()
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
+        if not batch.target.numel():  # this process has none of the users
+            return
         all_UK, unseen_UK = self.top(batch, self.test_metrics.max_k)
         assert all_UK is not None
         top_UK, other_UK = (unseen_UK, all_UK) if self.filter_seen else (all_UK, unseen_UK)
@@ -323,7 +327,7 @@ class NextItem(Recommender):
             users.seen.values[start:stop].tolist()
             for start, stop in zip(users.seen.offsets[:-1], users.seen.offsets[1:], strict=True)
         ]
-        for n_users in (1, 256):
+        for n_users in (1, 256) if histories else ():
             asked = (histories * (n_users // len(histories) + 1))[:n_users]
             times = []
             for _ in range(repeat):

@@ -193,7 +193,7 @@ class TwoTower(Recommender):
     ) -> None:
         if dataloader_idx == 0:
             self.val_loss.update(self._loss(batch), batch.target.numel())  # type: ignore[arg-type, union-attr]
-        else:
+        elif batch.user_index.numel():  # type: ignore[union-attr]
             self._rank(batch, self.val_metrics)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self) -> None:
@@ -211,6 +211,8 @@ class TwoTower(Recommender):
         self._item_embeddings = self.item_tower.encode(self.items)
 
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
+        if not batch.user_index.numel():  # this process has none of the users
+            return
         # As many as any of them likes: reports compare how often an item is recommended and how often it is liked.
         top_UK = self._rank(batch, self.test_metrics, int(batch.relevant.sum(dim=1).max()))
         self.test_rankings.add(batch.user_index, top_UK, batch.relevant)

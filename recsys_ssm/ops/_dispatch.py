@@ -236,14 +236,15 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def describe_backends() -> str:
-    """Describe :func:`backends` in one line, for a run's log."""
+    """Describe :func:`backends` in one short line, for a run's log; only slow operators have a reason."""
     rows = backends()
     parts = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         groups: dict[tuple[str, str], list[str]] = {}
         for name, row in rows.items():
             groups.setdefault((row[device], row[f"{device}_why"]), []).append(name)
         for (backend, why), names in groups.items():
-            reason = f" ({why})" if why else ""
-            parts.append(f"{', '.join(names)} on {device}: {backend}{reason}")
+            subject = "operators" if len(names) == len(rows) else ", ".join(names)
+            reason = f" ({why})" if backend == "plain PyTorch" else ""
+            parts.append(f"{subject} on {device}: {backend}{reason}")
     return "; ".join(parts)

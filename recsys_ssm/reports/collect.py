@@ -25,7 +25,13 @@ from recsys_ssm.reports.runs import (
 from recsys_ssm.reports.shipped import place
 from recsys_ssm.run.published import all_rows
 from recsys_ssm.run.settings import read_config
-from recsys_ssm.sweeps.status import STATUS, job_state, read_status
+from recsys_ssm.sweeps.status import (
+    STATUS,
+    changed_files,
+    file_hashes,
+    job_state,
+    read_status,
+)
 
 RUN_FILES = ("metrics.json", "config.yaml", STATUS, "history.json", "train.log")
 """Files of a run: a folder with any of these is a run, finished or not."""
@@ -201,7 +207,8 @@ def _without_repeats(runs: Iterable[Run], problems: list[Problem]) -> list[Run]:
     """Keep the newest of runs that are the same seed of the same setting."""
     newest: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=_written):
-        key = (run.task, run.data_options, run.backbone, run.setting, run.seed, bool(run.metrics))
+        data = file_hashes(run.data or {})
+        key = (run.task, run.data_options, data, run.backbone, run.setting, run.seed, bool(run.metrics))
         if key in newest:
             what = f"the same run again, newer: {run.folder}"
             problems.append(Problem(newest[key].folder, what))
@@ -225,6 +232,15 @@ def _name_by_difference(runs: Sequence[Run]) -> list[Run]:
     Without a shipped config to compare with, each option would count as changed.
     """
     by_dataset: dict[Task, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_dataset[run.task].append(run)
+    for members in by_dataset.values():
+        # Runs that read different contents of a file are never in one mean.
+        changed = changed_files(run.data or {} for run in members)
+        for run in members if changed else ():
+            data = run.data or {}
+            _set_task(run, tuple((f"data of {name}", data[name][:8]) for name in changed if name in data))
+    by_dataset.clear()
     for run in runs:
         by_dataset[run.task].append(run)
     for members in by_dataset.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from recsys_ssm.instantiate import (
     spec,
     takes,
 )
+from recsys_ssm.metrics import MetricName
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
 from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
@@ -54,6 +57,9 @@ def check_config(cfg: DictConfig) -> None:
     accumulate = cfg.trainer.get("accumulate_grad_batches", 1)
     if not (_is_int(accumulate) and accumulate >= 1):
         raise UserError(f"trainer.accumulate_grad_batches={accumulate}: give at least 1")
+    if cfg.metrics is not None:
+        check_metrics(as_list(cfg.metrics))
+    check_trainer(cfg)
     check_name(str(cfg.name), "name")
     if cfg.sweep is not None:
         check_name(str(cfg.sweep), "sweep")
@@ -84,6 +90,62 @@ def as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def check_trainer(cfg: DictConfig) -> None:
+    """Check the trainer's options as Lightning does, and that checkpoints can be written, before data is read.
+
+    Raises:
+        UserError: Lightning refuses an option, or a folder for checkpoints cannot be written.
+    """
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the trainer that is made later prints the same lines
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make_trainer(cfg, [], [])
+    finally:
+        logger.setLevel(level)
+    for name, node in (cfg.callbacks or {}).items():
+        if node is not None and node.get("dirpath") is not None:
+            check_writable(Path(str(node.dirpath)), f"callbacks.{name}.dirpath")
+
+
+def check_intervals(cfg: DictConfig, data: RecommenderData[Any]) -> None:
+    """Check that an epoch has as many batches as one validation waits for.
+
+    Raises:
+        UserError: It has fewer: no validation would ever be run.
+    """
+    interval = cfg.trainer.get("val_check_interval")
+    if not _is_int(interval) or cfg.trainer.get("check_val_every_n_epoch", 1) is None:
+        return
+    n_batches = len(data.train_dataloader())
+    if interval > n_batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has {n_batches} batches; give at most so many, or "
+            "trainer.check_val_every_n_epoch=null to count over the epochs"
+        )
+
+
+LARGEST_K = 10_000
+"""Most places of a ranking metric: the ranking of every test user has so many."""
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Check the names of ranking metrics, before memory is spent on their rankings.
+
+    Raises:
+        UserError: A name is unknown, or its ``k`` is too large.
+    """
+    if not names:
+        raise UserError("metrics=[]: none; give at least one, as metrics=hr@10")
+    for name in names:
+        if MetricName.parse(name).k > LARGEST_K:
+            raise UserError(
+                f"metrics={name}: ranks more than {LARGEST_K:,} items for each user; give a smaller number behind @"
+            )
 
 
 def make_data(cfg: DictConfig) -> RecommenderData[Any]:

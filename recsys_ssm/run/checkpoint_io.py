@@ -63,11 +63,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         write_text(_list_of(path), f"{digest}\n")
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint; a run's folder may have been moved or copied since it was written."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        if "://" not in str(path):
+            relocate(checkpoint, Path(path).resolve().parent)
+        return checkpoint
+
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and its hash."""
         super().remove_checkpoint(path)
         if "://" not in str(path):
             _list_of(Path(path)).unlink(missing_ok=True)
+
+
+def relocate(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Let the states of checkpoint callbacks name the folder that their files are in now.
+
+    Lightning forgets the best score if the folder differs, and a worse checkpoint would replace the best one.
+    """
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if not isinstance(state, dict) or not {"dirpath", "best_model_path"} <= state.keys():
+            continue
+        best = state["best_model_path"]
+        if not (best and isinstance(best, str) and (folder / Path(best).name).is_file()):
+            continue
+        state["dirpath"] = str(folder)
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if value := state.get(name):
+                state[name] = str(folder / Path(value).name)
+        if isinstance(kept := state.get("best_k_models"), dict):
+            state["best_k_models"] = {str(folder / Path(key).name): v for key, v in kept.items()}
 
 
 def read_hashes(path: Path) -> list[str]:

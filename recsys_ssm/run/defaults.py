@@ -30,7 +30,7 @@ def known_class(target: object) -> type | None:
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's config with the defaults of the classes that may be looked into (:func:`known_class`)."""
     try:
-        filled: dict[str, Any] = instantiate.with_defaults(config, trust=instantiate.TRUSTED)
+        filled: dict[str, Any] = instantiate.with_defaults(config, trusted=False)
     except (TypeError, ValueError):  # a path that names something without a signature
         return dict(config)
     return filled

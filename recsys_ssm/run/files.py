@@ -97,7 +97,7 @@ def _write(path: Path, content: bytes) -> Path:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror}); choose another output_dir"
+            f"cannot write {path} ({error.strerror}); free some space, or choose another folder"
         ) from error
     return path
 

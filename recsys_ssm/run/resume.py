@@ -63,8 +63,14 @@ def check_resume(
     """Check a config and its data against the record in a checkpoint (checkpoints without one pass).
 
     Raises:
-        UserError: An option or the data differs; the message names the first difference.
+        UserError: An option or the data differs (the message names the first difference), or the checkpoint holds
+            weights alone.
     """
+    if "optimizer_states" not in checkpoint or "loops" not in checkpoint:
+        raise UserError(
+            f"ckpt_path={path}: holds weights alone (save_weights_only=true), so a training cannot resume from it; "
+            "begin a new run without ckpt_path"
+        )
     record = checkpoint.get(KEY)
     if not isinstance(record, Mapping):
         return

@@ -14,6 +14,8 @@ from recsys_ssm.errors import UserError
 Settings = dict[str, Any]
 
 _MOST_VALUES = 100_000
+_MOST_LEVELS = 50
+_MOST_BYTES = 10_000_000
 
 Use = Literal["job", "setting", "command"]
 """A purpose that options are left out for (:func:`is_incidental`):
@@ -32,6 +34,7 @@ _INCIDENTAL: dict[str, tuple[Use, ...]] = {
     # where a run is kept, what it is called, how it is started and logged
     "ckpt_path": _JOB,
     "hydra": _JOB,
+    "import": _JOB,
     "launcher": _JOB,
     "logger": _JOB,
     "name": _JOB,
@@ -107,28 +110,50 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: The file is absent, or is not a YAML mapping.
     """
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path}: not the config.yaml of a run; give the folder of a run")
+        text = path.read_text(encoding="utf-8")
+        _check_depth(text)
+        config = yaml.load(text, Loader=_LOADER)  # noqa: S506
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{path}: cannot be read ({reason}); give the folder of another run") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the options of a run; give the folder of a run")
     if _size(config, _MOST_VALUES) > _MOST_VALUES:
         raise UserError(
-            f"{path}: more than {_MOST_VALUES:,} options; it is not the config of a run"
+            f"{path}: more than {_MOST_VALUES:,} options, or nested too deeply; give the folder of a run"
         )
     return config
 
 
+def _check_depth(text: str) -> None:
+    """Check that YAML is not nested deeply: the C loader is recursive, and would end the process.
+
+    Raises:
+        RecursionError: It is.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):  # a loop, not a recursion
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            raise RecursionError(f"nested more than {_MOST_LEVELS} levels deep")
+
+
 def _size(node: Any, limit: int) -> int:
     """Count the values of a config, up to just above ``limit``; a value that YAML aliases repeat counts each time."""
-    pending, count = [node], 0
+    pending, count = [(node, 0)], 0
     while pending and count <= limit:
-        each = pending.pop()
+        each, depth = pending.pop()
         count += 1
-        if isinstance(each, Mapping):
-            pending += each.values()
-        elif isinstance(each, list):
-            pending += each
+        if depth > _MOST_LEVELS:
+            return limit + 1
+        values = each.values() if isinstance(each, Mapping) else each
+        if isinstance(each, Mapping | list):
+            pending += [(value, depth + 1) for value in values]
     return count
 
 

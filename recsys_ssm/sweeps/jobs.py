@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from recsys_ssm.data.cache import cache_folder, hash_file
 from recsys_ssm.errors import UserError
 from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.run.checkpoints import read_checkpoint
@@ -41,6 +42,7 @@ from recsys_ssm.sweeps.status import (
     is_finished,
     objective,
     read_status,
+    status_data,
 )
 
 try:
@@ -106,6 +108,7 @@ def run_job(command: str, cfg: DictConfig, sweep: Mapping[str, Any]) -> float | 
     folder = Path(hydra_cfg.runtime.output_dir)
     if is_finished(folder):
         _warn_of_other_options(folder, cfg)
+        _warn_of_other_data(folder)
     overrides = list(hydra_cfg.overrides.task)
     name = hydra_cfg.job.config_name
     extra = [] if name in (None, command) else ["--config-name", name]
@@ -345,6 +348,40 @@ def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int | Non
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def check_siblings(folder: Path, sources: Mapping[str, str]) -> None:
+    """Check that a job of a sweep reads the same files as the sweep's finished jobs.
+
+    Args:
+        folder: The job's folder.
+        sources: The sha256 of each of its files, by path (:attr:`~recsys_ssm.data.base.RecommenderData.sources`).
+
+    Raises:
+        UserError: A file has changed since.
+    """
+    files = {name: digest for name, digest in sources.items() if Path(name).is_file()}
+    for path in sorted(folder.parent.glob("*/metrics.json")) if files else ():
+        before = status_data(path.parent)
+        changed = [name for name, digest in files.items() if before.get(name, digest) != digest]
+        if changed and path.parent != folder:
+            raise UserError(
+                f"{changed[0]}: has changed since the sweep's job {path.parent} was run; give this sweep another name "
+                f"(sweep=…), or remove {folder.parent} to run all of it again"
+            )
+
+
+def _warn_of_other_data(folder: Path) -> None:
+    """Log the files that have changed since a finished job read them."""
+    for name, digest in status_data(folder).items():
+        path = Path(name)
+        if path.is_file() and hash_file(path, cache_folder()) != digest:
+            log.warning(
+                "%s is kept, though %s has changed since: its figures are those of the earlier data; remove it to run "
+                "the job again, or give this sweep another name (sweep=…)",
+                folder,
+                name,
+            )
 
 
 def _warn_of_other_options(folder: Path, cfg: DictConfig) -> None:

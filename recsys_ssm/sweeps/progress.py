@@ -27,7 +27,14 @@ from scipy import stats
 
 from recsys_ssm.run.settings import is_incidental
 from recsys_ssm.sweeps.identity import job_hash, job_options, jobs_of_sweep
-from recsys_ssm.sweeps.status import STATUS, is_finished, job_state, read_status
+from recsys_ssm.sweeps.status import (
+    STATUS,
+    changed_files,
+    is_finished,
+    job_state,
+    read_status,
+    status_data,
+)
 
 
 class Summary(NamedTuple):
@@ -268,13 +275,17 @@ class Result(NamedTuple):
 def results_by_setting(folder: Path, monitor: str, mode: str) -> list[Result]:
     """Group the finished jobs of a sweep's folder by their options, seeds aside, the best setting first."""
     found: dict[tuple[tuple[str, str], ...], list[float]] = {}
-    for path in sorted(folder.glob(f"*/{STATUS}")):
-        status = read_status(path.parent)
-        value = status.get("objective") if is_finished(path.parent) else None
+    jobs = {path.parent: status_data(path.parent) for path in sorted(folder.glob(f"*/{STATUS}"))}
+    changed = changed_files(jobs.values())
+    for job, data in jobs.items():
+        status = read_status(job)
+        value = status.get("objective") if is_finished(job) else None
         if not (status.get("monitor") == monitor and isinstance(value, int | float)):
             continue
         options = job_options(status.get("overrides") or ())
         setting = tuple(pair for pair in options.items() if not is_incidental(pair[0], "setting"))
+        # Jobs that read different contents of a file are never in one mean.
+        setting += tuple((f"data of {name}", data[name][:8]) for name in changed if name in data)
         found.setdefault(setting, []).append(float(value))
     shared = set.intersection(*map(set, found)) if found else set()
     results = [

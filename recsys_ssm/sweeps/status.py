@@ -7,7 +7,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,38 @@ def is_finished(folder: Path) -> bool:
         return isinstance(json.loads((folder / "metrics.json").read_text()), dict)
     except (OSError, ValueError):
         return False
+
+
+def status_data(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each input of a finished job, by its name; empty if none was recorded."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text())["data"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def changed_files(sources: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return the files that several runs read with different contents.
+
+    Args:
+        sources: The sha256 of each input by its name, of each run.
+    """
+    hashes: dict[str, set[str]] = {}
+    for each in sources:
+        for name in filter(_is_file_name, each):
+            hashes.setdefault(name, set()).add(each[name])
+    return [name for name, found in hashes.items() if len(found) > 1]
+
+
+def file_hashes(sources: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the sha256 of each file among a run's inputs."""
+    return tuple(sorted(digest for name, digest in sources.items() if _is_file_name(name)))
+
+
+def _is_file_name(name: str) -> bool:
+    """Return True if an input is a file: generated data and data frames are named by a word."""
+    return "/" in name or "." in name
 
 
 def job_state(folder: Path) -> str:

@@ -72,7 +72,7 @@ class TestWriteJson:
 
     def test_a_folder_that_cannot_be_written_to(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="choose another output_dir"):
+        with pytest.raises(UserError, match="choose another folder"):
             write_json(tmp_path / "file" / "metrics.json", {})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import cloudpickle
 import pytest
 from small import SMALL_MAMBA, TINY
 
+from recsys_ssm.reports.collect import collect
 from recsys_ssm.sweeps import identity, jobs, status
+from recsys_ssm.sweeps.progress import results_by_setting
 
 QUICK = (*TINY, *SMALL_MAMBA, "dataset=spotify", "logger=none")
 
@@ -194,3 +197,43 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     disturbed, whole = metrics_of(tmp_path / "runs"), metrics_of(tmp_path / "whole")
     assert len(whole) == 12 and disturbed == whole
     assert finished, "killed too early each time to tell anything"
+
+
+def test_jobs_that_read_other_data_are_not_joined(cli, tmp_path: Path) -> None:
+    """A sweep is run again after its file has changed."""
+
+    def write(step: int) -> None:
+        rows = [f"u{u},i{(u + step * t) % 9},{t}" for u in range(30) for t in range(5)]
+        (tmp_path / "clicks.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+
+    sweep = (
+        "--multirun",
+        "sweep=daily",
+        "dataset=interactions",
+        "dataset.interactions=clicks.csv",
+        *SMALL_MAMBA,
+        "logger=none",
+        "trainer.max_epochs=1",
+    )
+    write(1)
+    assert cli("train", *sweep, "seed=0").code == 0
+    write(2)
+    outcome = cli("train", *sweep, "seed=0")
+    assert outcome.code == 0 and "clicks.csv has changed since" in outcome.text
+    outcome = cli("train", *sweep, "seed=0,1")
+    assert outcome.code == 1 and "clicks.csv: has changed since the sweep's job" in outcome.err
+    [kept] = tmp_path.glob("runs/multirun/daily/*/metrics.json")
+    # Jobs that were joined by an earlier version are shown apart.
+    other = kept.parent.with_name("joined_by_hand")
+    shutil.copytree(kept.parent, other)
+    for name, key in (("metrics.json", "data"),):
+        content = json.loads((other / name).read_text())
+        content[key] = {file: "0" * 64 for file in content[key]}
+        content["seed"] = 1
+        (other / name).write_text(json.dumps(content))
+    results = results_by_setting(kept.parents[1], "val/ndcg@10", "max")
+    assert [len(result.values) for result in results] == [1, 1]
+    assert {"data of clicks.csv"} == set().union(*(result.options for result in results))
+    cells = collect([kept.parents[1]]).cells
+    assert [cell.n for cell in cells] == [1, 1]
+    assert all("data of clicks.csv" in cell.task.label for cell in cells)
