@@ -24,6 +24,8 @@ _HOMES = {
     "recsys_ssm.models.backbones.ligr": ("Ligr",),
     "recsys_ssm.models.backbones.mamba": ("Mamba",),
     "recsys_ssm.models.backbones.mamba2": ("Mamba2",),
+    "recsys_ssm.models.backbones.matrrec": ("MaTrRec",),
+    "recsys_ssm.models.backbones.sigma": ("Sigma",),
     "recsys_ssm.models.backbones.transformer": ("Transformer",),
     "recsys_ssm.models.heads": ("NextItemHead", "TowerHead"),
     "recsys_ssm.models.losses": (
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from recsys_ssm.models.backbones.ligr import Ligr
     from recsys_ssm.models.backbones.mamba import Mamba
     from recsys_ssm.models.backbones.mamba2 import Mamba2
+    from recsys_ssm.models.backbones.matrrec import MaTrRec
+    from recsys_ssm.models.backbones.sigma import Sigma
     from recsys_ssm.models.backbones.transformer import Transformer
     from recsys_ssm.models.heads import NextItemHead, TowerHead
     from recsys_ssm.models.losses import (
@@ -78,6 +82,7 @@ __all__ = [
     "Interactions",
     "ItemTokenizer",
     "Ligr",
+    "MaTrRec",
     "Mamba",
     "Mamba2",
     "MeanSquaredError",
@@ -85,6 +90,7 @@ __all__ = [
     "NextItemHead",
     "NextItemLoss",
     "RankingMetrics",
+    "Sigma",
     "SpotifyData",
     "Stack",
     "TableData",
