@@ -35,7 +35,12 @@ _HOMES = {
         "NextItemLoss",
     ),
     "recsys_ssm.models.next_item": ("NextItem",),
-    "recsys_ssm.models.tokenizers": ("FeatureTokenizer", "ItemTokenizer"),
+    "recsys_ssm.models.tokenizers": (
+        "FeatureTokenizer",
+        "ItemTokenizer",
+        "MambaTabTokenizer",
+        "MambularTokenizer",
+    ),
     "recsys_ssm.models.two_tower": ("TwoTower",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -66,7 +71,12 @@ if TYPE_CHECKING:
         NextItemLoss,
     )
     from recsys_ssm.models.next_item import NextItem
-    from recsys_ssm.models.tokenizers import FeatureTokenizer, ItemTokenizer
+    from recsys_ssm.models.tokenizers import (
+        FeatureTokenizer,
+        ItemTokenizer,
+        MambaTabTokenizer,
+        MambularTokenizer,
+    )
     from recsys_ssm.models.two_tower import TwoTower
 
 __all__ = [
@@ -85,6 +95,8 @@ __all__ = [
     "MaTrRec",
     "Mamba",
     "Mamba2",
+    "MambaTabTokenizer",
+    "MambularTokenizer",
     "MeanSquaredError",
     "NextItem",
     "NextItemHead",

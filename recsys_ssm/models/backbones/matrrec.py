@@ -50,7 +50,7 @@ class MaTrRec(Backbone):
 
     causal = True
     labels: ClassVar[Mapping[str, str]] = {"two_tower": "FT-MaTrRec", "next_item": "MaTrRec"}
-    style: ClassVar[Mapping[str, str]] = {"color": "#009e73", "linestyle": "-.", "marker": "^"}
+    style: ClassVar[Mapping[str, str]] = {"color": "#56b4e9", "linestyle": "-", "marker": "h"}
 
     def __init__(
         self,
