@@ -24,6 +24,8 @@ _HOMES = {
     "recsys_ssm.models.backbones.ligr": ("Ligr",),
     "recsys_ssm.models.backbones.mamba": ("Mamba",),
     "recsys_ssm.models.backbones.mamba2": ("Mamba2",),
+    "recsys_ssm.models.backbones.matrrec": ("MaTrRec",),
+    "recsys_ssm.models.backbones.sigma": ("Sigma",),
     "recsys_ssm.models.backbones.transformer": ("Transformer",),
     "recsys_ssm.models.heads": ("NextItemHead", "TowerHead"),
     "recsys_ssm.models.losses": (
@@ -33,7 +35,12 @@ _HOMES = {
         "NextItemLoss",
     ),
     "recsys_ssm.models.next_item": ("NextItem",),
-    "recsys_ssm.models.tokenizers": ("FeatureTokenizer", "ItemTokenizer"),
+    "recsys_ssm.models.tokenizers": (
+        "FeatureTokenizer",
+        "ItemTokenizer",
+        "MambaTabTokenizer",
+        "MambularTokenizer",
+    ),
     "recsys_ssm.models.two_tower": ("TwoTower",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -53,6 +60,8 @@ if TYPE_CHECKING:
     from recsys_ssm.models.backbones.ligr import Ligr
     from recsys_ssm.models.backbones.mamba import Mamba
     from recsys_ssm.models.backbones.mamba2 import Mamba2
+    from recsys_ssm.models.backbones.matrrec import MaTrRec
+    from recsys_ssm.models.backbones.sigma import Sigma
     from recsys_ssm.models.backbones.transformer import Transformer
     from recsys_ssm.models.heads import NextItemHead, TowerHead
     from recsys_ssm.models.losses import (
@@ -62,7 +71,12 @@ if TYPE_CHECKING:
         NextItemLoss,
     )
     from recsys_ssm.models.next_item import NextItem
-    from recsys_ssm.models.tokenizers import FeatureTokenizer, ItemTokenizer
+    from recsys_ssm.models.tokenizers import (
+        FeatureTokenizer,
+        ItemTokenizer,
+        MambaTabTokenizer,
+        MambularTokenizer,
+    )
     from recsys_ssm.models.two_tower import TwoTower
 
 __all__ = [
@@ -78,13 +92,17 @@ __all__ = [
     "Interactions",
     "ItemTokenizer",
     "Ligr",
+    "MaTrRec",
     "Mamba",
     "Mamba2",
+    "MambaTabTokenizer",
+    "MambularTokenizer",
     "MeanSquaredError",
     "NextItem",
     "NextItemHead",
     "NextItemLoss",
     "RankingMetrics",
+    "Sigma",
     "SpotifyData",
     "Stack",
     "TableData",

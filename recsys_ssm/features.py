@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+
+N_BINS = 48
+"""Bins of equal numbers of training rows that a numeric field knows the edges of."""
 
 MISSING = 0
 """Code of a missing or unknown value of a categorical feature; known values have codes from 1."""
@@ -51,6 +54,30 @@ class NumericField:
     name: str
     mean: float = 0.0
     std: float = 1.0
+    quantiles: tuple[float, ...] = field(default=(), compare=False)
+    """The :data:`N_BINS` + 1 edges of bins with equal numbers of training rows, as in the column; smallest and largest
+    value included. Empty: unknown, as in checkpoints of older versions."""
+
+    def edges(self, n_bins: int) -> np.ndarray:
+        """Return the different edges of ``n_bins`` bins in the encoded unit, at least two; increasing float64.
+
+        Args:
+            n_bins: Bins of equal numbers of training rows, at most :data:`N_BINS`.
+
+        Raises:
+            UserError: The quantiles are unknown, or ``n_bins`` is out of its range.
+        """
+        if not 1 <= n_bins <= N_BINS:
+            raise UserError(f"n_bins={n_bins}: give a number from 1 to {N_BINS}")
+        if not self.quantiles:
+            raise UserError(
+                f"column {self.name!r}: its range and quantiles are unknown; make the schema with FeatureSchema.fit"
+            )
+        place = np.linspace(0, len(self.quantiles) - 1, n_bins + 1)
+        raw = np.interp(place, np.arange(len(self.quantiles)), self.quantiles)
+        # In the precision of the features, so that edges which differ stay different.
+        edges = np.unique(((raw - self.mean) / self.std).astype(np.float32)).astype(np.float64)
+        return edges if edges.size > 1 else np.array([edges[0], edges[0] + 1])
 
 
 @dataclass(frozen=True)
@@ -124,7 +151,7 @@ class FeatureSchema:
         fields = []
         for name in numeric:
             values = numeric_column(frame, name, where)
-            fields.append(_standardise(name, values) if scale else NumericField(name))
+            fields.append(_numeric_field(name, values, scale))
         vocabularies = []
         for name in categorical:
             known = text_column(frame, name, where).drop_nulls().unique().sort()
@@ -152,10 +179,19 @@ class FeatureSchema:
             categorical[:, j] = joined["code"].fill_null(MISSING).to_numpy()
         return Features(torch.from_numpy(numeric), torch.from_numpy(categorical))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the schema as plain containers, for checkpoints and JSON."""
+    def to_dict(self, *, quantiles: bool = False) -> dict[str, Any]:
+        """Return the schema as plain containers, for checkpoints and JSON.
+
+        Args:
+            quantiles: Include the quantiles of numeric columns, which some tokenizers need.
+        """
+        numeric = [asdict(field) for field in self.numeric]
+        for each in numeric:
+            known = each.pop("quantiles")
+            if quantiles and known:
+                each["quantiles"] = list(known)
         return {
-            "numeric": [asdict(field) for field in self.numeric],
+            "numeric": numeric,
             "categorical": [
                 {"name": field.name, "values": list(field.values)} for field in self.categorical
             ],
@@ -164,7 +200,10 @@ class FeatureSchema:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         return cls(
-            tuple(NumericField(**field) for field in plain["numeric"]),
+            tuple(
+                NumericField(**{**field, "quantiles": tuple(field.get("quantiles", ()))})
+                for field in plain["numeric"]
+            ),
             tuple(
                 CategoricalField(field["name"], tuple(field["values"]))
                 for field in plain["categorical"]
@@ -224,13 +263,16 @@ def _column(frame: pl.DataFrame, name: str, where: str) -> pl.Series:
     return column
 
 
-def _standardise(name: str, values: np.ndarray) -> NumericField:
+def _numeric_field(name: str, values: np.ndarray, scale: bool) -> NumericField:
     known = values[~np.isnan(values)]
     if known.size == 0:
-        return NumericField(name)
+        return NumericField(name, quantiles=(0.0,) * (N_BINS + 1))
+    quantiles = tuple(np.quantile(known, np.linspace(0, 1, N_BINS + 1)).tolist())
+    if not scale:
+        return NumericField(name, quantiles=quantiles)
     # Not `std > 0`: by rounding, a constant column has a deviation of about 1e-17.
     std = float(known.std()) if known.min() < known.max() else 1.0
-    return NumericField(name, float(known.mean()), std)
+    return NumericField(name, float(known.mean()), std, quantiles)
 
 
 def as_frame(table: Any, where: str) -> pl.DataFrame:

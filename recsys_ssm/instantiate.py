@@ -191,7 +191,9 @@ def find(path: Any, option: str, kind: type | None = None) -> Any:
         )
     if found is None:
         raise UserError(f"{option}._target_={path[:100]}: no such class; check the path")
-    is_kind = kind is not None and _is_subclass(found, kind) and kind.__module__.startswith("recsys_ssm.")
+    is_kind = (
+        kind is not None and _is_subclass(found, kind) and kind.__module__.startswith("recsys_ssm.")
+    )
     if not isinstance(found, type) or not (is_kind or _is_trusted(found)):
         raise UserError(
             f"{option}._target_={path[:100]}: not a class that a checkpoint or a run's folder may name; "

@@ -111,7 +111,10 @@ def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem) -> _Job:
     if cfg.users is not None:
         earlier = _earlier_histories(data, user_ids)
         if cfg.join_training:
-            histories = [[*earlier.get(user, ()), *own] for user, own in zip(user_ids, histories, strict=True)]
+            histories = [
+                [*earlier.get(user, ()), *own]
+                for user, own in zip(user_ids, histories, strict=True)
+            ]
         if earlier:
             log.warning(
                 "%s of %s users were in the training data; their items there are %s",
@@ -122,7 +125,9 @@ def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem) -> _Job:
                 else "not used: join_training=true puts them before those of the file",
             )
     catalogue = set(model.item_ids)
-    unknown = [user for user, own in zip(user_ids, histories, strict=True) if catalogue.isdisjoint(own)]
+    unknown = [
+        user for user, own in zip(user_ids, histories, strict=True) if catalogue.isdisjoint(own)
+    ]
     if unknown:
         log.warning(
             "%s of %s users have no item of the catalogue and get the most popular items, the first is %s",
@@ -173,11 +178,11 @@ def _by_features(cfg: DictConfig, run: TrainedRun, model: TwoTower) -> _Job:
     columns = [*model.user_schema.names, *([] if cfg.user is None else [str(cfg.user)])]
     data = make_data(run, cfg.dataset)
     separator = getattr(data, "separator", None) or ","
-    table = read_table(
-        str(cfg.users), columns=list(dict.fromkeys(columns)), separator=separator
-    )
+    table = read_table(str(cfg.users), columns=list(dict.fromkeys(columns)), separator=separator)
     rows = pl.Series("user", range(table.height)) if cfg.user is None else table[str(cfg.user)]
-    seen = None if cfg.filter_seen is False else _seen_items(cfg, data, model, table.height, separator)
+    seen = (
+        None if cfg.filter_seen is False else _seen_items(cfg, data, model, table.height, separator)
+    )
 
     def blocks() -> Iterator[tuple[pl.Series, pl.DataFrame]]:
         catalogue = model.item_embeddings()
@@ -202,7 +207,9 @@ class _Seen(NamedTuple):
         """Return the pairs of the users from ``start`` to ``stop`` as (users, items) bool."""
         first, last = np.searchsorted(self.user, [start, stop])
         mask = torch.zeros(stop - start, n_items, dtype=torch.bool)
-        mask[torch.tensor(self.user[first:last] - start), torch.tensor(self.item[first:last])] = True
+        mask[torch.tensor(self.user[first:last] - start), torch.tensor(self.item[first:last])] = (
+            True
+        )
         return mask
 
 
@@ -222,7 +229,9 @@ def _seen_items(
     source = data.interactions if cfg.interactions is None else str(cfg.interactions)
     try:
         ids = keys(
-            read_table(str(cfg.users), columns=[column], separator=separator), column, str(cfg.users)
+            read_table(str(cfg.users), columns=[column], separator=separator),
+            column,
+            str(cfg.users),
         )
         frame, where = open_table(
             source, "interactions", [data.user, data.item], separator=data.separator

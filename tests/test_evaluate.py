@@ -59,7 +59,9 @@ def test_a_run_by_its_name_and_the_newest_one(cli, run: Path, tmp_path: Path) ->
     for given in ("last", run.parent.name, f"runs/{run.parent.name}"):
         outcome = cli("evaluate", f"run={given}", f"output_dir={given}-out")
         assert outcome.code == 0, outcome.text
-        assert "no best.ckpt in it, last.ckpt is used" in outcome.out and str(run.name) in outcome.out
+        assert (
+            "no best.ckpt in it, last.ckpt is used" in outcome.out and str(run.name) in outcome.out
+        )
     outcome = cli("evaluate", "run=last", "output_root=elsewhere")
     assert outcome.code == 1 and "run=last: no trained run under elsewhere" in outcome.err
 

@@ -80,6 +80,40 @@ def test_a_schema_survives_json():
     assert schema.n_features == 3
 
 
+def test_quantiles_are_those_of_the_fitted_rows_in_the_encoded_unit():
+    frame = pl.DataFrame({"x": [*(float(i) for i in range(97)), None]})
+    (field,) = FeatureSchema.fit(frame, numeric=["x"]).numeric
+    assert field.quantiles == pytest.approx([2.0 * i for i in range(49)])
+    raw = field.edges(4) * field.std + field.mean
+    assert raw.tolist() == pytest.approx([0, 24, 48, 72, 96], abs=1e-4)
+    (plain,) = FeatureSchema.fit(frame, numeric=["x"], scale=False).numeric
+    assert plain.edges(1).tolist() == [0, 96]
+
+
+def test_equal_edges_count_once_and_a_constant_column_has_two():
+    frame = pl.DataFrame({"x": [1.0] * 90 + [2.0] * 10, "c": [3.0] * 100, "n": [None] * 100})
+    schema = FeatureSchema.fit(frame, numeric=["x", "c", "n"], scale=False)
+    assert [field.edges(48).tolist() for field in schema.numeric[1:]] == [[3, 4], [0, 1]]
+    edges = schema.numeric[0].edges(48)
+    assert edges[0] == 1 and edges[-1] == 2 and (edges[1:] > edges[:-1]).all()
+
+
+def test_a_schema_of_an_older_checkpoint_is_read_and_equals_a_new_one():
+    """Quantiles are no part of the data's identity, and are stored for the tokenizers alone."""
+    new = FeatureSchema.fit(FRAME, numeric=["age"], categorical=["town"])
+    old = {
+        "numeric": [{"name": "age", "mean": 30.0, "std": 10.0}],
+        "categorical": [{"name": "town", "values": ["Oslo", "Rome"]}],
+    }
+    assert new.to_dict() == old and FeatureSchema.from_dict(old) == new
+    with pytest.raises(UserError, match="'age': its range and quantiles are unknown"):
+        FeatureSchema.from_dict(old).numeric[0].edges(1)
+    full = json.loads(json.dumps(new.to_dict(quantiles=True)))
+    assert FeatureSchema.from_dict(full).numeric[0].quantiles == new.numeric[0].quantiles
+    with pytest.raises(UserError, match="n_bins=49"):
+        new.numeric[0].edges(49)
+
+
 def test_a_name_twice_is_refused():
     with pytest.raises(UserError, match="'town' is named twice"):
         FeatureSchema.fit(FRAME, categorical=["town", "id", "town"])

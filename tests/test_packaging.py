@@ -106,7 +106,17 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Version"] == recsys_ssm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"cuda", "dashboard", "dev", "docs", "joblib", "optuna", "ray", "submitit"}
+    extras = {
+        "cuda",
+        "dashboard",
+        "dev",
+        "docs",
+        "joblib",
+        "optuna",
+        "ray",
+        "submitit",
+        "tabular",
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
     def required(extra: str | None) -> set[str]:
@@ -172,7 +182,7 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["cuda"] + extras["optuna"]
+    declared = project["dependencies"] + extras["cuda"] + extras["optuna"] + extras["tabular"]
     names = {Requirement(text).name for text in declared}
     other = {"hydra-core": "hydra", "pyyaml": "yaml"}
     modules = {other.get(name, name.replace("-", "_")) for name in names}

@@ -22,7 +22,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from recsys_ssm.batched_seeds.attention import register_attention_rule
@@ -254,8 +253,11 @@ class Seeds(L.LightningModule):
 
     def state_of(self, number: int) -> dict[str, Tensor]:
         """Return the ``state_dict`` of the ``number``-th seed's model as it is now (views)."""
-        own = self.state_dict()
-        return {name: own[name][number] for name in self.single.state_dict()}
+        own, shared = self.state_dict(), _tower_buffers(self)
+        return {
+            name: own[name] if name in shared else own[name][number]
+            for name in self.single.state_dict()
+        }
 
     def best_of(self, number: int) -> dict[str, Tensor]:
         """Return the ``state_dict`` of the seed's best validation; before the first one, :meth:`state_of`."""
@@ -288,11 +290,15 @@ def _stack(modules: Sequence[nn.Module]) -> nn.Module:
     return stacked
 
 
+def _tower_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the towers' buffers (places of features in a table, ranges of columns), which the seeds share."""
+    return {name: value for name, value in model.named_buffers() if "_tower." in name}
+
+
 def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
     def shapes(model: TwoTower) -> dict[str, Any]:
-        # Offsets of the features in the embedding table are not in the state_dict.
-        offsets = {n: b.tolist() for n, b in model.named_buffers() if n.endswith("offsets")}
-        return {name: tuple(x.shape) for name, x in model.state_dict().items()} | offsets
+        buffers = {name: value.tolist() for name, value in _tower_buffers(model).items()}
+        return {name: tuple(x.shape) for name, x in model.state_dict().items()} | buffers
 
     first = shapes(models[0])
     for model, seed in zip(models, seeds, strict=True):
@@ -300,8 +306,9 @@ def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
         for name in first:
             if own.get(name) != first[name]:
                 raise UserError(
-                    f"seeds: {name} is {first[name]} with seed {seeds[0]} and {own.get(name)} with seed {seed} "
-                    "(the seeds' data differ in columns, categories or items); train them one by one"
+                    f"seeds: {name} is {first[name]!s:.60} with seed {seeds[0]} and "
+                    f"{own.get(name)!s:.60} with seed {seed} "
+                    "(the seeds' data differ in columns, categories, ranges or items); train them one by one"
                 )
 
 

@@ -74,7 +74,9 @@ def quiet_dependencies() -> None:
     # Batches are slices of arrays in memory: there are no worker processes to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # A process may have none of the users; the sums of the others are gathered all the same.
-    warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before")
+    warnings.filterwarnings(
+        "ignore", message="The ``compute`` method of metric .* was called before"
+    )
     # Early stopping ends it.
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 

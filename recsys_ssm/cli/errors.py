@@ -51,7 +51,11 @@ def explain(error: BaseException, config_name: str | None = None) -> str:
     # Hydra's "no such config" is an OSError without strerror.
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        full = "free some space there" if error.errno in _FULL else "check the path and its permissions"
+        full = (
+            "free some space there"
+            if error.errno in _FULL
+            else "check the path and its permissions"
+        )
         return f"{where}{error.strerror}; {full}, or choose another folder with output_root="
     text = str(error).strip()
     if launcher := launcher_of(error):

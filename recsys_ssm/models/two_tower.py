@@ -44,9 +44,13 @@ class Tower(nn.Module):
         self.tokenizer, self.backbone, self.head = tokenizer, backbone, head
 
     def forward(self, features: Features) -> Tensor:
-        tokens_BLD = self.backbone(self.tokenizer(features))
-        last_or_mean = tokens_BLD[:, -1] if self.backbone.pooling == "last" else tokens_BLD.mean(1)
-        return self.head(last_or_mean)
+        tokens_BLD = self.tokenizer(features)
+        if self.tokenizer.across_rows:
+            tokens_BLD = self.backbone(tokens_BLD.transpose(0, 1)).transpose(0, 1)
+        else:
+            tokens_BLD = self.backbone(tokens_BLD)
+        pooling = self.tokenizer.pooling or self.backbone.pooling
+        return self.head(tokens_BLD[:, -1] if pooling == "last" else tokens_BLD.mean(1))
 
     @torch.no_grad()
     def encode(self, features: Features) -> Tensor:
@@ -148,8 +152,8 @@ class TwoTower(Recommender):
                 "leave task= to the dataset, or choose another dataset"
             )
         return {
-            "user_schema": splits.user_schema.to_dict(),
-            "item_schema": splits.item_schema.to_dict(),
+            "user_schema": splits.user_schema.to_dict(quantiles=True),
+            "item_schema": splits.item_schema.to_dict(quantiles=True),
             "item_ids": splits.item_ids,
             "items": splits.items,
         }

@@ -208,7 +208,15 @@ def _without_repeats(runs: Iterable[Run], problems: list[Problem]) -> list[Run]:
     newest: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=_written):
         data = file_hashes(run.data or {})
-        key = (run.task, run.data_options, data, run.backbone, run.setting, run.seed, bool(run.metrics))
+        key = (
+            run.task,
+            run.data_options,
+            data,
+            run.backbone,
+            run.setting,
+            run.seed,
+            bool(run.metrics),
+        )
         if key in newest:
             what = f"the same run again, newer: {run.folder}"
             problems.append(Problem(newest[key].folder, what))
@@ -239,7 +247,9 @@ def _name_by_difference(runs: Sequence[Run]) -> list[Run]:
         changed = changed_files(run.data or {} for run in members)
         for run in members if changed else ():
             data = run.data or {}
-            _set_task(run, tuple((f"data of {name}", data[name][:8]) for name in changed if name in data))
+            _set_task(
+                run, tuple((f"data of {name}", data[name][:8]) for name in changed if name in data)
+            )
     by_dataset.clear()
     for run in runs:
         by_dataset[run.task].append(run)

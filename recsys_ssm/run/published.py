@@ -16,6 +16,11 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 SeenItems = Literal["allowed", "left out", "none"]
 
+PLAIN = tuple(
+    f"recsys_ssm.models.tokenizers.{name}" for name in ("FeatureTokenizer", "ItemTokenizer")
+)
+"""Tokenizers of the models that published rows are of."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -131,6 +136,9 @@ def published_for(config: Mapping[str, Any]) -> Row | None:
     backbone = backbone_name(filled)
     rows = [row for row in all_rows() if row.dataset == dataset and _holds(row, filled)]
     own = [row for row in rows if row.backbone == backbone]
+    if own and option(filled, "tokenizer._target_", PLAIN[0]) not in PLAIN:
+        # MambaTab, for example: the backbone of the row, but another model. The head of the column names the row's.
+        return dataclasses.replace(own[0], backbone=None, shipped_recipe=False)
     return own[0] if own else best_of(row for row in rows if row.seen_items == "left out")
 
 

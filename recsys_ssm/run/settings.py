@@ -119,7 +119,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path}: cannot be read ({reason}); give the folder of another run") from error
+        raise UserError(
+            f"{path}: cannot be read ({reason}); give the folder of another run"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: not the options of a run; give the folder of a run")
     if _size(config, _MOST_VALUES) > _MOST_VALUES:

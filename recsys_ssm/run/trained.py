@@ -239,7 +239,9 @@ def _located(spec: dict[str, Any], run: TrainedRun) -> dict[str, Any]:
         if isinstance(value, str):
             moved[name] = _below(folder, value)
         elif isinstance(value, list):
-            moved[name] = [_below(folder, each) if isinstance(each, str) else each for each in value]
+            moved[name] = [
+                _below(folder, each) if isinstance(each, str) else each for each in value
+            ]
     if moved != spec:
         log.info("data       paths are relative to %s, where the run was trained", folder)
     return moved

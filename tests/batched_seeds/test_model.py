@@ -246,6 +246,26 @@ def test_each_seed_keeps_its_best_state(monkeypatch: pytest.MonkeyPatch) -> None
         models._keep_best()
 
 
+def test_seeds_of_the_same_bins_share_them() -> None:
+    """The quantiles are of the data, not trained: a seed's state has them whole."""
+    bins = {"_target_": "recsys_ssm.models.tokenizers.MambularTokenizer"}
+    models = []
+    for seed in (0, 1):
+        L.seed_everything(seed, verbose=False)
+        models.append(TwoTower.for_data(data_of(0), backbone=spec_of("mamba"), tokenizer=bins))
+    expected = [{n: x.clone() for n, x in model.state_dict().items()} for model in models]
+    seeds = Seeds(models, (0, 1))
+    for number in (0, 1):
+        state = seeds.state_of(number)
+        assert state.keys() == expected[number].keys()
+        for name, value in expected[number].items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+
+
+def spec_of(backbone: str) -> dict[str, Any]:
+    return {**BACKBONES[backbone], "d_model": 16}
+
+
 def test_what_would_mix_seeds_or_does_not_stack_is_refused() -> None:
     models = [model_of(seed, "identity") for seed in (0, 1)]
     for target in ("torch.optim.LBFGS", "torch.optim.Muon", "mine.Adam"):
@@ -255,6 +275,9 @@ def test_what_would_mix_seeds_or_does_not_stack_is_refused() -> None:
     wider = model_of(1, "identity", head={"hidden": 32})
     with pytest.raises(UserError, match=r"user_tower.head.0.weight is \(64, 16\) with seed 0 and"):
         Seeds([model_of(0, "identity"), wider], (0, 1))
+    bins = {"_target_": "recsys_ssm.models.tokenizers.MambularTokenizer"}
+    with pytest.raises(UserError, match=r"numbers.impl.weight is .* ranges or items\)"):
+        Seeds([model_of(seed, tokenizer=bins) for seed in (0, 1)], (0, 1))
     other = SpotifyData(name="spotify", seed=1, n_train=65)
     with pytest.raises(UserError, match="64 training pairs with seed 0 and 65 with seed 1"):
         SeedsData([data_of(0), other])

@@ -66,6 +66,90 @@ def test_the_last_token_stands_for_the_row_and_the_mean_without_mixing(tiny_data
     torch.testing.assert_close(tower(features), tower.head(tower.tokenizer(features).mean(1)))
 
 
+TOKENIZERS = "recsys_ssm.models.tokenizers"
+TABULAR = {
+    "mambatab": {"_target_": f"{TOKENIZERS}.MambaTabTokenizer"},
+    "mambular": {"_target_": f"{TOKENIZERS}.MambularTokenizer"},
+    "periodic": {"_target_": f"{TOKENIZERS}.MambularTokenizer", "encoding": "periodic"},
+}
+
+
+@pytest.mark.parametrize("tokenizer", TABULAR)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "mamba.Mamba",
+        "mamba2.Mamba2",
+        "hydra.Hydra",
+        "transformer.Transformer",
+        "ligr.Ligr",
+        "matrrec.MaTrRec",
+        "sigma.Sigma",
+        "identity.Identity",
+    ],
+)
+def test_every_backbone_takes_every_tokenizer_and_treats_each_row_by_itself(
+    tiny_data, tokenizer: str, backbone: str
+) -> None:
+    spec = {"_target_": f"recsys_ssm.models.backbones.{backbone}", "d_model": 64}
+    model = model_of(tiny_data, backbone=spec, tokenizer=TABULAR[tokenizer]).eval()
+    users, tower = tiny_data.splits.users, model.user_tower
+    together = tower(users)
+    alone = torch.cat([tower(users.rows(slice(row, row + 1))) for row in range(users.n_rows)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    model(users.rows(slice(0, 4)), tiny_data.splits.items.rows(slice(0, 4))).sum().backward()
+    for name, parameter in tower.tokenizer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    # Its numbers matter, also after a round through a checkpoint's plain data.
+    other = users._replace(numeric=users.numeric + 1)
+    assert not torch.allclose(tower(other), together, atol=1e-6)
+
+
+def test_the_published_mambatab_reads_the_rows_of_a_batch_as_one_sequence(tiny_data) -> None:
+    spec = {**TABULAR["mambatab"], "published": True}
+    with pytest.warns(UserWarning, match="depend on the other rows"):
+        tower = model_of(tiny_data, tokenizer=spec).user_tower.eval()
+    users = tiny_data.splits.users
+    together = tower(users)
+    tokens = tower.tokenizer(users)[:, 0]
+    torch.testing.assert_close(together, tower.head(tower.backbone(tokens[None])[0]))
+    first = users.rows(slice(0, 1))
+    torch.testing.assert_close(tower(first), together[:1])
+    last = users.rows(slice(-1, None))
+    assert not torch.allclose(tower(last), together[-1:], atol=1e-5)
+
+
+def test_the_tokenizer_decides_on_the_pooling(tiny_data) -> None:
+    features = tiny_data.splits.users
+    tower = model_of(tiny_data, tokenizer=TABULAR["mambular"]).user_tower
+    tokens = tower.backbone(tower.tokenizer(features))
+    assert tokens.shape[1] == 2  # a feature each, no CLS
+    torch.testing.assert_close(tower(features), tower.head(tokens.mean(1)))
+
+
+@pytest.mark.parametrize("tokenizer", TABULAR)
+def test_new_tokenizers_learn_and_load_without_the_dataset(
+    tiny_data, tmp_path: Path, tokenizer: str
+) -> None:
+    model = model_of(tiny_data, tokenizer=TABULAR[tokenizer])
+    checkpoint = ModelCheckpoint(tmp_path, "last", monitor=None, save_last=True)
+    trainer = trainer_in(tmp_path, callbacks=[checkpoint])
+    before = tiny_loss(model, tiny_data)
+    trainer.fit(model, datamodule=tiny_data)
+    assert tiny_loss(model, tiny_data) < before - 0.05
+    loaded = TwoTower.load_from_checkpoint(checkpoint.last_model_path, weights_only=True)
+    model.eval()
+    torch.testing.assert_close(loaded.predict(users_frame()), model.predict(users_frame()))
+
+
+def tiny_loss(model: TwoTower, data) -> float:
+    splits = data.splits
+    user, item, target = splits.train
+    with torch.no_grad():
+        scores = model(splits.users.rows(user), splits.items.rows(item))
+    return float((scores - target).square().mean())
+
+
 def test_the_towers_share_no_parameter_and_start_apart(tiny_data) -> None:
     model = model_of(tiny_data)
     users = {id(p) for p in model.user_tower.parameters()}

@@ -113,6 +113,16 @@ def test_a_row_that_its_source_prints_elsewhere_is_in_both_tables() -> None:
     assert [row.model for row in cells] == ["FT-Mamba", "FT-Transformer"]
 
 
+def test_another_tokenizer_makes_another_model_than_the_published_one() -> None:
+    plain = compose_shipped("spotify", "mamba")
+    assert plain is not None and published_results(plain)["published_label"] == "published"
+    target = "recsys_ssm.models.tokenizers.MambularTokenizer"
+    other = {**plain, "tokenizer": {"_target_": target}}
+    row = published_for(other)
+    assert row is not None and not row.shipped_recipe
+    assert published_results(other)["published_label"] == "published, FT-Mamba"
+
+
 def test_a_runs_table_says_the_protocol_of_what_was_published() -> None:
     config = compose_shipped("ml_1m", "mamba")
     assert config is not None

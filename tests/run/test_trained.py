@@ -71,7 +71,9 @@ def test_no_class_of_a_stranger_is_called(run: Path, change, cli, tmp_path: Path
         ):
             change(part, {"_target_": target, **arguments})
             for command in ("evaluate", "recommend"):
-                option = f"users={run / 'config.yaml'}" if command == "recommend" else "metrics=hr@1"
+                option = (
+                    f"users={run / 'config.yaml'}" if command == "recommend" else "metrics=hr@1"
+                )
                 outcome = cli(command, f"run={run}", option)
                 assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome.text
                 assert "_target_" in outcome.err and len(outcome.err) < 400
@@ -87,9 +89,7 @@ def test_the_environment_is_not_read(run: Path, change, cli, monkeypatch) -> Non
     assert b"${oc.env:SECRET}" in Path("out/metrics.json").read_bytes()
 
 
-def test_a_strangers_dataset_fetches_and_writes_nothing(
-    run: Path, change, tmp_path: Path
-) -> None:
+def test_a_strangers_dataset_fetches_and_writes_nothing(run: Path, change, tmp_path: Path) -> None:
     change(
         "dataset",
         {
@@ -113,7 +113,10 @@ BROKEN = {
     "python tag": b"!!python/object/apply:os.system ['touch mark']\n",
     "bad date": b"a: 2024-99-99\n",
     "bomb": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + b"".join(b"b%d: &b%d [%s]\n" % (i, i, b",".join([b"*b%d" % (i - 1) if i else b"*a"] * 9)) for i in range(9)),
+    + b"".join(
+        b"b%d: &b%d [%s]\n" % (i, i, b",".join([b"*b%d" % (i - 1) if i else b"*a"] * 9))
+        for i in range(9)
+    ),
     "recursive": b"a: &a [*a]\n",
     "deep": b"a: " + b"[" * 100_000,
     "no dataset": b"model: {_target_: recsys_ssm.models.two_tower.TwoTower}\n",

@@ -228,7 +228,7 @@ def test_jobs_that_read_other_data_are_not_joined(cli, tmp_path: Path) -> None:
     shutil.copytree(kept.parent, other)
     for name, key in (("metrics.json", "data"),):
         content = json.loads((other / name).read_text())
-        content[key] = {file: "0" * 64 for file in content[key]}
+        content[key] = dict.fromkeys(content[key], "0" * 64)
         content["seed"] = 1
         (other / name).write_text(json.dumps(content))
     results = results_by_setting(kept.parents[1], "val/ndcg@10", "max")

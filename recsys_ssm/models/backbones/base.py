@@ -14,6 +14,8 @@ from recsys_ssm.instantiate import Configurable
 from recsys_ssm.ops.dropout import Dropout
 
 Init = Literal["own", "normal", "xavier"]
+NormKind = Literal["layer", "rms"]
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 _NO_STEPS = "{} sees the whole row, so it cannot advance by one token; use a causal backbone"
 
 
@@ -172,6 +174,7 @@ class Layer(nn.Module):
         *,
         norm: Literal["post", "pre", "none"],
         norm_eps: float,
+        norm_kind: NormKind = "layer",
         residual: bool,
         gated: bool,
         ffn: int,
@@ -181,7 +184,7 @@ class Layer(nn.Module):
         super().__init__()
 
         def make_norm() -> nn.Module:
-            return nn.Identity() if norm == "none" else nn.LayerNorm(d_model, eps=norm_eps)
+            return nn.Identity() if norm == "none" else NORMS[norm_kind](d_model, eps=norm_eps)
 
         self.mixer = mixer
         self.norm = make_norm()
@@ -242,8 +245,9 @@ class Stack(Backbone):
     Args:
         mixers: One mixer for each layer, at least one.
         d_model: D.
-        norm: Place of LayerNorm: ``post``, after each sum; ``pre``, before the mixer and the network; or ``none``.
-        norm_eps: Number that LayerNorm adds to the variance.
+        norm: Place of the norm: ``post``, after each sum; ``pre``, before the mixer and the network; or ``none``.
+        norm_kind: ``layer``, LayerNorm; or ``rms``, RMSNorm.
+        norm_eps: Number that the norm adds to the variance.
         residual: Add a layer's input to its mixer's output.
         gated: Gate each sum: ``x + sigmoid(W x + b) * drop(...)`` (LiGR, arXiv 2502.03417); needs ``residual``.
         ffn: Width of the feed-forward network as a multiple of D; 0: no network.
@@ -266,6 +270,7 @@ class Stack(Backbone):
         *mixers: Mixer,
         d_model: int,
         norm: Literal["post", "pre", "none"] = "post",
+        norm_kind: NormKind = "layer",
         norm_eps: float = 1e-5,
         residual: bool = False,
         gated: bool = False,
@@ -281,6 +286,8 @@ class Stack(Backbone):
             raise ValueError("n_layers=0: a stack needs a layer; give at least 1")
         if norm not in ("post", "pre", "none"):
             raise ValueError(f"norm={norm!r}: expected 'post', 'pre' or 'none'")
+        if norm_kind not in NORMS:
+            raise ValueError(f"norm_kind={norm_kind!r}: expected 'layer' or 'rms'")
         if ffn_activation not in ("gelu", "swiglu"):
             raise ValueError(f"ffn_activation={ffn_activation!r}: expected 'gelu' or 'swiglu'")
         if ffn < 0:
@@ -295,6 +302,7 @@ class Stack(Backbone):
                 mixer,
                 d_model,
                 norm=norm,
+                norm_kind=norm_kind,
                 norm_eps=norm_eps,
                 residual=residual,
                 gated=gated,
@@ -305,7 +313,9 @@ class Stack(Backbone):
             for mixer in mixers
         )
         self.final_norm = (
-            nn.LayerNorm(d_model, eps=norm_eps) if norm == "pre" and final_norm else nn.Identity()
+            NORMS[norm_kind](d_model, eps=norm_eps)
+            if norm == "pre" and final_norm
+            else nn.Identity()
         )
         reinitialise(self, init, init_std)
 

@@ -172,7 +172,7 @@ class Mamba(Stack):
     parameters, 72,256 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank: As in :class:`MambaBlock`.
+        d_model, d_state, d_conv, expand, dt_rank, conv_bias: As in :class:`MambaBlock`.
         n_layers: Number of blocks.
         stack: Options of :class:`Stack`.
 
@@ -200,12 +200,18 @@ class Mamba(Stack):
         d_conv: int = 16,
         expand: int = 2,
         dt_rank: int | Literal["auto"] = "auto",
+        conv_bias: bool = True,
         **stack: Any,
     ) -> None:
         super().__init__(
             *(
                 MambaBlock(
-                    d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank
+                    d_model=d_model,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    dt_rank=dt_rank,
+                    conv_bias=conv_bias,
                 )
                 for _ in range(n_layers)
             ),
