@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 import recsys_ssm
-from recsys_ssm.instantiate import _holds, _parameters, _type_name, find
+from recsys_ssm.instantiate import _holds, _parameters, _type_name, import_target
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -134,7 +134,7 @@ def class_section(group: str, owner: str, target: str, names: list[str]) -> list
     given = f"Options are given as `{owner}.<option>=<value>`."
     if not target.startswith("recsys_ssm."):
         return [heading, f"{given}\nEvery argument of `{target}` is one."]
-    found = find(target, "options")
+    found = import_target(target, "options")
     options = options_of(found)
     if not options:
         return [heading, "It has no options."]
@@ -160,7 +160,9 @@ def options_of(target: Callable[..., Any]) -> list[Option]:
     ]
 
 
-def argument_texts(target: Callable[..., Any]) -> dict[str, str]:
+def argument_texts(
+    target: Callable[..., Any], seen: frozenset[Any] = frozenset()
+) -> dict[str, str]:
     """Return the first sentence on each argument from the docstrings of a class and of its bases.
 
     Where a docstring only refers to another class (``As :class:`Stack`.``), that class's sentence is returned.
@@ -171,7 +173,9 @@ def argument_texts(target: Callable[..., Any]) -> dict[str, str]:
             if refers := re.match(r"(?:As|See)(?: in)? :class:`~?(?:[\w.]*\.)?(\w+)`", text):
                 other = getattr(sys.modules[each.__module__], refers[1], None)
                 other = other or getattr(recsys_ssm, refers[1], None)
-                text = argument_texts(other).get(name, "") if other else ""
+                around = seen | {target}  # classes that refer to each other
+                known = other is None or other in around
+                text = "" if known else argument_texts(other, around).get(name, "")
             if text and name not in found:
                 found[name] = plain(first_sentence(text))
     return found

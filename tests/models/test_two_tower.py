@@ -211,7 +211,7 @@ def test_a_checkpoint_is_complete_in_itself(tiny_data, tmp_path: Path) -> None:
 
 def test_a_checkpoint_cannot_make_us_import_code(tiny_data, tmp_path: Path) -> None:
     hostile = {"_target_": "antigravity.fly"}
-    with pytest.raises(UserError, match="import antigravity first"):
+    with pytest.raises(UserError, match="antigravity is not imported"):
         model_of(tiny_data, backbone=hostile)
     assert "antigravity" not in sys.modules
 

@@ -149,7 +149,7 @@ def test_wrong_values_are_one_line(run: Path, change, option: str, value: object
     try:
         make_data(open_run(str(run)), {})
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_only_exact_classes_are_found() -> None:
