@@ -291,7 +291,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def count_rows(form: str, path: Path) -> list[int]:
-    """Return the numbers of rows that a file may be said to have: with quotation, and line by line."""
+    """Return the numbers of rows that a file may have: line by line, and with quotation."""
     if form == "parquet":
         return [pl.read_parquet(path.read_bytes(), columns=list(NAMES[:3])).height]
     content = path.read_bytes()

@@ -472,12 +472,17 @@ def _examine(path: Path, separator: str, width: int, *, header: bool, quote: boo
     n_rows = n_lines - header
     if not n_quotes or not quote:
         return _Text(n_rows)
+    if _well_formed(path, separator, width):
+        return _Text(n_rows, quoted=True)
     record, mark = _record(separator), separator.encode()
+    quoted_cell = re.compile(rb'"[^"]*+"')
     odd: list[tuple[int, bytes]] = []
     n_odd, even = 0, width > 1
     for number, line in enumerate(_lines(path), 1):
         bare = line.rstrip(b"\r\n")
-        if b'"' in bare and not record.fullmatch(bare):
+        if b'"' in bare and (
+            not record.fullmatch(bare) or _swallows(bare, quoted_cell, mark, width)
+        ):
             n_odd += 1
             if len(odd) < 100_000:
                 odd.append((number, bare))
@@ -523,6 +528,8 @@ def _parse(path: Path, separator: str, width: int, header: bool) -> _Text:
                 elif b'"' in span[0] and not record.fullmatch(span[0].rstrip(b"\r\n")):
                     n_stray += 1
                     first_stray = first_stray or number
+                if len(row) < width and stop - start == 1 and span[0].count(mark) == width - 1:
+                    raise UserError(f"{path}: not a readable CSV file ({_not_closed(number)})")
                 if len(row) > width:
                     raise UserError(
                         f"{path}: not a readable CSV file (line {number} has {len(row)} cells, the header line {width})"
@@ -542,6 +549,33 @@ def _parse(path: Path, separator: str, width: int, header: bool) -> _Text:
         text.rewritten = made.getvalue().encode("utf-8", "surrogateescape")
         text.notes.append(_stray(first_stray, n_stray))
     return text
+
+
+def _well_formed(path: Path, separator: str, width: int) -> bool:
+    """Return True if every line is well-formed by itself, as :func:`_examine` has it; fast, for UTF-8 alone."""
+    mark = re.escape(separator)
+    cell = rf'(?:"[^"]*(?:""[^"]*)*"|[^"{mark}]*)'
+    line = pl.col("line")
+    odd = ~line.str.contains(rf"^\x{{feff}}?{cell}(?:{mark}{cell})*$")
+    even = line.str.count_matches(separator, literal=True) == width - 1
+    outside = line.str.replace_all(r'"[^"]*"', "").str.count_matches(separator, literal=True)
+    try:
+        found = (
+            pl.scan_lines(path, name="line", glob=False)
+            .filter(line.str.contains('"', literal=True))
+            .select(odd=(odd | (even & (outside != width - 1))).any())
+            .collect(engine="streaming")
+        )
+    except pl.exceptions.PolarsError:
+        return False
+    return not found["odd"][0]
+
+
+def _swallows(line: bytes, quoted_cell: re.Pattern[bytes], mark: bytes, width: int) -> bool:
+    """Return True for a line that has the right number of cells only without regard to quotation marks."""
+    if line.count(mark) != width - 1:
+        return False
+    return quoted_cell.sub(b"", line).count(mark) != width - 1
 
 
 def _stray(line: int, n_lines: int) -> str:

@@ -91,6 +91,17 @@ def test_marks_that_are_needed_are_kept_beside_stray_ones(tmp_path):
         read_table(write(tmp_path / "z.csv", stray))
 
 
+def test_a_pair_of_stray_marks_within_a_line_does_not_join_cells(tmp_path):
+    text = 'user_id,item_id,rating\nu1,i1,5\n"u1,i2",5\nu1,i3,5\nu1,i4,5\n'
+    path = write(tmp_path / "x.csv", text)
+    with pytest.raises(UserError, match='mark " opened in line 3 is not closed'):
+        splits_of(path, timestamp=None)
+    assert read_table(path, columns=["item_id", "rating"])["item_id"].to_list()[1] == 'i2"'
+    text += 'u1,"i5, large",5\n'
+    with pytest.raises(UserError, match='mark " opened in line 3 is not closed'):
+        splits_of(write(tmp_path / "y.csv", text), timestamp=None)
+
+
 def test_cells_of_several_lines_are_cells_and_are_noted(tmp_path):
     path = write(tmp_path / "x.csv", 'id,text\n1,"good\nvery good"\n2,"a, b"\n3,bad\n')
     notes: list[str] = []
