@@ -344,6 +344,7 @@ def reported(notes: list[str]) -> int:
     for note in notes:
         for pattern in (
             r"([\d,]+) rows repeat the header line",
+            r"([\d,]+) rows are blank in every column",
             r"([\d,]+) rows repeat the user, item and timestamp",
             r"([\d,]+) rows with an empty list",
             r"([\d,]+) of [\d,]+ rows are left out",

@@ -9,7 +9,6 @@ Legend: R rows of a table.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import polars as pl
 
-from recsys_ssm.data.files import listed, shown
+from recsys_ssm.data.files import listed, remark, shown
 from recsys_ssm.data.formats import Format, read
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import as_frame, numeric_column, text_column
-
-log = logging.getLogger(__name__)
 
 Table = str | Path | pl.DataFrame | Any
 """A CSV or Parquet file, or a data frame: polars, pandas, or anything else that polars can convert."""
@@ -75,7 +72,7 @@ def open_table(
 ) -> tuple[pl.DataFrame, str]:
     """Read the named columns of a file or a data frame.
 
-    A header line that is repeated among the rows of a text file is left out.
+    Blank rows of a text file are left out, and a header line that is repeated among the rows.
 
     Args:
         source: The file or the data frame.
@@ -104,7 +101,7 @@ def open_table(
             separator_option=separator_option,
             notes=notes,
         )
-        return _without_headers(frame, str(source), notes), str(source)
+        return _without_idle(frame, str(source), notes), str(source)
     frame = as_frame(source, argument)
     if absent := [name for name in columns if name not in frame.columns]:
         raise UserError(
@@ -115,24 +112,32 @@ def open_table(
     return frame.select(columns), argument
 
 
-def _without_headers(frame: pl.DataFrame, where: str, notes: list[str] | None) -> pl.DataFrame:
-    """Leave out rows whose cells are the names of their columns."""
+def _without_idle(frame: pl.DataFrame, where: str, notes: list[str] | None) -> pl.DataFrame:
+    """Leave out rows of a text table that are blank or have the names of their columns as cells.
+
+    Raises:
+        UserError: No row is left.
+    """
     if any(kind != pl.String for kind in frame.dtypes):
         return frame
-    kept = frame.select(
-        kept=pl.any_horizontal(pl.col(name).ne_missing(name) for name in frame.columns)
-    )["kept"]
-    if kept.all():
-        return frame
-    n_again = frame.height - int(kept.sum())
-    note = f"{where}: {n_again:,} rows repeat the header line: left out"
-    if notes is None:
-        log.warning("%s", note)
-    else:
-        notes.append(note)
-    if not kept.any():
+    cells = [pl.col(name) for name in frame.columns]
+    idle = frame.select(
+        header=pl.all_horizontal(
+            cell.eq_missing(pl.lit(cell.meta.output_name())) for cell in cells
+        ),
+        blank=pl.all_horizontal(cell.is_null() for cell in cells),
+    )
+    remarks = []
+    if n_again := int(idle["header"].sum()):
+        remarks.append(f"{where}: {n_again:,} rows repeat the header line: left out")
+    if n_blank := int(idle["blank"].sum()):
+        remarks.append(
+            f"{where}: {n_blank:,} rows are blank in every column that is read: left out"
+        )
+    remark(notes, remarks)
+    if n_again + n_blank == frame.height:
         raise UserError(f"{where}: no row below the header line")
-    return at_rows(frame, kept)
+    return at_rows(frame, ~(idle["header"] | idle["blank"])) if remarks else frame
 
 
 def at_rows(frame: pl.DataFrame, kept: pl.Series) -> pl.DataFrame:

@@ -142,7 +142,7 @@ def _open(
     for number, line in sorted(text.opened.items(), key=lambda pair: pair[1]):
         if number >= len(read) or not columns or read[number] in columns:
             raise UserError(f"{path}: not a readable CSV file ({_not_closed(line)})")
-    _remark(notes, [f"{path}: {note}" for note in text.notes])
+    remark(notes, [f"{path}: {note}" for note in text.notes])
     return frame, text.n_rows
 
 
@@ -666,12 +666,13 @@ def _lines(path: Path, *, start: bool = False) -> Iterator[bytes]:
         yield line.removeprefix(_BOM) if start else line
 
 
-def _remark(notes: list[str] | None, remarks: Iterable[str]) -> None:
-    for remark in remarks:
+def remark(notes: list[str] | None, remarks: Iterable[str]) -> None:
+    """Add remarks to a dataset's notes; log them where there are none."""
+    for one in remarks:
         if notes is None:
-            log.warning("%s", remark)
+            log.warning("%s", one)
         else:
-            notes.append(remark)
+            notes.append(one)
 
 
 def _hint(separator: str | None = None) -> str:

@@ -203,7 +203,7 @@ def read(
     if len(names) != len(first):
         raise UserError(
             f"{path}: {names_option} names {len(names)} columns, but the file has {len(first)}; name "
-            "every column, in the order of the file"
+            f"every column, in the order of the file, or set another separator with {separator_option}"
         )
     require_columns(path, names, columns, separator, separator_option)
     return read_table(

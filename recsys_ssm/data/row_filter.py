@@ -45,6 +45,8 @@ class RowFilter:
     text: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise self._wrong("not a text")
         _ = self.columns
 
     @property

@@ -141,7 +141,7 @@ class TableData(TwoTowerData):
         ):
             if value is not None and value < least:
                 raise UserError(f"dataset.{option}={value}: give at least {least}")
-            if value is not None and value != int(value):
+            if value is not None and not float(value).is_integer():
                 raise UserError(f"dataset.{option}={value}: give a whole number")
         for option, known, word in (
             ("split", ("auto", "users", "interactions"), split),

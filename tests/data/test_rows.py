@@ -283,6 +283,16 @@ def test_a_header_line_among_the_rows_is_not_a_user(tmp_path):
         assert any("1 rows repeat the header line: left out" in note for note in splits.notes)
 
 
+def test_blank_lines_are_left_out_and_counted(tmp_path):
+    text = lines(header="user_id,item_id,rating,timestamp\n").replace("\n", "\n\n", 3) + "\n\n"
+    splits = splits_of(write(tmp_path / "x.csv", text))
+    assert histories(splits) == IN_ORDER
+    assert any("5 rows are blank in every column that is read: left out" in n for n in splits.notes)
+    broken = text + "u1,a,1,soon\n"
+    with pytest.raises(UserError, match="row 15, column 'timestamp': 'soon'"):
+        splits_of(write(tmp_path / "y.csv", broken))
+
+
 def test_the_columns_of_an_inter_file_that_are_called_alike(tmp_path):
     text = "user_id:token\titem_id:token\tuser_id:float\ttimestamp:float\n1\t2\t3\t4\n"
     with pytest.raises(UserError, match="two columns are called 'user_id'"):
@@ -392,8 +402,9 @@ def test_more_negatives_than_there_is_room_for():
     many = pl.concat([frame().with_columns(pl.col("user_id") + str(i)) for i in range(20)])
     with pytest.raises(UserError, match=r"dataset.negatives=1000000000: makes .* give at most 5"):
         _ = TableData(interactions=many, negatives=1e9).splits
-    with pytest.raises(UserError, match=r"dataset.negatives=1.5: give a whole number"):
-        TableData(interactions=many, negatives=1.5)
+    for wrong in (1.5, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"dataset.negatives={wrong}: give a whole number"):
+            TableData(interactions=many, negatives=wrong)
 
 
 def test_the_separator_of_the_items_has_its_own_option(tmp_path):
