@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "recsys_ssm.data.hm": ("HmData",),
     "recsys_ssm.data.interactions": ("Interactions",),
+    "recsys_ssm.data.shop": ("GeneratedShop",),
     "recsys_ssm.data.spotify": ("SpotifyData",),
     "recsys_ssm.data.table": ("TableData",),
     "recsys_ssm.data.vaccine": ("VaccineData",),
@@ -48,6 +49,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from recsys_ssm.data.hm import HmData
     from recsys_ssm.data.interactions import Interactions
+    from recsys_ssm.data.shop import GeneratedShop
     from recsys_ssm.data.spotify import SpotifyData
     from recsys_ssm.data.table import TableData
     from recsys_ssm.data.vaccine import VaccineData
@@ -85,6 +87,7 @@ __all__ = [
     "FeatureSchema",
     "FeatureTokenizer",
     "Features",
+    "GeneratedShop",
     "HmData",
     "Hydra",
     "Identity",

@@ -35,6 +35,7 @@ TRUSTED = frozenset(
     {
         "recsys_ssm.data.hm",
         "recsys_ssm.data.interactions",
+        "recsys_ssm.data.shop",
         "recsys_ssm.data.spotify",
         "recsys_ssm.data.table",
         "recsys_ssm.data.vaccine",
