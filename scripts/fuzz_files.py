@@ -299,7 +299,8 @@ def count_rows(form: str, path: Path) -> list[int]:
         content = gzip.decompress(content)
     if form == "zstd":
         content = (
-            pl.scan_lines(path, name="x", glob=False).collect()["x"].str.join("\n")[0].encode() + b"\n"
+            pl.scan_lines(path, name="x", glob=False).collect()["x"].str.join("\n")[0].encode()
+            + b"\n"
         )
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     lines = lines[:-1] if not lines[-1] else lines
