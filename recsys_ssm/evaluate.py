@@ -42,7 +42,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             default_root_dir=output,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"accelerator={cfg.accelerator}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"accelerator={cfg.accelerator}: {' '.join(str(error).split())[:200]}"
+        ) from error
     run = open_run(str(cfg.run), cfg.checkpoint, cfg.output_root)
     model, record = load_model(run)
     if cfg.metrics is not None:

@@ -278,7 +278,7 @@ def import_target(path: str, option: str) -> Any:
     Raises:
         UserError: There is no such object.
     """
-    module_name, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    module_name, _, name = str(path).rpartition(".")
     if not module_name:
         raise UserError(
             f"{option}._target_={path}: give the full dotted path, package.module.Class"

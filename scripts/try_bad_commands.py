@@ -53,7 +53,9 @@ report|report nowhere|report sweep=[|search search.n_trials=x|search search.n_tr
 
 def commands() -> list[list[str]]:
     """Return the command lines, as words."""
-    train = [["train", *each.split()] for line in TRAIN.split("\n") for each in line.split("|") if each]
+    train = [
+        ["train", *each.split()] for line in TRAIN.split("\n") for each in line.split("|") if each
+    ]
     others = [each.split() for line in OTHERS.split("\n") for each in line.split("|") if each]
     return [*train, *others]
 
@@ -72,17 +74,27 @@ def main() -> int:
             with inside(folder):
                 (folder / "taken").write_text("")
                 (folder / "broken.py").write_text("1 / 0\n")
-                (folder / "my.csv").write_text("\n".join(["user_id,item_id,timestamp", *ROWS]) + "\n")
+                (folder / "my.csv").write_text(
+                    "\n".join(["user_id,item_id,timestamp", *ROWS]) + "\n"
+                )
                 before = files_of(folder)
                 words = [each.replace("RUN", str(run)) for each in arguments]
                 # The small run's options first, so that the mistake wins; they are of its dataset alone.
                 given = QUICK if command == "train" and "dataset=" not in " ".join(words) else ()
-                given = given if command == "train" and given else QUICK[-4:] if command == "train" else ()
+                given = (
+                    given
+                    if command == "train" and given
+                    else QUICK[-4:]
+                    if command == "train"
+                    else ()
+                )
                 kept = {word.partition("=")[0] for word in words}
                 given = tuple(each for each in given if each.partition("=")[0] not in kept)
                 answer = call(command, *given, *words)
                 fault = answer.fault()
-                if written := {name for name in files_of(folder) - before if not name.endswith(".log")}:
+                if written := {
+                    name for name in files_of(folder) - before if not name.endswith(".log")
+                }:
                     fault = fault or f"wrote {sorted(written)[:3]}"
             if fault:
                 faults[f"{number} {command} {' '.join(arguments)}"] = fault

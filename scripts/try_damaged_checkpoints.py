@@ -15,7 +15,9 @@ from tries import LONGEST, QUICK, call, inside, report, trained
 def damage(path: Path, rng: random.Random) -> str:
     """Damage a file and return the kind of damage."""
     content = bytearray(path.read_bytes())
-    kind = rng.choice(["cut", "bit", "zeros", "empty", "longer", "other", "folder", "half", "no hash", "text"])
+    kind = rng.choice(
+        ["cut", "bit", "zeros", "empty", "longer", "other", "folder", "half", "no hash", "text"]
+    )
     place = rng.randrange(len(content))
     if kind in ("cut", "no hash"):
         content = content[:place]
@@ -61,14 +63,18 @@ def main() -> int:
             if both := seed % 3 == 0:
                 kinds.append(damage(run / "checkpoints" / "best.ckpt", rng))
             with inside(folder):
-                answer = call("train", *QUICK, "name=mine", "trainer.max_steps=12", "ckpt_path=last")
+                answer = call(
+                    "train", *QUICK, "name=mine", "trainer.max_steps=12", "ckpt_path=last"
+                )
             text = answer.out + answer.err
             fault = None
             if "Traceback" in text:
                 fault = "traceback"
             elif answer.code == 0 and (both or "best.ckpt is used" not in text):
                 fault = "taken unnoticed"
-            elif answer.code and (not both or answer.err.count("\n") != 1 or len(answer.err) > LONGEST):
+            elif answer.code and (
+                not both or answer.err.count("\n") != 1 or len(answer.err) > LONGEST
+            ):
                 fault = f"not one line, or the valid one was not used: {answer.err[:300]!r}"
             elif "weights_only" in text:
                 fault = "advises to read the file unsafely"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import yaml
-from tries import QUICK, LONGEST, Answer, call, inside, report, trained
+from tries import LONGEST, QUICK, Answer, call, inside, report, trained
 
-SECRET = "hunter2-hunter2"
+SECRET = "hunter2-hunter2"  # noqa: S105 (a made-up one)
 Change = Callable[[Path], None]
 
 
@@ -53,7 +53,9 @@ def raw(text: str) -> Change:
 
 def prepended(text: str) -> Change:
     """Return a change that adds lines to config.yaml."""
-    return lambda run: (run / "config.yaml").write_text(text + (run / "config.yaml").read_text()) and None
+    return lambda run: (
+        (run / "config.yaml").write_text(text + (run / "config.yaml").read_text()) and None
+    )
 
 
 def weights(path: str, value: Any) -> Change:
@@ -111,7 +113,7 @@ def changes(mark: Path) -> dict[str, Change]:
             found[f"{part} {target}"] = edit(part, {"_target_": target, **arguments})
     for part in ("backbone", "trainer", "callbacks.x", "logger", "tokenizer", "launcher"):
         found[f"{part} os.system"] = edit(part, {"_target_": "os.system", "command": touch})
-    secret = "${oc.env:SECRET}"
+    secret = "${oc.env:SECRET}"  # noqa: S105
     for option in ("name", "dataset.name", "monitor", "published", "seed", "dataset.n_test_users"):
         found[f"{option} environment"] = edit(option, secret)
     found["resolver"] = edit("name", "${run_folder:" + str(mark) + ",x,null}")
@@ -129,13 +131,21 @@ def changes(mark: Path) -> dict[str, Change]:
     for part in ("backbone", "tokenizer", "head", "loss", "optimizer"):
         spec = {"_target_": "os.system", "command": touch}
         found[f"checkpoint {part}"] = weights(f"hyper_parameters.{part}", spec)
-    found["checkpoint imports"] = weights("hyper_parameters.backbone", {"_target_": "stranger.Thing"})
-    found["checkpoint linear"] = weights("hyper_parameters.backbone", {"_target_": "torch.nn.Linear"})
+    found["checkpoint imports"] = weights(
+        "hyper_parameters.backbone", {"_target_": "stranger.Thing"}
+    )
+    found["checkpoint linear"] = weights(
+        "hyper_parameters.backbone", {"_target_": "torch.nn.Linear"}
+    )
     found["pickle"] = pickled(Bomb(touch))
     found["pickle in a checkpoint"] = pickled({"state_dict": Bomb(touch)})
-    found["torch pickle"] = lambda run: [
-        torch.save({"state_dict": Bomb(touch)}, file) for file in (run / "checkpoints").glob("*.ckpt")
-    ] and None
+    found["torch pickle"] = lambda run: (
+        [
+            torch.save({"state_dict": Bomb(touch)}, file)
+            for file in (run / "checkpoints").glob("*.ckpt")
+        ]
+        and None
+    )
     return found
 
 
@@ -146,9 +156,9 @@ def judged(answer: Answer, mark: Path, folder: Path) -> str | None:
     if SECRET in answer.out + answer.err:
         return "printed the environment"
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix in (".json", ".yaml", ".md", ".html", ".csv"):
-            if SECRET.encode() in path.read_bytes():
-                return f"wrote the environment to {path.name}"
+        is_text = path.is_file() and path.suffix in (".json", ".yaml", ".md", ".html", ".csv")
+        if is_text and SECRET.encode() in path.read_bytes():
+            return f"wrote the environment to {path.name}"
     if "Traceback" in answer.out + answer.err:
         return "traceback"
     if answer.code and (answer.err.count("\n") != 1 or len(answer.err) > LONGEST):

@@ -57,7 +57,9 @@ def kill(folder: Path, child: int, rng: random.Random, seconds: float, aimed: bo
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights that the newest run ended with."""
     run = max(folder.glob("runs/mine/*/metrics.json"), key=lambda path: path.parent.name).parent
-    state: dict[str, torch.Tensor] = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    state: dict[str, torch.Tensor] = read_checkpoint(run / "checkpoints" / "last.ckpt")[
+        "state_dict"
+    ]
     return state
 
 

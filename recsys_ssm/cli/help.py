@@ -50,16 +50,26 @@ def help_text(config_name: str) -> str:
     parts = [usage]
     seen: set[str] = set()
     for name in (config_name, *bases):
-        options = [option for option in _options(CONF_DIR / f"{name}.yaml") if option.name not in seen]
+        options = [
+            option for option in _options(CONF_DIR / f"{name}.yaml") if option.name not in seen
+        ]
         seen |= {option.name for option in options}
         heading = "Options:" if name == config_name else f"Options of recsys_ssm.{name}:"
         if name == "train":
             parts.append("\n".join(["Choices:", *_groups()]))
         if options:
-            parts.append("\n".join([heading, *(line for each in options for line in _lines(*each))]))
-    flags = ["--cfg job  print the whole config, defaults included, and exit", "--help     print this"]
+            parts.append(
+                "\n".join([heading, *(line for each in options for line in _lines(*each))])
+            )
+    flags = [
+        "--cfg job  print the whole config, defaults included, and exit",
+        "--help     print this",
+    ]
     if "train" in (config_name, *bases):
-        flags.insert(0, "--multirun run every combination of comma-separated values: seed=0,1 backbone=mamba,hydra")
+        flags.insert(
+            0,
+            "--multirun run every combination of comma-separated values: seed=0,1 backbone=mamba,hydra",
+        )
     parts.append("\n".join(["Flags:", *(f"  {flag}" for flag in flags)]))
     return "\n\n".join(parts)
 
@@ -82,7 +92,7 @@ def _options(path: Path) -> Iterator[_Option]:
             default = found[2].partition("  #")[0].strip()
             about = re.split(r"(?<=[.:])\s", " ".join(comment), maxsplit=1)[0] if comment else ""
             about = " ".join(comment) if len(" ".join(comment)) < 3 * _WIDTH else about
-            is_group = not default and found[1] not in ("dataset",)
+            is_group = not default and found[1] != "dataset"
             yield _Option(found[1] + (".…" if is_group else ""), default, about)
         comment = []
 
@@ -90,7 +100,9 @@ def _options(path: Path) -> Iterator[_Option]:
 def _groups() -> Iterator[str]:
     for name, about in GROUPS.items():
         folder = CONF_DIR / name
-        names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+        names = sorted(
+            str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")
+        )
         shown = names if len(names) < 14 else [*names[:6], "…"]
         yield from _lines(name, "", f"{about}: {', '.join(shown)}")
 
@@ -102,5 +114,9 @@ def _lines(name: str, default: str, about: str) -> list[str]:
     if not about:
         return [head]
     wrapped = textwrap.wrap(about, _WIDTH - width, break_on_hyphens=False, break_long_words=False)
-    first = f"{head:<{width}}{wrapped[0]}" if len(head) < width else f"{head}\n{' ' * width}{wrapped[0]}"
+    first = (
+        f"{head:<{width}}{wrapped[0]}"
+        if len(head) < width
+        else f"{head}\n{' ' * width}{wrapped[0]}"
+    )
     return [first, *(" " * width + line for line in wrapped[1:])]

@@ -167,7 +167,9 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
     model: Recommender = instantiate(
         cfg.model, "model", **module.arguments_from(data), **parts, metrics=metrics
     )
-    if chosen := getattr(model, "optimizer_spec", None):  # a wrong rate is found before the training
+    if chosen := getattr(
+        model, "optimizer_spec", None
+    ):  # a wrong rate is found before the training
         configure_optimizers(model, chosen, None)
     return model
 

@@ -87,7 +87,9 @@ def relocate(checkpoint: dict[str, Any], folder: Path) -> None:
         if not isinstance(state, dict) or not {"dirpath", "best_model_path"} <= state.keys():
             continue
         best, before = state["best_model_path"], state["dirpath"]
-        if not (isinstance(best, str) and isinstance(before, str) and Path(before).name == folder.name):
+        if not (
+            isinstance(best, str) and isinstance(before, str) and Path(before).name == folder.name
+        ):
             continue
         state["dirpath"] = str(folder)
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):

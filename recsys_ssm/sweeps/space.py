@@ -23,7 +23,9 @@ def flatten_space(space: Mapping[str, Any]) -> dict[str, Any]:
         UserError: ``space`` is not a mapping.
     """
     if not isinstance(space, Mapping):
-        raise UserError(f"search.space={space}: not options with their ranges; give search.space.<option>={_EXAMPLES}")
+        raise UserError(
+            f"search.space={space}: not options with their ranges; give search.space.<option>={_EXAMPLES}"
+        )
     found: dict[str, Any] = {}
     for key, node in space.items():
         if isinstance(node, Mapping) and not _is_dimension(node):
