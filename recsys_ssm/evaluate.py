@@ -31,6 +31,20 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     output = Path(cfg.output_dir)
     check_writable(output)
+    try:
+        trainer = L.Trainer(
+            accelerator=cfg.accelerator,
+            devices=1,  # one process, so no user is counted twice
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=output,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"accelerator={cfg.accelerator}: {' '.join(str(error).split())[:200]}"
+        ) from error
     run = open_run(str(cfg.run), cfg.checkpoint, cfg.output_root)
     model, record = load_model(run)
     if cfg.metrics is not None:
@@ -45,15 +59,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             f"run={cfg.run}: the dataset's columns, categories or items differ from those of the training; "
             "evaluate on the data the run was trained with, or train again"
         )
-    trainer = L.Trainer(
-        accelerator=cfg.accelerator,
-        devices=1,  # one process: no user is counted twice, and a test is short
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=output,
-    )
     results = {
         "name": run.name,
         "dataset": data.name,

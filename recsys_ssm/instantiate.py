@@ -279,7 +279,7 @@ def import_target(path: str, option: str) -> Any:
     Raises:
         UserError: There is no such object.
     """
-    module_name, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    module_name, _, name = str(path).rpartition(".")
     if not module_name:
         raise UserError(
             f"{option}._target_={path}: give the full dotted path, package.module.Class"
@@ -472,10 +472,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean X?`` where a name is near, and all known names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return (
-        (f"did you mean {near[0]!r}? " if near else "") + "known: " + (", ".join(known) or "none")
-    )
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(known) or "none"
+    if len(shown) > _LONGEST_LIST:  # Lightning's Trainer has fifty
+        others = difflib.get_close_matches(name, known, n=8, cutoff=0.3) or known[:8]
+        shown = f"{', '.join(others)}, … ({len(known)} in all)"
+    return f"{hint}known: {shown}"
 
+
+_LONGEST_LIST = 250
 
 _SCALARS = (bool, int, float, str, None, type(None))
 
@@ -514,13 +519,17 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
+_NO_OPTIONS = (("builtins", "object"), ("torch.nn.modules.module", "Module"))
+"""Base classes whose constructor has no options, whatever its signature says."""
+
+
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Return parameters and hints by name; follow ``**kwargs`` up a class's bases (``**`` stands for any name)."""
     functions = (
         [
             vars(cls)["__init__"]
             for cls in target.__mro__
-            if "__init__" in vars(cls) and cls is not object
+            if "__init__" in vars(cls) and (cls.__module__, cls.__name__) not in _NO_OPTIONS
         ]
         if isinstance(target, type)
         else [target]

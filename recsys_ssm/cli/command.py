@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.cli.errors import explain, is_users
+from recsys_ssm.cli.help import help_text
 from recsys_ssm.cli.resolvers import register_resolvers, run_folder
 from recsys_ssm.instantiate import import_modules, with_defaults
 from recsys_ssm.paths import CONF_DIR
@@ -77,6 +78,8 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings(
         "ignore", message="The ``compute`` method of metric .* was called before"
     )
+    # A size of 0 is refused, or is meant.
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")
     # Early stopping ends it.
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
@@ -104,6 +107,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 raise
 
         def main() -> None:
+            if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+                print(help_text(config_name))
+                return
             end_with_parent()
             failures.clear()
             run_folder.cache_clear()

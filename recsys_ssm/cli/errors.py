@@ -36,11 +36,13 @@ def is_users(error: BaseException) -> bool:
     """Return True if an error is a mistake of the user, and not a defect of this package."""
     if isinstance(error, USERS) or launcher_of(error) is not None:
         return True
-    return isinstance(error, OSError) and (error.errno in (*_FULL, *_DENIED) or _is_hydras(error))
+    if isinstance(error, OSError) and error.errno in (*_FULL, *_DENIED):
+        return True
+    return isinstance(error, OSError | ValueError | TypeError) and _is_hydras(error)
 
 
 def _is_hydras(error: BaseException) -> bool:
-    """Return True if an error comes from Hydra, which creates a run's folder, with none of our code in between."""
+    """Return True if an error comes from Hydra, which reads the options, with none of our code in between."""
     files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
     last = max((at for at, parts in enumerate(files) if "hydra" in parts), default=None)
     return last is not None and not any("recsys_ssm" in parts for parts in files[last + 1 :])

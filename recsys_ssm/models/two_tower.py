@@ -197,7 +197,7 @@ class TwoTower(Recommender):
     ) -> None:
         if dataloader_idx == 0:
             self.val_loss.update(self._loss(batch), batch.target.numel())  # type: ignore[arg-type, union-attr]
-        elif batch.user_index.numel():  # type: ignore[union-attr]
+        elif batch.user_index.numel():
             self._rank(batch, self.val_metrics)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self) -> None:

@@ -28,6 +28,7 @@ from recsys_ssm.instantiate import (
     takes,
 )
 from recsys_ssm.metrics import MetricName
+from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
 from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
@@ -166,6 +167,10 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
     model: Recommender = instantiate(
         cfg.model, "model", **module.arguments_from(data), **parts, metrics=metrics
     )
+    if chosen := getattr(
+        model, "optimizer_spec", None
+    ):  # a wrong rate is found before the training
+        configure_optimizers(model, chosen, None)
     return model
 
 
@@ -216,7 +221,7 @@ def make_loggers(
 
 
 def make_trainer(
-    cfg: DictConfig, callbacks: list[L.Callback], loggers: list[Logger], **given: Any
+    cfg: DictConfig, callbacks: list[L.Callback], loggers: Sequence[Logger], **given: Any
 ) -> L.Trainer:
     """Build the configured trainer.
 

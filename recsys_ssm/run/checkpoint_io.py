@@ -86,12 +86,14 @@ def relocate(checkpoint: dict[str, Any], folder: Path) -> None:
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if not isinstance(state, dict) or not {"dirpath", "best_model_path"} <= state.keys():
             continue
-        best = state["best_model_path"]
-        if not (best and isinstance(best, str) and (folder / Path(best).name).is_file()):
+        best, before = state["best_model_path"], state["dirpath"]
+        if not (
+            isinstance(best, str) and isinstance(before, str) and Path(before).name == folder.name
+        ):
             continue
         state["dirpath"] = str(folder)
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            if value := state.get(name):
+            if isinstance(value := state.get(name), str) and value:
                 state[name] = str(folder / Path(value).name)
         if isinstance(kept := state.get("best_k_models"), dict):
             state["best_k_models"] = {str(folder / Path(key).name): v for key, v in kept.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         whole = is_whole(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file, which is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
         raise UserError(
             f"{path}: not a readable checkpoint ({_reason(error)}); give another one"

@@ -197,7 +197,7 @@ def check_same_data(
         return
     if changed:
         key = changed[0]
-        value = functools.reduce(lambda node, name: node.get(name), key.split("."), now)
+        value = fixed_options(now)[key]
         raise UserError(
             f"{key}={value}: the run was trained with {before.get(key, 'the default')}, and with this value the "
             f"{what} of the data would differ: rows that were trained on would be tested; leave it as in the training"

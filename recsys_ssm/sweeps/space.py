@@ -17,7 +17,15 @@ _EXAMPLES = "{low: 1e-5, high: 1e-3, log: true} or {choices: [16, 32]}"
 
 
 def flatten_space(space: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested mapping as dotted options; an option that is null is left out."""
+    """Return a nested mapping as dotted options; an option that is null is left out.
+
+    Raises:
+        UserError: ``space`` is not a mapping.
+    """
+    if not isinstance(space, Mapping):
+        raise UserError(
+            f"search.space={space}: not options with their ranges; give search.space.<option>={_EXAMPLES}"
+        )
     found: dict[str, Any] = {}
     for key, node in space.items():
         if isinstance(node, Mapping) and not _is_dimension(node):
