@@ -273,7 +273,8 @@ class SequenceData(RecommenderData[SequenceSplits]):
         max_length: Most items of a history that a model sees, the latest.
         windows: Windows of a longer history to train on with ``objective="all"``: the ``latest``, or ``all``, one after
             another, so that each item is a target.
-        batch_positions: Approximate number of items in a training batch (on each process).
+        batch_positions: Approximate number of items in a training batch (on each process). Lightning's
+            ``Tuner.scale_batch_size`` finds it with ``batch_arg_name="batch_positions"``.
         row_length: Positions of a row that sequences are packed into; None: ``max_length``. A multiple of it leaves
             fewer positions empty if histories are nearly as long as ``max_length``.
         eval_batch_size: Users to rank for at once.

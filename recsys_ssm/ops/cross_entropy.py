@@ -64,7 +64,7 @@ def linear_cross_entropy(
         Scalar in float32 or wider; 0 without positions.
 
     Raises:
-        UserError: Shapes do not fit together, or ``chunk`` is below 1.
+        UserError: Shapes do not fit together, a dtype is wrong, or ``chunk`` is below 1.
     """
     if (
         x.dim() != 2
@@ -75,6 +75,11 @@ def linear_cross_entropy(
         raise UserError(
             f"expected x (P, D), weight (I, D), target (P,), "
             f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
+        )
+    if not (x.is_floating_point() and weight.is_floating_point() and target.dtype == torch.int64):
+        raise UserError(
+            f"linear_cross_entropy: x is {x.dtype}, weight {weight.dtype}, target {target.dtype}; pass floating point "
+            "x and weight, and int64 target"
         )
     if chunk is None:
         elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS["cuda"])

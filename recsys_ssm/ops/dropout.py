@@ -27,10 +27,12 @@ def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
         training: If False, return ``x`` as it is.
 
     Raises:
-        UserError: ``p`` is below 0 or above 1.
+        UserError: ``p`` is below 0 or above 1, or ``x`` is not floating point.
     """
     if not 0 <= p <= 1:
         raise UserError(f"dropout probability {p}: not between 0 and 1; pass a share")
+    if not x.is_floating_point():
+        raise UserError(f"dropout: x is {x.dtype}; pass floating point")
     n_dropped = round(p * _LEVELS)
     # Under vmap PyTorch draws other numbers for each call. Ours would be the same for all calls.
     own = x.device.type == "cpu" and not in_transform(x)

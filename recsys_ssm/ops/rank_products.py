@@ -62,6 +62,14 @@ def rank_products(
         raise UserError(
             f"query {tuple(query.shape)} and items {tuple(items.shape)} must be (U, D) and (I, D)"
         )
+    if query.is_complex() or items.is_complex() or query.device != items.device:
+        raise UserError(
+            f"rank_products: query is {query.dtype} on {query.device}, items {items.dtype} on {items.device}; "
+            "pass real numbers on one device"
+        )
+    if query.dtype != items.dtype:
+        wide = torch.promote_types(query.dtype, items.dtype)
+        query, items = query.to(wide), items.to(wide)
     if not len(items):
         raise UserError("items is empty; pass at least one item to rank")
     if k < 1:

@@ -70,7 +70,9 @@ def check_one_graph(model: Any, loss: Any, batch: Any) -> None:
 
 
 def test_the_first_call_of_a_process_compiles_to_one_graph() -> None:
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -117,7 +117,7 @@ def test_second_derivatives_in_torch_func(f: Function, x: Tensor) -> None:
 def test_second_derivatives_of_kernels_are_an_error(f: Function, x: Tensor, kernel: None) -> None:
     x.requires_grad_()
     (first,) = torch.autograd.grad(f(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="only first derivatives; (pass float64|call linear)"):
+    with pytest.raises(RuntimeError, match=r"only first derivatives; (pass float64|call linear)"):
         first.sum().backward()
 
 
