@@ -15,6 +15,9 @@ from recsys_ssm.features import Features
 NO_ITEM = -1
 """Index used for padding and for positions without a target."""
 
+MASK = -2
+"""Index used for an item that is hidden from the model (``objective="masked"``)."""
+
 
 class Ragged(NamedTuple):
     """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``.
@@ -87,26 +90,26 @@ class SequenceBatch(NamedTuple):
     """A batch of training, or of the validation loss: several windows packed into each row."""
 
     item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding."""
+    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` at a hidden item."""
     seq_idx: Tensor
     """(B, L) int64, which of its row's windows a position belongs to (0, 1, …); -1 at padding."""
     position: Tensor
     """(B, L) int64, place within its window from 0; 0 at padding."""
     target: Tensor
-    """(B, L) int64, the next item; -1 where nothing is predicted."""
+    """(B, L) int64, the next item; the item itself with ``objective="masked"``; -1 where nothing is predicted."""
 
 
 class HistoryBatch(NamedTuple):
     """Users for whom the whole catalogue is ranked, their histories packed into rows."""
 
     item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding."""
+    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` after a history with ``objective="masked"``."""
     seq_idx: Tensor
     """(B, L) int64, which of its row's histories a position belongs to (0, 1, …); -1 at padding."""
     position: Tensor
     """(B, L) int64, place within its history from 0; 0 at padding."""
     last: Tensor
-    """(U,) int64, where each user's latest item is in the flattened (B·L) batch."""
+    """(U,) int64, where each user's latest item, or the :data:`MASK` after it, is in the flattened (B·L) batch."""
     target: Tensor
     """(U,) int64, the item held out."""
     user: Tensor

@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.batches import NO_ITEM, HistoryBatch, Ragged, SequenceBatch
+from recsys_ssm.batches import MASK, NO_ITEM, HistoryBatch, Ragged, SequenceBatch
 from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
 from recsys_ssm.data.packing import Layout, Rows, Windows, join_ranges
@@ -30,7 +30,7 @@ from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.metrics import RankingMetrics
 
-Objective = Literal["all", "last"]
+Objective = Literal["all", "last", "masked"]
 
 COMMON_REPEATS = 0.1
 """Share of validation targets seen before from which seen items are recommended again by default."""
@@ -139,6 +139,8 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         events: (E,) catalogue indices.
         windows: The samples.
         every_position: Targets at every position of a window, not at its last position alone.
+        masked: A target is the item of its position, not the next one. Without ``every_position`` the last item of a
+            window is hidden.
         batch_positions: Approximate number of events in a batch.
         row_length: Positions of a row, at least the length of the longest window.
         loading: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; the processes share the rows.
@@ -152,11 +154,12 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         every_position: bool,
         batch_positions: int,
         row_length: int,
+        masked: bool = False,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         self.events, self.windows, self.every_position = events, windows, every_position
-        self.row_length = row_length
+        self.row_length, self.masked = row_length, masked
         self.rows = Rows(np.sort(windows.lengths)[::-1], row_length)
         valid = int(windows.lengths.sum(dtype=np.int64))
         self.padding_share = 1 - valid / (max(len(self.rows), 1) * row_length)
@@ -194,15 +197,18 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
     def _gather(self, sample: np.ndarray, per_row: np.ndarray) -> SequenceBatch:
         start, stop = self.windows.at(sample)
         layout = Layout.of(start, stop - start, per_row)
+        item = layout.fill(self.events[layout.source], NO_ITEM)
+        ahead = 0 if self.masked else 1
         if self.every_position:
-            target = layout.fill(self.events[layout.source + 1], NO_ITEM)
+            target = layout.fill(self.events[layout.source + ahead], NO_ITEM)
         else:
+            last = torch.from_numpy(layout.last)
             target = torch.full(layout.shape, NO_ITEM)
-            target.view(-1)[torch.from_numpy(layout.last)] = torch.from_numpy(
-                self.events[stop].astype(np.int64)
-            )
+            target.view(-1)[last] = torch.from_numpy(self.events[stop - 1 + ahead].astype(np.int64))
+            if self.masked:
+                item.view(-1)[last] = MASK
         return SequenceBatch(
-            item=layout.fill(self.events[layout.source], NO_ITEM),
+            item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             target=target,
@@ -215,9 +221,10 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
     Args:
         histories: Histories of all users.
         held_out: The users to rank for, and their targets.
-        max_length: Most events of a history that a model sees, the latest.
+        max_length: Most positions of a history, its latest events.
         row_length: Positions of a row, at least ``max_length``.
         batch_size: Users of a batch.
+        masked: Put :data:`~recsys_ssm.batches.MASK` after each history, within ``max_length``.
         loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
     """
 
@@ -229,27 +236,33 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         max_length: int,
         row_length: int,
         batch_size: int,
+        masked: bool = False,
         **loading: Any,
     ) -> None:
         super().__init__(held_out.user.size, batch_size=batch_size, **loading)
-        self.histories, self.held_out = histories, held_out
+        self.histories, self.held_out, self.masked = histories, held_out, masked
         self.max_length, self.row_length = max_length, row_length
 
     def _block(self, start: int, stop: int) -> HistoryBatch:
         events, offsets = self.histories
         user, target = self.held_out.user[start:stop], self.held_out.event[start:stop]
         first = offsets[user]
-        begin = np.maximum(first, target - self.max_length)
-        order = np.argsort(begin - target, kind="stable")  # longest first
-        rows = Rows((target - begin)[order], self.row_length)
+        # The place of a mask is that of the target, which MASK then replaces.
+        end = target + 1 if self.masked else target
+        begin = np.maximum(first, end - self.max_length)
+        order = np.argsort(begin - end, kind="stable")  # longest first
+        rows = Rows((end - begin)[order], self.row_length)
         slots, per_row = rows.at(np.arange(len(rows)))
         placed = order[slots]
-        layout = Layout.of(begin[placed], (target - begin)[placed], per_row)
+        layout = Layout.of(begin[placed], (end - begin)[placed], per_row)
         last = np.empty(user.size, dtype=np.int64)
         last[placed] = layout.last
         seen = events[join_ranges(first, target - first)].astype(np.int64)
+        item = layout.fill(events[layout.source], NO_ITEM)
+        if self.masked:
+            item.view(-1)[torch.from_numpy(last)] = MASK
         return HistoryBatch(
-            item=layout.fill(events[layout.source], NO_ITEM),
+            item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             last=torch.from_numpy(last),
@@ -269,10 +282,12 @@ class SequenceData(RecommenderData[SequenceSplits]):
         name: Name of the dataset in runs and results.
         seed: Seed of the order, and of the sample of users for the validation loss.
         objective: ``all``: a user is one sample with a target at every position (causal models only); ``last``: every
-            prefix of a history is a sample with a target at its last position.
-        max_length: Most items of a history that a model sees, the latest.
-        windows: Windows of a longer history to train on with ``objective="all"``: the ``latest``, or ``all``, one after
-            another, so that each item is a target.
+            prefix of a history is a sample with a target at its last position; ``masked``: a user is one sample, in
+            which items are hidden at random and predicted from those on both sides (BERT4Rec); a mask after the history
+            stands for the next item. For models that are not causal.
+        max_length: Most items of a history that a model sees, the latest; a mask after the history counts as one.
+        windows: Windows of a longer history to train on, unless every prefix is a sample: the ``latest``, or ``all``,
+            one after another, so that each item is a target.
         batch_positions: Approximate number of items in a training batch (on each process). Lightning's
             ``Tuner.scale_batch_size`` finds it with ``batch_arg_name="batch_positions"``.
         row_length: Positions of a row that sequences are packed into; None: ``max_length``. A multiple of it leaves
@@ -299,8 +314,13 @@ class SequenceData(RecommenderData[SequenceSplits]):
         num_workers: int = 0,
     ) -> None:
         super().__init__(name, seed, num_workers)
-        if objective not in ("all", "last"):
-            raise UserError(f"dataset.objective={objective}: expected all or last")
+        if objective not in get_args(Objective):
+            raise UserError(f"dataset.objective={objective}: expected all, last or masked")
+        if objective == "masked" and max_length < 2:
+            raise UserError(
+                f"dataset.max_length={max_length}: with dataset.objective=masked a mask takes one position; give at "
+                "least 2"
+            )
         if windows not in ("latest", "all"):
             raise UserError(f"dataset.windows={windows}: expected latest or all")
         if max_length < 1:
@@ -328,10 +348,12 @@ class SequenceData(RecommenderData[SequenceSplits]):
     def train_dataloader(self) -> SequenceLoader:
         first, stop = self.splits.histories.offsets[:-1], self.splits.train_stop - 1
         first, stop = first[stop > first], stop[stop > first]
-        if self.windows == "all" and self.objective == "all":
+        if self.objective == "masked":
+            stop = stop + 1  # the last training event is a token, too
+        if self.windows == "all" and self.objective != "last":
             first, stop = _cut(first, stop, self.max_length)
         windows = Windows(first, stop, self.max_length, prefixes=self.objective == "last")
-        return self._windows(windows, self.objective == "all", self.shuffle)
+        return self._windows(windows, self.objective != "last", self.shuffle)
 
     def val_dataloader(self) -> list[Any]:
         """Return two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
@@ -340,7 +362,8 @@ class SequenceData(RecommenderData[SequenceSplits]):
             generator = np.random.default_rng(self.seed)
             some = np.sort(generator.permutation(user.size)[: self.n_val_loss])
             user, event = user[some], event[some]
-        windows = Windows(self.splits.histories.offsets[user], event, self.max_length)
+        end = event + 1 if self.objective == "masked" else event
+        windows = Windows(self.splits.histories.offsets[user], end, self.max_length)
         return [self._windows(windows, False, False), self._users(self.splits.val)]
 
     def test_dataloader(self) -> HistoryLoader:
@@ -394,6 +417,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             self.splits.histories.events,
             windows,
             every_position=every_position,
+            masked=self.objective == "masked",
             batch_positions=self.batch_positions,
             row_length=self.row_length,
             shuffle=shuffle,
@@ -409,6 +433,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             max_length=self.max_length,
             row_length=self.row_length,
             batch_size=self.eval_batch_size,
+            masked=self.objective == "masked",
             **(self._shard() | self._loading() if shard else {}),
         )
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import NO_ITEM
+from recsys_ssm.batches import MASK, NO_ITEM
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
@@ -59,8 +59,11 @@ class NextItem(Recommender):
         item_ids: Names of the catalogue's items, in catalogue order (equal scores are ranked in it).
         max_length: Number of latest items of a history that the model sees.
         backbone: A :class:`Backbone`.
-        objective: Positions that have a target: ``all``, or ``last``, the last position of each prefix. ``all`` needs a
-            causal backbone; others would see the targets.
+        objective: Positions that have a target: ``all``, or ``last``, the last position of each prefix, or ``masked``,
+            items that are hidden at random (:func:`mask_items`). ``all`` needs a causal backbone; others would see the
+            targets. ``masked`` needs one that is not causal; others would not see what follows a hidden item.
+        mask_share: Share of the items to hide with ``objective="masked"``; BERT4Rec's is .2 for long histories, up to
+            .6 for short ones.
         item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
         items: The catalogue's features, I rows. None: a checkpoint has to fill them before any use.
         item_counts: (I,) training interactions of each item.
@@ -97,6 +100,7 @@ class NextItem(Recommender):
         max_length: int,
         backbone: Part,
         objective: str = "all",
+        mask_share: float = 0.2,
         item_schema: Mapping[str, Any] | None = None,
         items: Features | None = None,
         item_counts: Tensor | None = None,
@@ -125,11 +129,15 @@ class NextItem(Recommender):
         self.skip = skip
         if not 0 <= skip < 1:
             raise UserError(f"model.skip={skip}: give a probability, from 0 to below 1")
-        if skip and objective == "last":
+        if skip and objective != "all":
             raise UserError(
-                f"model.skip={skip}: with dataset.objective=last a sample has one target and no following item; "
+                f"model.skip={skip}: with dataset.objective={objective} a target is not the next item of its position; "
                 "give model.skip=0, or dataset.objective=all"
             )
+        if not 0 < mask_share < 1:
+            raise UserError(f"model.mask_share={mask_share}: give a share between 0 and 1")
+        self.objective, self.mask_share = objective, mask_share
+        masked = objective == "masked"
         self.optimizer_spec, self.scheduler_spec = optimizer, scheduler
 
         self.backbone: Backbone = (
@@ -138,7 +146,12 @@ class NextItem(Recommender):
         if objective == "all" and not self.backbone.causal:
             raise UserError(
                 f"backbone {type(self.backbone).__name__} sees the whole history, and with dataset.objective=all the "
-                "history contains its targets; give dataset.objective=last, or a causal backbone"
+                "history contains its targets; give dataset.objective=last or masked, or a causal backbone"
+            )
+        if masked and self.backbone.causal:
+            raise UserError(
+                f"backbone {type(self.backbone).__name__} is causal and does not see what follows a masked item; give "
+                "dataset.objective=all or last, or a backbone that sees the whole history"
             )
         schema = None if item_schema is None else FeatureSchema.from_dict(item_schema)
         self.item_schema = schema
@@ -150,6 +163,7 @@ class NextItem(Recommender):
             d_model=self.backbone.d_model,
             schema=schema,
             max_length=max_length,
+            **({"mask": True} if masked else {}),
         )
         self.head: NextItemHead = build(head, NextItemHead, "head")
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
@@ -216,7 +230,23 @@ class NextItem(Recommender):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        """Check that the dataset makes the samples of the model's objective.
+
+        Raises:
+            UserError: One of the two has masked items, the other has not.
+        """
+        objective = getattr(getattr(self.trainer, "datamodule", None), "objective", self.objective)
+        if objective != self.objective and "masked" in (objective, self.objective):
+            raise UserError(
+                f"dataset.objective={objective}: the model is for dataset.objective={self.objective}; give the same to "
+                "both"
+            )
+
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        if self.objective == "masked":
+            item, target = mask_items(batch.item, batch.seq_idx, self.mask_share)
+            batch = batch._replace(item=item, target=target)
         if self.skip:
             batch = batch._replace(target=later_targets(batch.target, batch.seq_idx, self.skip))
         loss, n_targets = self._loss(batch)
@@ -317,6 +347,8 @@ class NextItem(Recommender):
         tables = (self.tokenizer.embedding, self.tokenizer.position)
         total = sum(p.numel() for p in self.parameters())
         embeddings = sum(table.weight.numel() for table in tables if table is not None)
+        if (mask := getattr(self.tokenizer, "mask", None)) is not None:
+            embeddings += mask.numel()
         return {"total": total, "without_embeddings": total - embeddings}
 
     def latency(self, data: SequenceData, repeat: int = 20) -> dict[str, float]:
@@ -384,12 +416,16 @@ class NextItem(Recommender):
         self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
         """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
-        latest = [torch.tensor(history[-self.max_length :]) for history in known]
+        if self.objective == "masked":
+            known_and_mask = [[*history, MASK] for history in known]
+        else:
+            known_and_mask = [list(history) for history in known]
+        latest = [torch.tensor(history[-self.max_length :]) for history in known_and_mask]
         lengths_U = torch.tensor([history.numel() for history in latest])
         item_UL = torch.nn.utils.rnn.pad_sequence(latest, batch_first=True, padding_value=NO_ITEM)
         position_UL = torch.arange(item_UL.shape[1]).expand_as(item_UL)
-        seq_idx_UL = torch.where(item_UL >= 0, 0, -1)
-        position_UL = position_UL.where(item_UL >= 0, 0)
+        seq_idx_UL = torch.where(item_UL != NO_ITEM, 0, -1)
+        position_UL = position_UL.where(item_UL != NO_ITEM, 0)
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
         with self.inference():
             x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
@@ -405,6 +441,32 @@ class NextItem(Recommender):
         if not hasattr(self, "_index_of"):
             self._index_of = {item: i for i, item in enumerate(self.item_ids)}
         return self._index_of
+
+
+def mask_items(item: Tensor, seq_idx: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Hide some items, which become the targets (BERT4Rec, Sun et al. 2019, arXiv 1904.06690).
+
+    Each item is hidden with probability ``share``. Where none of a sequence is, its last item is hidden, as in
+    validation and test. The random numbers are PyTorch's, so they follow from a run's seed and step.
+
+    Args:
+        item: (B, L) int64, catalogue indices, -1 at padding.
+        seq_idx: (B, L), as in :class:`~recsys_ssm.batches.SequenceBatch`.
+        share: Between 0 and 1.
+
+    Returns:
+        The items, :data:`~recsys_ssm.batches.MASK` where one is hidden, and the targets, -1 elsewhere: (B, L) each.
+    """
+    # NOTE[DIFF] The authors' code also adds samples whose last item alone is hidden; here that is one of the draws.
+    real = item >= 0
+    hidden = (torch.rand(item.shape, device=item.device) < share) & real
+    last = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1), value=True)
+    count_BL = hidden.long().cumsum(1)
+    before_BL = F.pad(count_BL, (1, 0))[:, :-1]
+    first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    at_start_BL = torch.where(first, before_BL, 0).cummax(1).values
+    hidden |= last & real & (count_BL == at_start_BL)
+    return item.masked_fill(hidden, MASK), item.masked_fill(~hidden, NO_ITEM)
 
 
 def later_targets(target: Tensor, seq_idx: Tensor, skip: float) -> Tensor:

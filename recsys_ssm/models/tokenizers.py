@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recsys_ssm.batches import MASK
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.instantiate import Configurable
@@ -48,7 +49,10 @@ class TableTokenizer(Tokenizer):
 
 
 class HistoryTokenizer(Tokenizer):
-    """Define the contract of a tokenizer of histories: ``(n_items, d_model, schema, max_length, **options)``."""
+    """Define the contract of a tokenizer of histories: ``(n_items, d_model, schema, max_length, **options)``.
+
+    A model with ``objective=masked`` also passes ``mask=True``: then an item may be :data:`~recsys_ssm.batches.MASK`.
+    """
 
     embedding: nn.Embedding
     position: nn.Embedding | None
@@ -62,7 +66,7 @@ class HistoryTokenizer(Tokenizer):
         """Return the tokens (B, L, D) of histories.
 
         Args:
-            item: (B, L) catalogue indices, -1 at padding.
+            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item.
             position: (B, L) places in the history, from 0.
             features: The catalogue's, I rows, where there is a schema.
         """
@@ -287,6 +291,7 @@ class ItemTokenizer(HistoryTokenizer):
         dropout: Dropout after the LayerNorm.
         init_std: Standard deviation of the initial embeddings; RecBole's is .02.
         norm_eps: Epsilon of the LayerNorm; RecBole's is 1e-12.
+        mask: Have a token for hidden items; a model passes it with ``objective=masked``.
     """
 
     def __init__(
@@ -301,6 +306,7 @@ class ItemTokenizer(HistoryTokenizer):
         dropout: float = 0.2,
         init_std: float = 0.02,
         norm_eps: float = 1e-12,
+        mask: bool = False,
     ) -> None:
         if positions == "max_length":
             if max_length is None:
@@ -321,6 +327,7 @@ class ItemTokenizer(HistoryTokenizer):
                 if table is not None:
                     nn.init.normal_(table.weight, std=init_std)
             self.embedding.weight[0].zero_()
+        self.mask = nn.Parameter(torch.empty(d_model).normal_(std=init_std)) if mask else None
 
     def items(self, features: Features | None) -> Tensor:
         """Return (I, D): each item as a token and as a row of the softmax; ``features`` are the catalogue's."""
@@ -334,7 +341,7 @@ class ItemTokenizer(HistoryTokenizer):
         """Return the tokens of histories.
 
         Args:
-            item: (B, L) catalogue indices, -1 at padding.
+            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item.
             position: (B, L) places in the history, from 0.
             features: The catalogue's, I rows, where there is a schema.
 
@@ -346,11 +353,15 @@ class ItemTokenizer(HistoryTokenizer):
         """
         if self.features is None:
             # padding_idx keeps the padding row's gradient out.
-            tokens_BLD = self.embedding(item + 1)
+            tokens_BLD = self.embedding(
+                item.clamp(min=-1) + 1 if self.mask is not None else item + 1
+            )
         else:
             items_ID = self.items(features)
             tokens_BLD = nn.functional.embedding(item.clamp(min=0), items_ID)
             tokens_BLD = tokens_BLD * (item >= 0).unsqueeze(-1)
+        if self.mask is not None:
+            tokens_BLD = torch.where((item == MASK).unsqueeze(-1), self.mask, tokens_BLD)
         if self.position is not None:
             # A compiled graph does not read values; there the embedding raises an IndexError.
             if not torch.compiler.is_compiling() and (

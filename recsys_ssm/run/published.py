@@ -136,8 +136,9 @@ def published_for(config: Mapping[str, Any]) -> Row | None:
     backbone = backbone_name(filled)
     rows = [row for row in all_rows() if row.dataset == dataset and _holds(row, filled)]
     own = [row for row in rows if row.backbone == backbone]
-    if own and option(filled, "tokenizer._target_", PLAIN[0]) not in PLAIN:
-        # MambaTab, for example: the backbone of the row, but another model. The head of the column names the row's.
+    another_tokenizer = option(filled, "tokenizer._target_", PLAIN[0]) not in PLAIN
+    if own and (another_tokenizer or option(filled, "dataset.objective") == "masked"):
+        # MambaTab or BERT4Rec, for example: the backbone of the row, but another model. The column names the row's.
         return dataclasses.replace(own[0], backbone=None, shipped_recipe=False)
     return own[0] if own else best_of(row for row in rows if row.seen_items == "left out")
 

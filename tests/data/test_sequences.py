@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from recsys_ssm.batches import Ragged, SequenceBatch
+from recsys_ssm.batches import MASK, Ragged, SequenceBatch
 from recsys_ssm.data.sequences import (
     HeldOut,
     Histories,
@@ -142,7 +142,47 @@ def test_every_prefix_is_a_sample_once_with_its_target_at_the_last_position():
     assert sorted(epoch_of(Data(objective="last").train_dataloader())) == sorted(expected)
 
 
-@pytest.mark.parametrize("objective", ["all", "last"])
+def test_masked_a_user_is_one_window_of_all_training_items_each_its_own_target():
+    """The model hides items of it; the last training item is a token, not a target alone."""
+    windows = {}
+    for batch in Data(objective="masked").train_dataloader():
+        assert torch.equal(batch.item, batch.target)
+        for row, numbers in zip(batch.item, batch.seq_idx, strict=True):
+            for number in range(int(numbers.max()) + 1):
+                items = row[numbers == number].tolist()
+                windows[items[0] // PLACES] = [item % PLACES for item in items]
+    # Users 0 to 7 have 3, 9, 4, 1, 30, 2, 7 and 5 events; two of each are held out where there are three.
+    kept = {1: range(7), 2: range(2), 4: range(20, 28), 5: range(2), 6: range(5), 7: range(3)}
+    assert windows == {user: list(places) for user, places in kept.items()}
+    every = Data(objective="masked", windows="all").train_dataloader()
+    items = torch.cat([batch.item[batch.item >= 4 * PLACES] for batch in every])
+    own = items[items < 5 * PLACES]
+    assert sorted(own.tolist()) == [4 * PLACES + t for t in range(28)]
+
+
+def test_masked_the_held_out_item_is_hidden_at_the_end_of_its_history():
+    data = Data(objective="masked")
+    (loss, val), test = data.val_dataloader(), data.test_dataloader()
+    for loader, held in ((val, 2), (test, 1)):
+        batch = next(iter(loader))
+        for u, target in enumerate(batch.target.tolist()):
+            user, place = divmod(target, PLACES)
+            row, column = divmod(int(batch.last[u]), batch.item.shape[1])
+            own = batch.seq_idx[row] == batch.seq_idx[row, column]
+            expected = [user * PLACES + t for t in range(max(0, place - 7), place)]
+            assert batch.item[row, own].tolist() == [*expected, MASK]
+            assert batch.position[row, own].tolist() == list(range(len(expected) + 1))
+            assert place == [3, 9, 4, 1, 30, 2, 7, 5][user] - held
+            assert batch.seen.values[batch.seen.offsets[u + 1] - 1] == target - 1
+    for batch in loss:
+        assert torch.equal(batch.item == MASK, batch.target >= 0)
+        for row, column in (batch.target >= 0).nonzero().tolist():
+            target = int(batch.target[row, column])
+            assert batch.item[row, column - 1] == target - 1
+            assert not (batch.item[row] == target).any()
+
+
+@pytest.mark.parametrize("objective", ["all", "last", "masked"])
 def test_no_held_out_item_is_in_training(objective):
     data = Data(objective=objective)
     events = data.splits.histories.events
@@ -507,10 +547,14 @@ def test_repeat_last_is_of_different_items_whatever_the_other_metrics():
             "dataset.batch_positions=7: a batch must have room for a row of 8",
         ),
         ({"row_length": 7}, "dataset.row_length=7"),
-        ({"objective": "prefix"}, "dataset.objective=prefix: expected all or last"),
+        ({"objective": "prefix"}, "dataset.objective=prefix: expected all, last or masked"),
         ({"windows": "some"}, "dataset.windows=some: expected latest or all"),
         ({"eval_batch_size": 0}, "dataset.eval_batch_size=0"),
         ({"n_val_loss": 0}, "dataset.n_val_loss=0"),
+        (
+            {"objective": "masked", "max_length": 1},
+            "dataset.max_length=1: with dataset.objective=masked",
+        ),
     ],
 )
 def test_impossible_options_are_named(options, message):

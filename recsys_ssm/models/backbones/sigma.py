@@ -73,7 +73,8 @@ class SigmaBlock(Mixer):
         d_state, d_conv, expand: As in :class:`~recsys_ssm.models.backbones.mamba.MambaBlock`.
         flip: Share of a sequence's length to flip, rounded down.
         published: Flip the first :data:`PUBLISHED_FLIP` tokens instead.
-        mixing, gate_dropout: As in :class:`Sigma`.
+        mixing: Weights of the branches: ``softmax``, ``raw`` or ``fixed``.
+        gate_dropout: Dropout rate of the gates.
     """
 
     def __init__(
