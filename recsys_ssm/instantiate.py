@@ -50,6 +50,8 @@ TRUSTED = frozenset(
         "recsys_ssm.models.next_item",
         "recsys_ssm.models.optim",
         "recsys_ssm.models.tokenizers",
+        "recsys_ssm.models.backbones.matrrec",
+        "recsys_ssm.models.backbones.sigma",
         "recsys_ssm.models.two_tower",
     }
 )

@@ -15,26 +15,35 @@ from recsys_ssm.batches import MASK
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.sequences import Histories, HistoryLoader
 from recsys_ssm.errors import UserError
+from recsys_ssm.models.backbones.hydra import Hydra
+from recsys_ssm.models.backbones.mamba import Mamba
+from recsys_ssm.models.backbones.matrrec import MaTrRec
+from recsys_ssm.models.backbones.sigma import Sigma
+from recsys_ssm.models.backbones.transformer import Transformer
 from recsys_ssm.models.next_item import NextItem, mask_items
 from recsys_ssm.models.tokenizers import ItemTokenizer
 from recsys_ssm.models.training import StepSeed
 
-BACKBONES = "recsys_ssm.models.backbones"
 BIDIRECTIONAL = {
     "bert4rec": {
-        "_target_": f"{BACKBONES}.transformer.Transformer",
+        "_target_": f"{Transformer.__module__}.Transformer",
         "d_model": 16,
         "n_layers": 2,
         "dim_feedforward": 32,
     },
     "hydra": {
-        "_target_": f"{BACKBONES}.hydra.Hydra",
+        "_target_": f"{Hydra.__module__}.Hydra",
         "d_model": 16,
         "n_layers": 1,
         "d_state": 8,
         "headdim": 16,
     },
-    "sigma": {"_target_": f"{BACKBONES}.sigma.Sigma", "d_model": 16, "init": "own", "dropout": 0.0},
+    "sigma": {
+        "_target_": f"{Sigma.__module__}.Sigma",
+        "d_model": 16,
+        "init": "own",
+        "dropout": 0.0,
+    },
 }
 N_ITEMS = 12
 
@@ -196,12 +205,10 @@ def test_a_share_is_hidden_and_at_least_the_last_of_each_sequence() -> None:
     assert (hidden[only][:, 8].double().mean() > 0.5).item()
 
 
-@pytest.mark.parametrize("causal", ["mamba.Mamba", "matrrec.MaTrRec"])
-def test_a_causal_backbone_is_refused(file: Path, causal: str) -> None:
+@pytest.mark.parametrize("causal", [Mamba, MaTrRec])
+def test_a_causal_backbone_is_refused(file: Path, causal: type) -> None:
     with pytest.raises(UserError, match="is causal and does not see what follows") as error:
-        model_of(data_of(file), backbone="hydra").for_data(
-            data_of(file), backbone={"_target_": f"{BACKBONES}.{causal}", "d_model": 16}
-        )
+        NextItem.for_data(data_of(file), backbone=causal(d_model=16))
     assert "\n" not in str(error.value) and "dataset.objective=all" in str(error.value)
 
 

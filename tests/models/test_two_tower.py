@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,7 @@ def test_every_backbone_takes_every_tokenizer_and_treats_each_row_by_itself(
     tiny_data, tokenizer: str, backbone: str
 ) -> None:
     spec = {"_target_": f"recsys_ssm.models.backbones.{backbone}", "d_model": 64}
+    importlib.import_module(spec["_target_"].rpartition(".")[0])
     model = model_of(tiny_data, backbone=spec, tokenizer=TABULAR[tokenizer]).eval()
     users, tower = tiny_data.splits.users, model.user_tower
     together = tower(users)
