@@ -6,6 +6,9 @@ The study is a SQLite file in the search's folder. The same command again resume
 
 from __future__ import annotations
 
+from recsys_ssm.cli import threads  # noqa: F401 - before PyTorch loads OpenMP
+
+# isort: split
 import contextlib
 import importlib
 import logging

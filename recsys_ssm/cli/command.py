@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         failures: list[Exception] = []
+        started: list[Path] = []
 
         def guarded(cfg: DictConfig) -> Any:
+            started[:] = [Path(HydraConfig.get().runtime.output_dir)]
             try:
                 import_modules(as_list(cfg.get("import")))
                 return task(complete(cfg))
@@ -129,9 +131,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                     sys.exit(
                         "stopped; the same command again continues the jobs that are not finished"
                     )
-                sys.exit(
-                    "stopped; the same command with ckpt_path=last continues from the last validation"
-                )
+                sys.exit(_after_stop(started))
             except Exception as error:
                 if not (is_users(error) or error in failures):
                     raise
@@ -151,6 +151,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return main
 
     return decorate
+
+
+def _after_stop(folders: Sequence[Path]) -> str:
+    """Return what to do after Ctrl-C, for a run in the last of these folders."""
+    kept = [folder / "checkpoints" / name for folder in folders for name in _CHECKPOINTS]
+    if any(path.is_file() for path in kept):
+        return "stopped; the same command with ckpt_path=last continues from the last validation"
+    return "stopped, with nothing to continue from; run the same command again"
+
+
+_CHECKPOINTS = ("last.ckpt", "best.ckpt")
 
 
 def discard_empty(folder: Path) -> None:

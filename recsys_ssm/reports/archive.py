@@ -21,6 +21,7 @@ from recsys_ssm.sweeps.identity import published_overrides, sweep_command
 _OF_A_SEED = (
     "metrics",
     "metrics_all_users",
+    "metrics_filtered",
     "metrics_unfiltered",
     "baselines",
     "cost",

@@ -42,6 +42,7 @@ _PARTS = (
     "data",
     "latency",
     "metrics_all_users",
+    "metrics_filtered",
     "metrics_unfiltered",
     "parameters",
 )

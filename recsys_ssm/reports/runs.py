@@ -59,6 +59,10 @@ class Task:
         return f"{text}, generated data" if self.generated else text
 
 
+LEFT_OUT = "left out"
+"""Name of the metrics in which a user's seen items are left out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """Describe a training by the options that differ from the shipped ones.
@@ -143,8 +147,17 @@ class Cell:
         return len(self.runs)
 
     def values(self, metric: str, group: str = "metrics") -> dict[int, float]:
-        """Return a metric's value by seed; ``group`` names the part of ``metrics.json``."""
-        found = {run.seed: number((run.results.get(group) or {}).get(metric)) for run in self.runs}
+        """Return a metric's value by seed; ``group`` names the part of ``metrics.json``.
+
+        The group :data:`LEFT_OUT` is the part with seen items left out, under whatever name a run has it.
+        """
+
+        def part(run: Run) -> Mapping[str, Any]:
+            if group == LEFT_OUT:
+                return run.results.get("metrics_filtered") or run.results.get("metrics") or {}
+            return run.results.get(group) or {}
+
+        found = {run.seed: number(part(run).get(metric)) for run in self.runs}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def baseline(self, name: str, metric: str) -> dict[int, float]:

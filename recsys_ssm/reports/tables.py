@@ -10,12 +10,20 @@ from typing import NamedTuple
 
 from recsys_ssm.reports.document import Table
 from recsys_ssm.reports.names import model_name, name_of_run
-from recsys_ssm.reports.runs import Cell, Collection, Run, Task, number, numbers
+from recsys_ssm.reports.runs import LEFT_OUT, Cell, Collection, Run, Task, number, numbers
 from recsys_ssm.reports.statistics import Difference, Estimate, estimate, holm, paired_difference
 from recsys_ssm.run.defaults import option
 from recsys_ssm.run.published import Row, rows_of
 
 METRICS = ("p@5", "p@10", "r@5", "r@10", "mrr@5", "mrr@10", "hr@1", "hr@5", "hr@10")
+NEXT_ITEM_METRICS = ("ndcg@5", "ndcg@10", "mrr@10", "hr@1", "hr@5", "hr@10")
+
+
+def metrics_of(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """Return the metrics to compare by: those of next-item tasks where there are no others."""
+    return NEXT_ITEM_METRICS if {task.kind for task in tasks} == {"next_item"} else METRICS
+
+
 """The columns of a table of two towers."""
 
 _ORACLE = "oracle"
@@ -95,7 +103,13 @@ def _protocol(runs: Sequence[Run]) -> str:
         parts.append(
             "two towers leave the items of a user's training data out of that user's ranking"
         )
-    if any("metrics_unfiltered" in run.results for run in next_item):
+    if repeating := [run for run in next_item if run.results.get("filter_seen") is False]:
+        names = ", ".join(dict.fromkeys(run.task.label for run in repeating))
+        parts.append(
+            "next-item models rank the whole catalogue; figures allow seen items where users often take items again "
+            f"({names}) and leave them out elsewhere, unless they say otherwise"
+        )
+    elif any("metrics_unfiltered" in run.results for run in next_item):
         parts.append(
             "next-item models rank the whole catalogue, and figures leave seen items out unless they say otherwise"
         )
@@ -283,9 +297,10 @@ class Comparison(NamedTuple):
 
 
 def comparisons(
-    collection: Collection, options: Options, metrics: Sequence[str] = METRICS
+    collection: Collection, options: Options, metrics: Sequence[str] | None = None
 ) -> list[Comparison]:
     """Compare every two backbones of a task, at their shipped settings and, if these are others, at their best ones."""
+    metrics = metrics or metrics_of(collection.tasks)
     found = []
     for task in collection.tasks:
         backbones = collection.backbones(task)
@@ -309,9 +324,10 @@ def comparisons(
 
 
 def paired(
-    found: Sequence[Comparison], options: Options, metrics: Sequence[str] = METRICS
+    found: Sequence[Comparison], options: Options, metrics: Sequence[str] | None = None
 ) -> Table:
     """Make the table of differences between backbones on the same seeds; p-values are corrected over the table."""
+    metrics = metrics or metrics_of(each.first.task for each in found)
     flat = [comparison.differences[m].p_value for comparison in found for m in metrics]
     n_tests = sum(not math.isnan(p) for p in flat)
     adjusted = iter(holm(flat))
@@ -363,9 +379,13 @@ def show_p(p: float) -> str:
 # ------------------------------------------------------------------------------- settings, cost, trials
 
 
+_SETTINGS_SHOWN = ("ndcg@10", "p@5", "p@10", "hr@1", "hr@10")
+
+
 def settings_table(collection: Collection, options: Options) -> Table:
     """Make the table of all settings: the best validation score, by which settings are chosen, and test figures."""
-    shown = ("ndcg@10", "p@5", "p@10", "hr@1", "hr@10")
+    kinds = {task.kind for task in collection.tasks}
+    shown = ("ndcg@10", "mrr@10", "hr@1", "hr@10") if kinds == {"next_item"} else _SETTINGS_SHOWN
     rows = []
     for cell in collection.cells:
         validation = estimate(list(cell.validations().values()), options.confidence)
@@ -512,7 +532,7 @@ _ALLOWED = (
     ("ndcg@10", "metrics_unfiltered"),
     ("mrr@10", "metrics_unfiltered"),
 )
-_LEFT_OUT = (("hr@10", "metrics"), ("ndcg@10", "metrics"))
+_LEFT_OUT = (("hr@10", LEFT_OUT), ("ndcg@10", LEFT_OUT))
 
 
 def next_item(collection: Collection, task: Task, options: Options) -> Table:
@@ -538,7 +558,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
                 model_name(cell),
                 cell.setting.label,
                 str(cell.n),
-                *(f"**{text}**" if text != "–" else text for text in estimates),
+                *estimates,
                 f"{statistics.median(seconds):.4f} s" if seconds else "–",
                 _show_count(counts.get("total", math.nan)),
                 _show_count(counts.get("without_embeddings", math.nan)),

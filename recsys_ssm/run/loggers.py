@@ -116,6 +116,7 @@ def define_metrics(run: Any, monitor: str | None, monitor_mode: Literal["min", "
 GROUPS = {
     "metrics": "test",
     "metrics_all_users": "test_all_users",
+    "metrics_filtered": "test_filtered",
     "metrics_unfiltered": "test_unfiltered",
     "published": "published",
     "cost": "cost",

@@ -22,6 +22,7 @@ def results(folder: Path, pattern: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
+@pytest.mark.slow
 def test_paper_tables(run_page: Run, tutorials: Path) -> None:
     folder = run_page(tutorials / "paper_tables.md")
     (single,) = results(folder, "runs/spotify-mamba-seed0/*/metrics.json")

