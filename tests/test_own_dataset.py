@@ -18,9 +18,9 @@ def blocks(repository):
     found = re.findall(r"```(bash|python)\n(.*?)```", page, flags=re.DOTALL)
     text = json.dumps(found)
     assert text.count("trainer.max_steps=300") == 2
-    assert text.count("max_steps=100") == 1
+    assert text.count("max_epochs=2)") == 1
     return json.loads(
-        text.replace("trainer.max_steps=300", QUICK).replace("max_steps=100", "max_steps=3")
+        text.replace("trainer.max_steps=300", QUICK).replace("max_epochs=2)", "max_epochs=1)")
     )
 
 
