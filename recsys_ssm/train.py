@@ -175,11 +175,10 @@ def report(
         if path is not None:
             log.info("%-10s %s", what, path)
     log.info("%-10s %s, after %s", "run", output, assemble.duration(results["train_seconds"]))
-    log.info(
-        "next       python -m recsys_ssm.recommend run=%s   # or evaluate; report %s",
-        output,
-        output.parent,
-    )
+    # Two towers recommend to people described in a table; next-item models know their users' histories.
+    users = "" if "metrics_unfiltered" in results else " users=<table>"
+    log.info("%-10s python -m recsys_ssm.recommend run=%s%s", "next", output, users)
+    log.info("%-10s python -m recsys_ssm.report %s", "", output.parent)
     return curves
 
 
