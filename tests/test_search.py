@@ -194,10 +194,12 @@ def test_a_killed_search_resumes(tmp_path: Path) -> None:
     [cut] = [job for job in jobs_of(tmp_path) if job != done]
     before = (done / "metrics.json").stat().st_mtime_ns
 
-    # Stopped in order, a search says how to go on.
+    # Stopped in order, a search says how to go on. Tests that run in a shell's background inherit Ctrl-C ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGINT, inherited)
     while status.read_status(cut).get("attempt") != 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
