@@ -18,6 +18,9 @@ NO_ITEM = -1
 MASK = -2
 """Index used for an item that is hidden from the model (``objective="masked"``)."""
 
+START = -3
+"""Index of the token before the first item of a history (``start_token=True``)."""
+
 
 class Ragged(NamedTuple):
     """A list of item rows for each user: ``values[offsets[u]:offsets[u + 1]]``.
@@ -90,7 +93,7 @@ class SequenceBatch(NamedTuple):
     """A batch of training, or of the validation loss: several windows packed into each row."""
 
     item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` at a hidden item."""
+    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` at a hidden item, :data:`START` before the first."""
     seq_idx: Tensor
     """(B, L) int64, which of its row's windows a position belongs to (0, 1, …); -1 at padding."""
     position: Tensor
@@ -103,7 +106,8 @@ class HistoryBatch(NamedTuple):
     """Users for whom the whole catalogue is ranked, their histories packed into rows."""
 
     item: Tensor
-    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` after a history with ``objective="masked"``."""
+    """(B, L) int64, catalogue index; -1 at padding, :data:`MASK` after a history with ``objective="masked"``,
+    :data:`START` before it with ``start_token=True``."""
     seq_idx: Tensor
     """(B, L) int64, which of its row's histories a position belongs to (0, 1, …); -1 at padding."""
     position: Tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich import box
 from rich.console import Console
@@ -235,9 +235,15 @@ def check_seeds(cfg: DictConfig) -> None:
         )
     for option, node in (cfg.callbacks or {}).items():
         values = spec(node, f"callbacks.{option}")
-        if values and issubclass(import_target(values["_target_"], option), EarlyStopping):
+        kind = import_target(values["_target_"], option) if values else object
+        if issubclass(kind, EarlyStopping):
             raise UserError(
                 f"callbacks.{option}: it would stop all {n_seeds} seeds when one of them or their mean stalls; "
+                f"set it to null, or use {instead}"
+            )
+        if issubclass(kind, WeightAveraging):
+            raise UserError(
+                f"callbacks.{option}: the best weights of each seed are kept without averages; "
                 f"set it to null, or use {instead}"
             )
 

@@ -24,17 +24,27 @@ class Windows:
     A span is ``events[first:stop]`` of one user, with the target at ``stop``. With ``prefixes`` every non-empty prefix
     of a span is a sample: span i has ``stop[i] - first[i]`` samples, which are computed from the sample's number.
 
+    A span with a start token begins one place earlier: ``first`` is then the place of the token, not of an event.
+
     Args:
         first: (n,) int64, index of the first event of each span.
         stop: (n,) int64, index of its target; greater than ``first``.
-        max_length: Most events of a window.
+        max_length: Most events of a window, a start token included.
         prefixes: Make a sample of every prefix of a span, not of the whole span alone.
+        starts: (n,) bool, spans that begin with a start token; None: none.
     """
 
     def __init__(
-        self, first: np.ndarray, stop: np.ndarray, max_length: int, *, prefixes: bool = False
+        self,
+        first: np.ndarray,
+        stop: np.ndarray,
+        max_length: int,
+        *,
+        prefixes: bool = False,
+        starts: np.ndarray | None = None,
     ) -> None:
         self.first, self.stop, self.max_length = first, stop, max_length
+        self.starts = starts
         self.ends = np.cumsum(stop - first) if prefixes else None
         size = stop - first
         if prefixes:
@@ -48,13 +58,29 @@ class Windows:
 
     def at(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of the first events and of the targets of samples (M,): (M,), (M,) int64."""
+        span = self._span(sample)
+        first = self.first[span]
         if self.ends is None:
-            first, stop = self.first[sample], self.stop[sample]
+            stop = self.stop[span]
         else:
-            span = np.searchsorted(self.ends, sample, side="right")
-            first, size = self.first[span], self.stop[span] - self.first[span]
-            stop = first + 1 + sample - (self.ends[span] - size)
+            stop = first + 1 + sample - (self.ends[span] - (self.stop[span] - first))
         return np.maximum(first, stop - self.max_length), stop
+
+    def with_start(self, sample: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """Return which windows of samples (M,) begin with a start token: (M,) bool.
+
+        Args:
+            sample: (M,) numbers of samples.
+            begin: (M,) their first places, from :meth:`at`.
+        """
+        if self.starts is None:
+            return np.zeros(sample.size, dtype=bool)
+        span = self._span(sample)
+        return self.starts[span] & (begin == self.first[span])
+
+    def _span(self, sample: np.ndarray) -> np.ndarray:
+        """Return the span of each sample."""
+        return sample if self.ends is None else np.searchsorted(self.ends, sample, side="right")
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
@@ -104,10 +130,15 @@ class Rows:
     """Sequences of each row, from the assignment of :func:`pack`.
 
     A slot is a place for a sequence. Slots are numbered longest first; a row has its slots in that order.
+
+    Args:
+        lengths: (S,) lengths of the sequences, longest first.
+        row_length: Positions of a row.
+        alone: Give each sequence a row of its own.
     """
 
-    def __init__(self, lengths: np.ndarray, row_length: int) -> None:
-        row_of = pack(lengths, row_length)
+    def __init__(self, lengths: np.ndarray, row_length: int, *, alone: bool = False) -> None:
+        row_of = np.arange(lengths.size) if alone else pack(lengths, row_length)
         # Sorted by row, slots in order within each.
         self.slots = np.argsort(row_of, kind="stable").astype(np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))]).astype(np.int64)
@@ -132,6 +163,8 @@ class Layout(NamedTuple):
     """(valid positions,) position within the window."""
     number: np.ndarray
     """(valid positions,) number of the window within its row."""
+    first: np.ndarray
+    """(M,) index into the flattened batch of each window's first event."""
     last: np.ndarray
     """(M,) index into the flattened batch of each window's last event."""
     shape: tuple[int, int]
@@ -151,6 +184,7 @@ class Layout(NamedTuple):
             cell=np.repeat(cell, length) + position,
             position=position,
             number=np.repeat(np.arange(length.size) - first_of_row[row], length),
+            first=cell,
             last=cell + length - 1,
             shape=(per_row.size, width),
         )

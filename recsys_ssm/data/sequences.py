@@ -22,7 +22,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.batches import MASK, NO_ITEM, HistoryBatch, Ragged, SequenceBatch
+from recsys_ssm.batches import MASK, NO_ITEM, START, HistoryBatch, Ragged, SequenceBatch
 from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
 from recsys_ssm.data.packing import Layout, Rows, Windows, join_ranges
@@ -143,6 +143,8 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
             window is hidden.
         batch_positions: Approximate number of events in a batch.
         row_length: Positions of a row, at least the length of the longest window.
+        batch_samples: Windows of a batch, each in a row of its own, in place of ``batch_positions``. None: several
+            windows share a row.
         loading: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; the processes share the rows.
     """
 
@@ -155,15 +157,20 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         batch_positions: int,
         row_length: int,
         masked: bool = False,
+        batch_samples: int | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         self.events, self.windows, self.every_position = events, windows, every_position
         self.row_length, self.masked = row_length, masked
-        self.rows = Rows(np.sort(windows.lengths)[::-1], row_length)
+        lengths = np.sort(windows.lengths)[::-1]
+        self.rows = Rows(lengths, row_length, alone=batch_samples is not None)
         valid = int(windows.lengths.sum(dtype=np.int64))
         self.padding_share = 1 - valid / (max(len(self.rows), 1) * row_length)
         """Share of an epoch's positions that are empty."""
+        if batch_samples is not None:
+            self._n_batches = -(-self._share_size(len(self.rows)) // batch_samples)
+            return
         # A batch has about batch_positions events, so more rows where they are not full.
         n_batches = max(
             1,
@@ -198,6 +205,8 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         start, stop = self.windows.at(sample)
         layout = Layout.of(start, stop - start, per_row)
         item = layout.fill(self.events[layout.source], NO_ITEM)
+        begins = layout.first[self.windows.with_start(sample, start)]
+        item.view(-1)[torch.from_numpy(begins)] = START
         ahead = 0 if self.masked else 1
         if self.every_position:
             target = layout.fill(self.events[layout.source + ahead], NO_ITEM)
@@ -225,6 +234,7 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         row_length: Positions of a row, at least ``max_length``.
         batch_size: Users of a batch.
         masked: Put :data:`~recsys_ssm.batches.MASK` after each history, within ``max_length``.
+        start_token: Put :data:`~recsys_ssm.batches.START` before each history, within ``max_length``.
         loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
     """
 
@@ -237,10 +247,12 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         row_length: int,
         batch_size: int,
         masked: bool = False,
+        start_token: bool = False,
         **loading: Any,
     ) -> None:
         super().__init__(held_out.user.size, batch_size=batch_size, **loading)
         self.histories, self.held_out, self.masked = histories, held_out, masked
+        self.start_token = start_token
         self.max_length, self.row_length = max_length, row_length
 
     def _block(self, start: int, stop: int) -> HistoryBatch:
@@ -249,7 +261,7 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         first = offsets[user]
         # The place of a mask is that of the target, which MASK then replaces.
         end = target + 1 if self.masked else target
-        begin = np.maximum(first, end - self.max_length)
+        begin = np.maximum(first - self.start_token, end - self.max_length)
         order = np.argsort(begin - end, kind="stable")  # longest first
         rows = Rows((end - begin)[order], self.row_length)
         slots, per_row = rows.at(np.arange(len(rows)))
@@ -261,6 +273,9 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         item = layout.fill(events[layout.source], NO_ITEM)
         if self.masked:
             item.view(-1)[torch.from_numpy(last)] = MASK
+        if self.start_token:
+            starts = layout.first[begin[placed] < first[placed]]
+            item.view(-1)[torch.from_numpy(starts)] = START
         return HistoryBatch(
             item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
@@ -285,11 +300,16 @@ class SequenceData(RecommenderData[SequenceSplits]):
             prefix of a history is a sample with a target at its last position; ``masked``: a user is one sample, in
             which items are hidden at random and predicted from those on both sides (BERT4Rec); a mask after the history
             stands for the next item. For models that are not causal.
-        max_length: Most items of a history that a model sees, the latest; a mask after the history counts as one.
-        windows: Windows of a longer history to train on, unless every prefix is a sample: the ``latest``, or ``all``,
-            one after another, so that each item is a target.
+        max_length: Most items of a history that a model sees, the latest; a mask after the history counts as one, and
+            so does a start token.
+        windows: Windows of a longer history to train on: the ``latest``, or ``all``, one after another, so that each
+            item is a target. Where every prefix is a sample, both take all prefixes of the history; ``recent`` takes
+            those of its latest ``max_length`` training items alone, as if the history began there.
+        start_token: Put a token before the first item, so that the first item is a target, too.
         batch_positions: Approximate number of items in a training batch (on each process). Lightning's
             ``Tuner.scale_batch_size`` finds it with ``batch_arg_name="batch_positions"``.
+        batch_samples: Samples of a training batch in place of ``batch_positions``, each in a row of its own. None:
+            several samples share a row.
         row_length: Positions of a row that sequences are packed into; None: ``max_length``. A multiple of it leaves
             fewer positions empty if histories are nearly as long as ``max_length``.
         eval_batch_size: Users to rank for at once.
@@ -305,8 +325,10 @@ class SequenceData(RecommenderData[SequenceSplits]):
         seed: int = 0,
         objective: Objective = "all",
         max_length: int = 50,
-        windows: Literal["latest", "all"] = "latest",
+        windows: Literal["latest", "all", "recent"] = "latest",
+        start_token: bool = False,
         batch_positions: int = 2048,
+        batch_samples: int | None = None,
         row_length: int | None = None,
         eval_batch_size: int = 512,
         n_val_loss: int | None = 2048,
@@ -321,8 +343,18 @@ class SequenceData(RecommenderData[SequenceSplits]):
                 f"dataset.max_length={max_length}: with dataset.objective=masked a mask takes one position; give at "
                 "least 2"
             )
-        if windows not in ("latest", "all"):
-            raise UserError(f"dataset.windows={windows}: expected latest or all")
+        if windows not in ("latest", "all", "recent"):
+            raise UserError(f"dataset.windows={windows}: expected latest, all or recent")
+        if windows == "recent" and objective != "last":
+            raise UserError(
+                f"dataset.windows=recent: prefixes are samples with dataset.objective=last, not with {objective}; "
+                "give dataset.windows=latest or all"
+            )
+        if start_token and objective == "masked":
+            raise UserError(
+                "dataset.start_token=true: with dataset.objective=masked each item is a target already; leave it out, "
+                "or give dataset.objective=all or last"
+            )
         if max_length < 1:
             raise UserError(f"dataset.max_length={max_length}: give at least 1")
         if row_length is None:
@@ -337,23 +369,36 @@ class SequenceData(RecommenderData[SequenceSplits]):
                 f"dataset.batch_positions={batch_positions}: a batch must have room for a row of "
                 f"{row_length} positions (dataset.max_length={max_length}); give at least that many"
             )
-        for option, value in (("eval_batch_size", eval_batch_size), ("n_val_loss", n_val_loss)):
+        for option, value in (
+            ("eval_batch_size", eval_batch_size),
+            ("n_val_loss", n_val_loss),
+            ("batch_samples", batch_samples),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"dataset.{option}={value}: give at least 1")
         self.objective, self.windows = objective, windows
         self.max_length, self.batch_positions = max_length, batch_positions
         self.row_length, self.eval_batch_size = row_length, eval_batch_size
         self.n_val_loss, self.shuffle = n_val_loss, shuffle
+        self.start_token, self.batch_samples = start_token, batch_samples
 
     def train_dataloader(self) -> SequenceLoader:
         first, stop = self.splits.histories.offsets[:-1], self.splits.train_stop - 1
+        if self.windows == "recent":
+            first = np.maximum(first, stop + 1 - self.max_length)
+        first = first - self.start_token
         first, stop = first[stop > first], stop[stop > first]
+        starts = np.full(first.size, True) if self.start_token else None
         if self.objective == "masked":
             stop = stop + 1  # the last training event is a token, too
         if self.windows == "all" and self.objective != "last":
+            begin = first
             first, stop = _cut(first, stop, self.max_length)
-        windows = Windows(first, stop, self.max_length, prefixes=self.objective == "last")
-        return self._windows(windows, self.objective != "last", self.shuffle)
+            starts = np.isin(first, begin) if self.start_token else None
+        windows = Windows(
+            first, stop, self.max_length, prefixes=self.objective == "last", starts=starts
+        )
+        return self._windows(windows, self.objective != "last", self.shuffle, self.batch_samples)
 
     def val_dataloader(self) -> list[Any]:
         """Return two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
@@ -363,7 +408,9 @@ class SequenceData(RecommenderData[SequenceSplits]):
             some = np.sort(generator.permutation(user.size)[: self.n_val_loss])
             user, event = user[some], event[some]
         end = event + 1 if self.objective == "masked" else event
-        windows = Windows(self.splits.histories.offsets[user], end, self.max_length)
+        first = self.splits.histories.offsets[user] - self.start_token
+        starts = np.full(first.size, True) if self.start_token else None
+        windows = Windows(first, end, self.max_length, starts=starts)
         return [self._windows(windows, False, False), self._users(self.splits.val)]
 
     def test_dataloader(self) -> HistoryLoader:
@@ -412,13 +459,20 @@ class SequenceData(RecommenderData[SequenceSplits]):
             results[name] = {metric: float(value) for metric, value in ranking.compute().items()}
         return results
 
-    def _windows(self, windows: Windows, every_position: bool, shuffle: bool) -> SequenceLoader:
+    def _windows(
+        self,
+        windows: Windows,
+        every_position: bool,
+        shuffle: bool,
+        batch_samples: int | None = None,
+    ) -> SequenceLoader:
         return SequenceLoader(
             self.splits.histories.events,
             windows,
             every_position=every_position,
             masked=self.objective == "masked",
             batch_positions=self.batch_positions,
+            batch_samples=batch_samples,
             row_length=self.row_length,
             shuffle=shuffle,
             seed=self.seed,
@@ -434,6 +488,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             row_length=self.row_length,
             batch_size=self.eval_batch_size,
             masked=self.objective == "masked",
+            start_token=self.start_token,
             **(self._shard() | self._loading() if shard else {}),
         )
 

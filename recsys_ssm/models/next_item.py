@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import MASK, NO_ITEM
+from recsys_ssm.batches import MASK, NO_ITEM, START
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
@@ -62,6 +62,7 @@ class NextItem(Recommender):
         objective: Positions that have a target: ``all``, or ``last``, the last position of each prefix, or ``masked``,
             items that are hidden at random (:func:`mask_items`). ``all`` needs a causal backbone; others would see the
             targets. ``masked`` needs one that is not causal; others would not see what follows a hidden item.
+        start_token: A token stands before the first item of a history, as in the dataset.
         mask_share: Share of the items to hide with ``objective="masked"``; BERT4Rec's is .2 for long histories, up to
             .6 for short ones.
         item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
@@ -100,6 +101,7 @@ class NextItem(Recommender):
         max_length: int,
         backbone: Part,
         objective: str = "all",
+        start_token: bool = False,
         mask_share: float = 0.2,
         item_schema: Mapping[str, Any] | None = None,
         items: Features | None = None,
@@ -136,7 +138,7 @@ class NextItem(Recommender):
             )
         if not 0 < mask_share < 1:
             raise UserError(f"model.mask_share={mask_share}: give a share between 0 and 1")
-        self.objective, self.mask_share = objective, mask_share
+        self.objective, self.mask_share, self.start_token = objective, mask_share, start_token
         masked = objective == "masked"
         self.optimizer_spec, self.scheduler_spec = optimizer, scheduler
 
@@ -197,6 +199,7 @@ class NextItem(Recommender):
             "item_ids": splits.item_ids,
             "max_length": data.max_length,
             "objective": data.objective,
+            "start_token": getattr(data, "start_token", False),
             "item_schema": None if splits.item_schema is None else splits.item_schema.to_dict(),
             "items": splits.items,
             "item_counts": splits.item_counts,
@@ -226,6 +229,8 @@ class NextItem(Recommender):
 
         The rest is as in :class:`~recsys_ssm.batches.SequenceBatch`.
         """
+        if self.tokenizer.position_from == "end":
+            position = positions_from_end(item, seq_idx)
         return self.backbone(self.tokenizer(item, position, self.features), seq_idx, at)
 
     # Training
@@ -234,9 +239,15 @@ class NextItem(Recommender):
         """Check that the dataset makes the samples of the model's objective.
 
         Raises:
-            UserError: One of the two has masked items, the other has not.
+            UserError: One of the two has masked items or start tokens, the other has not.
         """
-        objective = getattr(getattr(self.trainer, "datamodule", None), "objective", self.objective)
+        data = getattr(self.trainer, "datamodule", None)
+        if (starts := getattr(data, "start_token", self.start_token)) != self.start_token:
+            raise UserError(
+                f"dataset.start_token={str(starts).lower()}: the model is for dataset.start_token="
+                f"{str(self.start_token).lower()}; give the same to both"
+            )
+        objective = getattr(data, "objective", self.objective)
         if objective != self.objective and "masked" in (objective, self.objective):
             raise UserError(
                 f"dataset.objective={objective}: the model is for dataset.objective={self.objective}; give the same to "
@@ -382,7 +393,7 @@ class NextItem(Recommender):
 
         Args:
             histories: Item ids, the latest last; ids that the catalogue does not have are ignored. A history without
-                a known item gets the most popular items.
+                a known item gets the most popular items, unless the model has a start token to read.
             k: Number of items.
             filter_seen: Leave out the items of the history. None: as in the test.
 
@@ -402,7 +413,7 @@ class NextItem(Recommender):
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         index = self._index()
         known = [[index[str(i)] for i in history if str(i) in index] for history in histories]
-        warm = [row for row, history in enumerate(known) if history]
+        warm = [row for row, history in enumerate(known) if history or self.start_token]
         k = min(k, len(self.item_ids))
         top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
         top_UK = top_UK.expand(len(known), -1).clone()
@@ -416,11 +427,10 @@ class NextItem(Recommender):
         self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
         """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
-        if self.objective == "masked":
-            known_and_mask = [[*history, MASK] for history in known]
-        else:
-            known_and_mask = [list(history) for history in known]
-        latest = [torch.tensor(history[-self.max_length :]) for history in known_and_mask]
+        before = [START] if self.start_token else []
+        after = [MASK] if self.objective == "masked" else []
+        shown = [[*before, *history, *after] for history in known]
+        latest = [torch.tensor(history[-self.max_length :]) for history in shown]
         lengths_U = torch.tensor([history.numel() for history in latest])
         item_UL = torch.nn.utils.rnn.pad_sequence(latest, batch_first=True, padding_value=NO_ITEM)
         position_UL = torch.arange(item_UL.shape[1]).expand_as(item_UL)
@@ -433,7 +443,7 @@ class NextItem(Recommender):
             seen = None
             if filter_seen:
                 user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
-                item = torch.tensor([*itertools.chain.from_iterable(known)])
+                item = torch.tensor([*itertools.chain.from_iterable(known)], dtype=torch.long)
                 seen = (user.to(self.device), item.to(self.device))
             return self.best_items(query_UD, items_ID, k, seen)
 
@@ -441,6 +451,22 @@ class NextItem(Recommender):
         if not hasattr(self, "_index_of"):
             self._index_of = {item: i for i, item in enumerate(self.item_ids)}
         return self._index_of
+
+
+def positions_from_end(item: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """Return how many items follow each position in its sequence, 0 at padding: (B, L) int64.
+
+    Args:
+        item: (B, L) catalogue indices.
+        seq_idx: (B, L), as in :class:`~recsys_ssm.batches.SequenceBatch`; None: each row is one sequence.
+    """
+    L = item.shape[1]
+    here_L = torch.arange(L, device=item.device)
+    if seq_idx is None:
+        return (L - 1 - here_L).expand_as(item)
+    last = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1), value=True)
+    end_BL = torch.where(last, here_L, L - 1).flip(1).cummin(1).values.flip(1)
+    return (end_BL - here_L).masked_fill(seq_idx < 0, 0)
 
 
 def mask_items(item: Tensor, seq_idx: Tensor, share: float) -> tuple[Tensor, Tensor]:

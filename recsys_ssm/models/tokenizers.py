@@ -56,6 +56,8 @@ class HistoryTokenizer(Tokenizer):
 
     embedding: nn.Embedding
     position: nn.Embedding | None
+    position_from: Literal["start", "end"] = "start"
+    """End of a history that positions are counted from; the model passes positions so counted."""
 
     @abc.abstractmethod
     def items(self, features: Features | None) -> Tensor:
@@ -66,8 +68,9 @@ class HistoryTokenizer(Tokenizer):
         """Return the tokens (B, L, D) of histories.
 
         Args:
-            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item.
-            position: (B, L) places in the history, from 0.
+            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item,
+                :data:`~recsys_ssm.batches.START` before the first.
+            position: (B, L) places in the history, from 0, counted from ``position_from``.
             features: The catalogue's, I rows, where there is a schema.
         """
 
@@ -277,8 +280,8 @@ class ItemTokenizer(HistoryTokenizer):
     """Make one token of each item in a history: its embedding, its position if asked for, LayerNorm, dropout.
 
     The embedding has a row for padding before the items' own, as public implementations count it; this row stays zero
-    and is never scored. Where the catalogue has features, an item's row is its id's embedding plus the sum of its
-    features' tokens, both as input and in the softmax (SASRec's tied embedding).
+    and is never scored. It is also the embedding of a start token. Where the catalogue has features, an item's row is
+    its id's embedding plus the sum of its features' tokens, both as input and in the softmax (SASRec's tied embedding).
 
     Args:
         n_items: I.
@@ -287,6 +290,10 @@ class ItemTokenizer(HistoryTokenizer):
         max_length: Items of a history that the model sees.
         positions: Number of learned position embeddings (SASRec); ``max_length``: as many as that; 0: none, as state
             space models need none.
+        position_from: Count positions from the ``start`` of a history, or from its ``end``: the latest item is 0. With
+            ``dataset.objective=all`` a position from the end also shows how many items follow in the window, which are
+            none in the test.
+        item_dropout: Probability of hiding an item of a history in training: its embedding is replaced by zeros.
         norm: Apply LayerNorm to the sum, as in SASRec and Mamba4Rec.
         dropout: Dropout after the LayerNorm.
         init_std: Standard deviation of the initial embeddings; RecBole's is .02.
@@ -302,6 +309,8 @@ class ItemTokenizer(HistoryTokenizer):
         schema: FeatureSchema | None = None,
         max_length: int | None = None,
         positions: int | Literal["max_length"] = 0,
+        position_from: Literal["start", "end"] = "start",
+        item_dropout: float = 0.0,
         norm: bool = True,
         dropout: float = 0.2,
         init_std: float = 0.02,
@@ -312,7 +321,16 @@ class ItemTokenizer(HistoryTokenizer):
             if max_length is None:
                 raise ValueError("positions=max_length: pass max_length too")
             positions = max_length
+        if position_from not in ("start", "end"):
+            raise ValueError(f"position_from={position_from!r}: expected 'start' or 'end'")
+        if position_from == "end" and not positions:
+            raise ValueError(
+                "position_from=end: there are no positions to count; give positions=max_length too"
+            )
+        if not 0 <= item_dropout < 1:
+            raise ValueError(f"item_dropout={item_dropout}: expected 0 to below 1")
         super().__init__()
+        self.position_from, self.item_dropout = position_from, item_dropout
         self.embedding = nn.Embedding(n_items + 1, d_model, padding_idx=0)
         self.position = nn.Embedding(positions, d_model) if positions else None
         self.norm = nn.LayerNorm(d_model, eps=norm_eps) if norm else nn.Identity()
@@ -341,8 +359,9 @@ class ItemTokenizer(HistoryTokenizer):
         """Return the tokens of histories.
 
         Args:
-            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item.
-            position: (B, L) places in the history, from 0.
+            item: (B, L) catalogue indices, -1 at padding, :data:`~recsys_ssm.batches.MASK` at a hidden item,
+                :data:`~recsys_ssm.batches.START` before the first.
+            position: (B, L) places in the history, from 0, counted from ``position_from``.
             features: The catalogue's, I rows, where there is a schema.
 
         Returns:
@@ -353,13 +372,14 @@ class ItemTokenizer(HistoryTokenizer):
         """
         if self.features is None:
             # padding_idx keeps the padding row's gradient out.
-            tokens_BLD = self.embedding(
-                item.clamp(min=-1) + 1 if self.mask is not None else item + 1
-            )
+            tokens_BLD = self.embedding(item.clamp(min=-1) + 1)
         else:
             items_ID = self.items(features)
             tokens_BLD = nn.functional.embedding(item.clamp(min=0), items_ID)
             tokens_BLD = tokens_BLD * (item >= 0).unsqueeze(-1)
+        if self.item_dropout and self.training:
+            shown = torch.rand(item.shape, device=item.device) >= self.item_dropout
+            tokens_BLD = tokens_BLD * shown.unsqueeze(-1)
         if self.mask is not None:
             tokens_BLD = torch.where((item == MASK).unsqueeze(-1), self.mask, tokens_BLD)
         if self.position is not None:

@@ -22,7 +22,8 @@ from recsys_ssm.run.published import backbone_name, published_for
 from recsys_ssm.run.settings import Settings, differences, settings
 
 _OF_TRAINING = re.compile(
-    r"dataset\.(batch_size|batch_positions|max_length|n_val_loss|objective|row_length|shuffle)"
+    r"dataset\.(batch_size|batch_positions|batch_samples|max_length|n_val_loss|objective|row_length|shuffle"
+    r"|start_token|windows)"
 )
 """Options of a dataset that decide how a model is trained; the task stays the same."""
 

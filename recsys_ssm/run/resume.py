@@ -19,7 +19,7 @@ KEY = "recsys_ssm"
 _FIXED = re.compile(
     r"(seed|monitor|monitor_mode"
     r"|(dataset|model|tokenizer|head|loss|backbone|optimizer|scheduler)\..*"
-    r"|callbacks\.(checkpoint|early_stopping)\.(monitor|mode|patience|min_delta))"
+    r"|callbacks\.(checkpoint|early_stopping)\.(monitor|mode|patience|min_delta)|callbacks\.ema\..*)"
 )
 # Of these, the ones that may change: places, speed, the length of the training. Other data is found by its content.
 _FREE = re.compile(

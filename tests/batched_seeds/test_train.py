@@ -177,6 +177,7 @@ def test_a_checkpoint_of_another_number_of_seeds(cli, tmp_path: Path) -> None:
         (["seeds=two"], "seeds=two: not a number of seeds"),
         (["optimizer=sgd", "optimizer._target_=torch.optim.LBFGS"], "element by element"),
         (["callbacks=early_stopping"], "callbacks.early_stopping: it would stop all 2 seeds"),
+        (["callbacks=ema"], "callbacks.ema: the best weights of each seed are kept without"),
         (["monitor=val/hits"], "monitor=val/hits: validation has no such value"),
         (["monitor=val/hits@3"], "unknown metric 'hits@3'"),
         (["trainer.devices=2", "trainer.accelerator=cpu"], "2 devices"),

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from recsys_ssm.batches import MASK, Ragged, SequenceBatch
+from recsys_ssm.batches import MASK, START, Ragged, SequenceBatch
 from recsys_ssm.data.sequences import (
     HeldOut,
     Histories,
@@ -191,6 +191,86 @@ def test_no_held_out_item_is_in_training(objective):
     for batch in data.train_dataloader():
         shown |= set(batch.item.flatten().tolist()) | set(batch.target.flatten().tolist())
     assert len(held) == 12 and not held & shown
+
+
+def starts_of(loader) -> list[Window]:
+    """The windows of an epoch; START, which stands for no event, is checked to be first alone."""
+    found = []
+    for batch in loader:
+        for row, numbers, positions, targets in zip(*batch, strict=True):
+            for number in range(int(numbers.max()) + 1):
+                own = numbers == number
+                items = row[own].tolist()
+                assert START not in items[1:]
+                assert positions[own].tolist() == list(range(len(items)))
+                found.append(Window(items, targets[own].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("windows", ["latest", "all"])
+def test_a_start_token_makes_the_first_item_a_target(windows):
+    lengths = (3, 9, 4, 1, 30, 2, 7, 5)
+    expected = []
+    for user, n in enumerate(lengths):
+        n = n - 2 if n >= 3 else n
+        # Place -1 is the token's; a window of 8 places ends where the last target is.
+        stops = range(n - 1, -1, -8) if windows == "all" else [n - 1]
+        for stop in stops:
+            begin = max(-1, stop - 8)
+            items = [START if t < 0 else user * PLACES + t for t in range(begin, stop)]
+            expected.append(Window(items, span(user, begin + 1, stop + 1)))
+    loader = Data(start_token=True, windows=windows).train_dataloader()
+    assert sorted(starts_of(loader)) == sorted(expected)
+
+
+@pytest.mark.parametrize("windows", ["latest", "recent"])
+def test_a_start_token_is_a_prefix_of_its_own(windows):
+    """Every item is a target once; with ``recent`` the latest 8 training items, the history beginning there."""
+    lengths = (3, 9, 4, 1, 30, 2, 7, 5)
+    expected = []
+    for user, n in enumerate(lengths):
+        n = n - 2 if n >= 3 else n
+        first = max(0, n - 8) if windows == "recent" else 0
+        for t in range(first, n):
+            items = [START, *span(user, first, t)][-8:]
+            expected.append(Window(items, [-1] * (len(items) - 1) + span(user, t, t + 1)))
+    options = {"objective": "last", "start_token": True, "windows": windows}
+    assert sorted(starts_of(Data(**options).train_dataloader())) == sorted(expected)
+
+
+def test_recent_prefixes_without_a_start_token():
+    windows = epoch_of(Data(objective="last", windows="recent").train_dataloader())
+    long = sorted(window.items for window in windows if window.items[0] >= 4 * PLACES)
+    own = [items for items in long if items[0] < 5 * PLACES]
+    assert own == [span(4, 20, t) for t in range(21, 28)]
+
+
+def test_a_start_token_stands_before_histories_to_rank_for():
+    data = Data(start_token=True)
+    (loss, val), test = data.val_dataloader(), data.test_dataloader()
+    for loader in (val, test):
+        batch = next(iter(loader))
+        for u, target in enumerate(batch.target.tolist()):
+            user, place = divmod(target, PLACES)
+            row, column = divmod(int(batch.last[u]), batch.item.shape[1])
+            own = batch.seq_idx[row] == batch.seq_idx[row, column]
+            assert batch.item[row, own].tolist() == [START, *span(user, 0, place)][-8:]
+            seen = batch.seen.values[batch.seen.offsets[u] : batch.seen.offsets[u + 1]]
+            assert seen.tolist() == span(user, 0, place)
+    for window in starts_of(loss):
+        (target,) = (t for t in window.targets if t >= 0)
+        user, place = divmod(target, PLACES)
+        assert window.items == [START, *span(user, 0, place)][-8:]
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_batches_of_a_number_of_samples_have_a_row_for_each(objective):
+    loader = random_data(objective=objective, batch_samples=32).train_dataloader()
+    rows = [batch.item.shape[0] for batch in loader]
+    assert len(loader) == len(rows) and max(rows) <= 32 and max(rows) - min(rows) <= 1
+    assert all(int(batch.seq_idx.max()) == 0 for batch in loader)
+    together = random_data(objective=objective).train_dataloader()
+    assert sorted(epoch_of(loader)) == sorted(epoch_of(together))
 
 
 def test_validation_loss_is_on_the_held_out_item_alone():
@@ -548,13 +628,16 @@ def test_repeat_last_is_of_different_items_whatever_the_other_metrics():
         ),
         ({"row_length": 7}, "dataset.row_length=7"),
         ({"objective": "prefix"}, "dataset.objective=prefix: expected all, last or masked"),
-        ({"windows": "some"}, "dataset.windows=some: expected latest or all"),
+        ({"windows": "some"}, "dataset.windows=some: expected latest, all or recent"),
         ({"eval_batch_size": 0}, "dataset.eval_batch_size=0"),
         ({"n_val_loss": 0}, "dataset.n_val_loss=0"),
         (
             {"objective": "masked", "max_length": 1},
             "dataset.max_length=1: with dataset.objective=masked",
         ),
+        ({"batch_samples": 0}, "dataset.batch_samples=0"),
+        ({"windows": "recent"}, "dataset.windows=recent: prefixes are samples"),
+        ({"objective": "masked", "start_token": True}, "dataset.start_token=true"),
     ],
 )
 def test_impossible_options_are_named(options, message):

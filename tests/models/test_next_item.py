@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from recsys_ssm.batches import SequenceBatch
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import per_user, rank_top_k
-from recsys_ssm.models.next_item import NextItem, later_targets
+from recsys_ssm.models.next_item import NextItem, later_targets, positions_from_end
 from recsys_ssm.models.training import StepSeed
 
 BACKBONES = "recsys_ssm.models.backbones"
@@ -267,6 +268,120 @@ def test_killed_in_the_middle_and_resumed_is_as_if_never_killed(
 
     whole, resumed = run(), run(tmp_path / "step7.ckpt")
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_positions_from_the_end_are_counted_in_each_history(packed: bool) -> None:
+    if not packed:
+        item = torch.zeros(2, 4, dtype=torch.long)
+        assert positions_from_end(item, None).tolist() == [[3, 2, 1, 0]] * 2
+        return
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 2, 2, 2, 2, 2]])
+    found = positions_from_end(torch.zeros_like(seq_idx), seq_idx)
+    assert found.tolist() == [[2, 1, 0, 1, 0, 0, 0], [0, 0, 4, 3, 2, 1, 0]]
+
+
+END = {"positions": "max_length", "position_from": "end"}
+
+
+@pytest.mark.parametrize("backbone", CAUSAL)
+def test_positions_from_the_end_show_the_length_of_a_history_and_no_item(
+    file: Path, backbone: str
+) -> None:
+    model = model_of(data_of(file), backbone, tokenizer=END).double().eval()
+    item, position = torch.randint(N_ITEMS, (1, 8)), torch.arange(8).unsqueeze(0)
+    seq_idx = torch.tensor([[0] * 3 + [1] * 5])
+    with torch.no_grad():
+        before = model(item, seq_idx, position)
+        changed = item.clone()
+        changed[:, 5:] = (item[:, 5:] + 1) % N_ITEMS
+        after = model(changed, seq_idx, position)
+        assert torch.equal(before[:, :5], after[:, :5])
+        shorter = model(item[:, :7], seq_idx[:, :7], position[:, :7])
+        torch.testing.assert_close(shorter[:, :3], before[:, :3], rtol=0, atol=1e-12)
+        assert (shorter[:, 3:] - before[:, 3:7]).abs().amax(-1).min() > 1e-6
+        # A packed history is that history alone; the latest item's position is 0 in both.
+        alone = model(item[:, 3:], None, position[:, :5])
+        torch.testing.assert_close(alone, before[:, 3:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_it_learns_with_a_start_token_and_positions_from_the_end(
+    file: Path, tmp_path: Path, objective: str
+) -> None:
+    data = data_of(file, objective=objective, start_token=True)
+    model = model_of(data, tokenizer=END)
+    trainer = fit(model, data, tmp_path)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.test_results()["metrics"]["hr@1"] > 0.9
+    # What test and command recommend is the same, and a history without an item has an answer, too.
+    batch = next(iter(data.test_dataloader()))
+    _, unseen = model.top(batch, 3)
+    histories = [
+        [f"i{item:02}" for item in batch.seen.values[begin:stop].tolist()]
+        for begin, stop in itertools.pairwise(batch.seen.offsets.tolist())
+    ]
+    found = model.recommend(histories, k=3)["item"].to_list()
+    assert found == [f"i{item:02}" for item in unseen.flatten().tolist()]
+    empty = model.recommend([[], ["nothing"]], k=2)
+    assert empty["score"].null_count() == 0
+    assert empty.filter(user=0)["item"].to_list() == empty.filter(user=1)["item"].to_list()
+
+
+def test_a_start_token_belongs_to_data_and_model(file: Path, tmp_path: Path) -> None:
+    model = model_of(data_of(file, start_token=True))
+    with pytest.raises(UserError, match=r"dataset.start_token=false: the model is for"):
+        trainer_of(tmp_path).test(model, datamodule=data_of(file), verbose=False)
+
+
+def test_averaged_weights_are_validated_kept_and_resumed(file: Path, tmp_path: Path) -> None:
+    """The best checkpoint has the averages; a resumed run goes on with both; counts of items stay counts."""
+
+    class Weights(L.Callback):
+        """Compute the averages from the weights of each step."""
+
+        def __init__(self) -> None:
+            self.mean: dict[str, torch.Tensor] = {}
+            self.validated: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            for name, value in pl_module.named_parameters():
+                now = value.detach().clone()
+                self.mean[name] = 0.5 * self.mean.get(name, now) + 0.5 * now
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, *rest) -> None:
+            self.validated.append(pl_module.tokenizer.embedding.weight.detach().clone())
+
+    def run(folder: Path, ckpt: Path | None = None, epochs: int = 3):
+        data, weights = data_of(file), Weights()
+        model = model_of(data, tokenizer={"dropout": 0.3})
+        keep = [
+            ModelCheckpoint(folder, "best", "val/loss", auto_insert_metric_name=False),
+            ModelCheckpoint(folder, "last"),
+        ]
+        average = EMAWeightAveraging(decay=0.5, use_buffers=False)
+        trainer = trainer_of(
+            folder, max_epochs=epochs, callbacks=[StepSeed(3), average, weights, *keep]
+        )
+        torch.manual_seed(ckpt is None)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        return model, weights, data
+
+    model, weights, data = run(tmp_path / "whole")
+    for name, value in model.named_parameters():  # the end of the training leaves the averages
+        torch.testing.assert_close(value.data, weights.mean[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights.validated[-1], model.tokenizer.embedding.weight.data)
+    assert torch.equal(model.item_counts, data.splits.item_counts)
+    best = torch.load(tmp_path / "whole" / "best.ckpt", weights_only=True)
+    averaged = best["state_dict"]["tokenizer.embedding.weight"]
+    assert any(torch.equal(averaged, seen) for seen in weights.validated)
+    assert not torch.equal(averaged, best["current_model_state"]["tokenizer.embedding.weight"])
+    assert torch.equal(best["state_dict"]["item_counts"], data.splits.item_counts)
+
+    run(tmp_path / "half", epochs=2)
+    resumed, _, _ = run(tmp_path / "half", tmp_path / "half" / "last.ckpt")
+    for (name, a), b in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
