@@ -53,6 +53,7 @@ TRUSTED = frozenset(
         "recsys_ssm.models.backbones.matrrec",
         "recsys_ssm.models.backbones.sigma",
         "recsys_ssm.models.two_tower",
+        "recsys_ssm.text.weights",
     }
 )
 """Modules of this package whose classes a checkpoint or a run's folder may name."""

@@ -24,6 +24,7 @@ from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.table import TableData
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.next_item import NextItem
+from recsys_ssm.models.text_recommender import TextRecommender
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.run.assemble import check_writable
 from recsys_ssm.run.files import write_table, write_text
@@ -69,13 +70,13 @@ def recommend(cfg: DictConfig) -> Path:
     check_writable(path.parent, "output")
     run = open_run(str(cfg.run), cfg.checkpoint, cfg.output_root)
     model, _ = load_model(run)
-    if isinstance(model, NextItem):
+    if isinstance(model, NextItem | TextRecommender):
         job = _by_history(cfg, run, model)
     elif isinstance(model, TwoTower):
         job = _by_features(cfg, run, model)
     else:
         raise UserError(
-            f"run={run.folder}: cannot recommend with a {type(model).__name__}; give a run of TwoTower or NextItem"
+            f"run={run.folder}: cannot recommend with a {type(model).__name__}; give a run of another model"
         )
     model.to(device)
     with tqdm(total=job.n_users, unit="user", disable=None) as bar:
@@ -88,7 +89,7 @@ def recommend(cfg: DictConfig) -> Path:
     return path
 
 
-def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem) -> _Job:
+def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem | TextRecommender) -> _Job:
     """Return the blocks of items that follow users' histories."""
     data = make_data(run, cfg.dataset)
     if not isinstance(data, Interactions):

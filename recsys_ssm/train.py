@@ -52,9 +52,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.sweep is not None:
         check_siblings(output, data.sources)
     name = cfg.name + ("-generated" if data.splits.generated else "")
+    n_notes = len(data.splits.notes)
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
     model = assemble.make_model(cfg, data)
+    for note in data.splits.notes[n_notes:]:  # titles are read when a model asks for them
+        log.info("%s: %s", data.name, note)
     log.info("%s: parameters %s", name, assemble.describe(model.parameter_counts()))
     config = assemble.full_config(cfg, name)
     identity = data.identity()

@@ -35,6 +35,7 @@ GROUPS = {
     "loss": "Compares scores with targets.",
     "optimizer": "Updates the weights.",
     "scheduler": "Changes the learning rate from step to step.",
+    "text": "Where the language model of a recommender that reads titles comes from.",
     "trainer": "Lightning's trainer, in other settings than one process.",
     "callbacks": "Lightning callbacks, beside those that every run has.",
     "logger": "Where the metrics go while a run trains.",

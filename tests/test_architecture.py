@@ -16,6 +16,7 @@ LAYERS = [
     ["sweeps"],
     ["run"],
     ["models"],
+    ["text"],
     ["data"],
     ["ops"],
     ["batches", "metrics", "recommendations"],

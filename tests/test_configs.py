@@ -22,7 +22,7 @@ from recsys_ssm.paths import CONF_DIR
 from recsys_ssm.run.assemble import check_config, make_model
 from recsys_ssm.run.published import published_for
 
-GROUPS = ("backbone", "callbacks", "dataset", "debug", "optimizer", "scheduler", "trainer")
+GROUPS = ("backbone", "callbacks", "dataset", "debug", "optimizer", "scheduler", "text", "trainer")
 OPTIONS = [
     (group, path.stem) for group in GROUPS for path in sorted((CONF_DIR / group).glob("*.yaml"))
 ]

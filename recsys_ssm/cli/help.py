@@ -21,6 +21,7 @@ GROUPS = {
     "loss": "training loss",
     "optimizer": "optimizer",
     "scheduler": "schedule of the learning rate",
+    "text": "language model of a recommender that reads titles",
     "trainer": "processes of the training",
     "callbacks": "Lightning callbacks to add",
     "logger": "place to log to",

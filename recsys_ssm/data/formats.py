@@ -18,6 +18,7 @@ bars or white space. A row is counted from 1 below the header line, or from the 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -177,8 +178,11 @@ def read(
         if kind == "movielens" and not names and columns[0] not in _cells(head, separator):
             names = _movielens_names(path, columns, separator, head)
     typed = first_line(path).partition(separator or "\t")[0]
-    if kind == "recbole" and not (names and ":" not in typed):
+    if kind == "recbole" and not (names and not re.fullmatch(r"[^:|]+:\w+", typed)):
         return _recbole(path, columns, separator or "\t", notes, separator_option)
+    if kind == "recbole" and separator is None:  # GroupLens' u.item has bars
+        found = sniff(first_line(path), len(names))
+        separator = found if len(found) == 1 else None
     separator = separator or separator_of(path)
     encoding = "latin-1" if kind in ("recbole", "movielens") else None  # GroupLens' files
     first = header_of(path, _character(separator))

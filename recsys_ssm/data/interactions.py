@@ -56,6 +56,7 @@ from recsys_ssm.data.sequences import (
     SequenceSplits,
     count_repeats,
 )
+from recsys_ssm.data.titles import TitleTable
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame
 
@@ -99,8 +100,14 @@ class Interactions(SequenceData):
         item_numeric, item_categorical: Feature columns of ``items``.
         item_names: Names of the columns of ``items`` if that file has no header line.
         items_separator: Separator between the cells of ``items``; None: the format's own.
+        item_title: Column of titles, which language models read; None: items have none. Without ``titles`` it is a
+            column of ``items``. Titles are read when a model asks for them.
+        titles: File of titles, several files of which the first that exists is read, or a data frame; None: ``items``.
+            Paths are relative to ``root``.
+        title_names: Names of the columns of ``titles`` if that file has no header line.
         cache_dir: Folder to keep prepared data in; None: ``$RECSYS_SSM_CACHE`` or the user's cache folder.
-        download: ``{url, md5, member}`` of a public archive to fetch the file from if none exists; None: never fetch.
+        download: ``{url, md5, member}`` of a public archive to fetch the file from if none exists, with ``titles``, the
+            member that has the titles, if there is one; None: never fetch.
         source: Where people can get the file, for the message that it does not exist.
         name, base: See :class:`~recsys_ssm.data.sequences.SequenceData`.
 
@@ -136,6 +143,9 @@ class Interactions(SequenceData):
         item_categorical: Sequence[str] = (),
         item_names: Sequence[str] = (),
         items_separator: str | None = None,
+        item_title: str | None = None,
+        titles: Table | Sequence[str] | None = None,
+        title_names: Sequence[str] = (),
         cache_dir: str | Path | None = None,
         download: Mapping[str, str] | None = None,
         source: str | None = None,
@@ -164,7 +174,7 @@ class Interactions(SequenceData):
             val_from=val_from,
             test_from=test_from,
         )
-        if download is not None and set(download) != {"url", "md5", "member"}:
+        if download is not None and set(download) - {"titles"} != {"url", "md5", "member"}:
             raise UserError(
                 f"dataset.download: expected url, md5 and member, got {', '.join(download) or 'none'}"
             )
@@ -189,13 +199,15 @@ class Interactions(SequenceData):
             names_option="dataset.item_names",
             separator_option="dataset.items_separator",
         )
-        if items is not None and not self.items.features:
+        if items is not None and not self.items.features and item_title is None:
             raise UserError(
                 "dataset.items: none of its columns is used; name its feature columns with "
-                "dataset.item_numeric and dataset.item_categorical"
+                "dataset.item_numeric and dataset.item_categorical, or its titles with dataset.item_title"
             )
+        self.title_table = self._title_table(items, titles, item_title, one_or_more(title_names))
         self.cache = cache_folder(cache_dir)
         self.download, self.source = download, source
+        self._titles: list[str] | None = None
 
     def build(self) -> SequenceSplits:
         source = self._find() if self.frame is None else as_frame(self.frame, "interactions")
@@ -213,7 +225,7 @@ class Interactions(SequenceData):
             raise UserError(f"{where}: {error}") from error
         splits.sources.update(self._hash(source))
         _describe(splits)
-        if self.items.source is not None:
+        if self.items.features:
             splits.item_schema, splits.items = self._item_features(splits)
         return splits
 
@@ -236,9 +248,50 @@ class Interactions(SequenceData):
         if self.download is None:
             raise UserError(absent)
         try:
-            return fetch_member(**self.download, folder=self.cache / "downloads")
+            return self._fetch(self.download["member"])
         except UserError as error:
             raise UserError(f"{absent}; {error}") from error
+
+    def _fetch(self, member: str) -> Path:
+        """Fetch a member of the public archive."""
+        assert self.download is not None
+        archive = {"url": self.download["url"], "md5": self.download["md5"]}
+        return fetch_member(**archive, member=member, folder=self.cache / "downloads")
+
+    def _title_table(
+        self,
+        items: Table | None,
+        titles: Table | Sequence[str] | None,
+        column: str | None,
+        names: tuple[str, ...],
+    ) -> TitleTable:
+        """Return where titles are: in ``titles``, or else in a column of ``items``."""
+        if titles is None:
+            table = self.items
+            return TitleTable(
+                items, table.key, column, table.names, table.separator, "dataset.item_names"
+            )
+        if not is_frame(titles):
+            paths: Any = [titles] if isinstance(titles, str | Path) else titles
+            titles = [self.root / Path(path).expanduser() for path in paths]
+        return TitleTable(titles, self.items.key, column, names)
+
+    def item_titles(self) -> list[str]:
+        """Return the titles of the catalogue's items, in its order; notes say which items have none.
+
+        Raises:
+            UserError: The dataset names no titles, or their file is absent or wrong.
+        """
+        if self._titles is None:
+            member = None if self.download is None else self.download.get("titles")
+            source = self.title_table.find(
+                lambda: None if member is None else self._fetch(member), self.source
+            )
+            splits = self.splits
+            self._titles = self.title_table.read(
+                source, splits.item_ids, splits.notes, splits.sources, self.cache
+            )
+        return self._titles
 
     def _hash(self, source: Path | pl.DataFrame) -> dict[str, str]:
         """Return the sha256 of the interactions by their name."""

@@ -86,6 +86,8 @@ class GeneratedShop(Interactions):
             "items": items.drop("title"),
             "item_numeric": ["price"],
             "item_categorical": ["kind"],
+            "titles": items.select("item_id", "title"),
+            "item_title": "title",
         }
         super().__init__(name=name, **base | own)
         self.titles = items.select("item_id", "title")

@@ -37,8 +37,8 @@ from recsys_ssm.run.curves import plot_curves
 from recsys_ssm.run.files import versions, write_table, write_text
 from recsys_ssm.run.loggers import wandb_logger
 
-PARTS = ("tokenizer", "backbone", "head", "loss", "optimizer", "scheduler")
-"""Parts of a model: each is a group of options."""
+PARTS = ("tokenizer", "backbone", "head", "loss", "optimizer", "scheduler", "text")
+"""Parts of a model: each is a group of options. A model is passed those that its class takes."""
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -155,17 +155,22 @@ def make_data(cfg: DictConfig) -> RecommenderData[Any]:
     return data
 
 
-def make_model(cfg: DictConfig, data: RecommenderData[Any]) -> Recommender:
+def make_model(cfg: DictConfig, data: RecommenderData[Any], **given: Any) -> Recommender:
     """Build the model that a config describes, for a dataset.
+
+    Args:
+        cfg: The config.
+        data: The dataset.
+        given: Further arguments of the model.
 
     Raises:
         UserError: An option is wrong, or model and dataset do not fit.
     """
     module: type[Recommender] = import_target(cfg.model["_target_"], "model")
-    parts = {name: spec(cfg.get(name), name) for name in PARTS}
+    parts = {name: spec(cfg.get(name), name) for name in PARTS if takes(module, name)}
     metrics = ranking_metrics(cfg, defaults_of(module)["metrics"])
     model: Recommender = instantiate(
-        cfg.model, "model", **module.arguments_from(data), **parts, metrics=metrics
+        cfg.model, "model", **module.arguments_from(data), **parts, **given, metrics=metrics
     )
     if chosen := getattr(
         model, "optimizer_spec", None

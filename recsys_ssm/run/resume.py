@@ -23,7 +23,7 @@ _FIXED = re.compile(
 )
 # Of these, the ones that may change: places, speed, the length of the training. Other data is found by its content.
 _FREE = re.compile(
-    r"dataset\.(name|root|cache_dir|interactions|users|items|download|source|eval_batch_size|num_workers)(\..*)?"
+    r"dataset\.(name|root|cache_dir|interactions|users|items|titles|title_names|download|source|eval_batch_size|num_workers)(\..*)?"
     r"|scheduler\.total_steps|model\.metrics"
 )
 

@@ -218,9 +218,10 @@ def _without_foreign(spec: Spec) -> dict[str, Any]:
 
 @functools.cache
 def _shipped_downloads() -> list[Any]:
-    """Return the downloads that the shipped configs name."""
+    """Return the downloads that the shipped configs name, also as runs of version 0.1 have them, without titles."""
     configs = [yaml.safe_load(path.read_text()) for path in (CONF_DIR / "dataset").glob("*.yaml")]
-    return [config["download"] for config in configs if config and config.get("download")]
+    downloads = [config["download"] for config in configs if config and config.get("download")]
+    return downloads + [{k: v for k, v in each.items() if k != "titles"} for each in downloads]
 
 
 def _located(spec: dict[str, Any], run: TrainedRun) -> dict[str, Any]:
