@@ -28,6 +28,7 @@ _HOMES = {
     "recsys_ssm.models.backbones.matrrec": ("MaTrRec",),
     "recsys_ssm.models.backbones.sigma": ("Sigma",),
     "recsys_ssm.models.backbones.transformer": ("Transformer",),
+    "recsys_ssm.models.backbones.wearec": ("WEARec",),
     "recsys_ssm.models.heads": ("NextItemHead", "TowerHead"),
     "recsys_ssm.models.losses": (
         "BinaryCrossEntropy",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from recsys_ssm.models.backbones.matrrec import MaTrRec
     from recsys_ssm.models.backbones.sigma import Sigma
     from recsys_ssm.models.backbones.transformer import Transformer
+    from recsys_ssm.models.backbones.wearec import WEARec
     from recsys_ssm.models.heads import NextItemHead, TowerHead
     from recsys_ssm.models.losses import (
         BinaryCrossEntropy,
@@ -114,6 +116,7 @@ __all__ = [
     "TwoTower",
     "UserError",
     "VaccineData",
+    "WEARec",
     "__version__",
 ]
 

@@ -52,6 +52,7 @@ TRUSTED = frozenset(
         "recsys_ssm.models.tokenizers",
         "recsys_ssm.models.backbones.matrrec",
         "recsys_ssm.models.backbones.sigma",
+        "recsys_ssm.models.backbones.wearec",
         "recsys_ssm.models.two_tower",
         "recsys_ssm.text.weights",
     }

@@ -355,9 +355,12 @@ class NextItem(Recommender):
 
     def parameter_counts(self) -> dict[str, int]:
         """Count all parameters, and those without the embeddings of items and positions, as the papers do."""
-        tables = (self.tokenizer.embedding, self.tokenizer.position)
+        of_backbone = getattr(self.backbone, "position", None)
+        tables = (self.tokenizer.embedding, self.tokenizer.position, of_backbone)
         total = sum(p.numel() for p in self.parameters())
-        embeddings = sum(table.weight.numel() for table in tables if table is not None)
+        embeddings = sum(
+            table.weight.numel() for table in tables if isinstance(table, torch.nn.Embedding)
+        )
         if (mask := getattr(self.tokenizer, "mask", None)) is not None:
             embeddings += mask.numel()
         return {"total": total, "without_embeddings": total - embeddings}

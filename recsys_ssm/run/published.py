@@ -140,7 +140,11 @@ def published_for(config: Mapping[str, Any]) -> Row | None:
     if own and (another_tokenizer or option(filled, "dataset.objective") == "masked"):
         # MambaTab or BERT4Rec, for example: the backbone of the row, but another model. The column names the row's.
         return dataclasses.replace(own[0], backbone=None, shipped_recipe=False)
-    return own[0] if own else best_of(row for row in rows if row.seen_items == "left out")
+    if own:
+        return own[0]
+    best = best_of(row for row in rows if row.seen_items == "left out")
+    # Another model than the run's: the column names it.
+    return None if best is None else dataclasses.replace(best, backbone=None)
 
 
 def published_results(config: Mapping[str, Any]) -> dict[str, Any]:
