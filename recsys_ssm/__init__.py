@@ -20,6 +20,7 @@ _HOMES = {
     "recsys_ssm.features": ("Features", "FeatureSchema"),
     "recsys_ssm.metrics": ("RankingMetrics",),
     "recsys_ssm.models.backbones.base": ("Backbone", "Stack"),
+    "recsys_ssm.models.backbones.filter_mamba2": ("FilterMamba2",),
     "recsys_ssm.models.backbones.hydra": ("Hydra",),
     "recsys_ssm.models.backbones.identity": ("Identity",),
     "recsys_ssm.models.backbones.ligr": ("Ligr",),
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from recsys_ssm.features import Features, FeatureSchema
     from recsys_ssm.metrics import RankingMetrics
     from recsys_ssm.models.backbones.base import Backbone, Stack
+    from recsys_ssm.models.backbones.filter_mamba2 import FilterMamba2
     from recsys_ssm.models.backbones.hydra import Hydra
     from recsys_ssm.models.backbones.identity import Identity
     from recsys_ssm.models.backbones.ligr import Ligr
@@ -89,6 +91,7 @@ __all__ = [
     "FeatureSchema",
     "FeatureTokenizer",
     "Features",
+    "FilterMamba2",
     "GeneratedShop",
     "HmData",
     "Hydra",

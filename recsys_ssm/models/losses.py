@@ -114,6 +114,7 @@ class NextItemLoss(Configurable, nn.Module):
         gbce_t: t of ``gbce``, in [0, 1].
         matmul: Type that ``softmax`` multiplies in: ``float32``; ``bfloat16``, two to three times faster on processors
             that multiply it, with gradients off by about .3 % of their size; ``auto``: bfloat16 on such processors.
+        label_smoothing: Share of the target's weight that ``softmax`` spreads over all items of the catalogue.
 
     Raises:
         ValueError: A value is out of its range.
@@ -131,6 +132,7 @@ class NextItemLoss(Configurable, nn.Module):
         logq: bool = True,
         gbce_t: float = 0.75,
         matmul: Literal["float32", "bfloat16", "auto"] = "float32",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         if kind not in get_args(NextItemLossKind):
@@ -141,7 +143,14 @@ class NextItemLoss(Configurable, nn.Module):
             raise ValueError(f"negatives={negatives}: expected at least 1")
         if not 0 <= gbce_t <= 1:
             raise ValueError(f"gbce_t={gbce_t}: expected 0 to 1")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: expected 0 to below 1")
+        if label_smoothing and kind != "softmax":
+            raise ValueError(
+                f"label_smoothing={label_smoothing} needs kind=softmax: kind={kind} has no weights of all items"
+            )
         self.n_items, self.kind, self.negatives = n_items, kind, negatives
+        self.label_smoothing = label_smoothing
         self.sampling, self.shared, self.logq, self.gbce_t = sampling, shared, logq, gbce_t
         self.matmul = matmul
         counts = torch.ones(n_items, dtype=torch.int64)
@@ -167,7 +176,12 @@ class NextItemLoss(Configurable, nn.Module):
             fast = self.matmul == "bfloat16" or (
                 self.matmul == "auto" and multiplies_bfloat16(x.device)
             )
-            return linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
+            loss = linear_cross_entropy(x, weight, target, matmul=torch.bfloat16 if fast else None)
+            if not self.label_smoothing:
+                return loss
+            # The mean over items of -log softmax is the target's plus its score less the mean score.
+            above = (x * (weight[target] - weight.mean(0))).sum(-1)
+            return loss + self.label_smoothing * _mean(above) if target.numel() else loss
         if not torch.compiler.is_compiling() and not target.numel():
             return (x.sum() + weight.sum()) * 0
         shape = (self.negatives,) if self.shared else (target.numel(), self.negatives)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 import torch
@@ -29,7 +29,7 @@ from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemHead
 from recsys_ssm.models.losses import NextItemLoss
-from recsys_ssm.models.optim import configure_optimizers
+from recsys_ssm.models.optim import configure_optimizers, parameter_groups, weight_decay
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
 from recsys_ssm.ops import rank_products
@@ -75,6 +75,8 @@ class NextItem(Recommender):
             was seen before is then a miss. The test also reports the other choice. None: True, unless the dataset says
             that users often repeat items.
         skip: Probability of replacing a training target by the following item (:func:`later_targets`).
+        decay: Parameters that the optimizer's weight decay applies to: ``matrices``, or the ``table`` of the items'
+            embeddings alone.
         optimizer: Spec of a ``torch.optim`` optimizer; None: Adam with lr 1e-3.
         scheduler: Spec of a learning-rate scheduler, stepped each step; None: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
@@ -111,6 +113,7 @@ class NextItem(Recommender):
         loss: Part | None = None,
         filter_seen: bool | None = None,
         skip: float = 0.0,
+        decay: Literal["matrices", "table"] = "matrices",
         optimizer: Part | None = None,
         scheduler: Part | None = None,
         metrics: Sequence[str] = DEFAULT_METRICS,
@@ -136,6 +139,9 @@ class NextItem(Recommender):
                 f"model.skip={skip}: with dataset.objective={objective} a target is not the next item of its position; "
                 "give model.skip=0, or dataset.objective=all"
             )
+        if decay not in ("matrices", "table"):
+            raise UserError(f"model.decay={decay}: expected matrices or table")
+        self.decay = decay
         if not 0 < mask_share < 1:
             raise UserError(f"model.mask_share={mask_share}: give a share between 0 and 1")
         self.objective, self.mask_share, self.start_token = objective, mask_share, start_token
@@ -265,7 +271,11 @@ class NextItem(Recommender):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec)
+        groups = None
+        if self.decay == "table":
+            rate = weight_decay(self.optimizer_spec)
+            groups = parameter_groups(self, rate, only=("tokenizer.embedding.weight",))
+        return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec, groups)
 
     def _loss(self, batch: SequenceBatch) -> tuple[Tensor, int]:
         # Padding, and positions nothing follows, never reach the catalogue.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import lightning as L
@@ -50,16 +51,24 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, only: Container[str] | None = None
+) -> list[dict[str, Any]]:
     """Split parameters into those that decay (matrices) and the rest (norms, biases, parameters of the recurrence).
 
     Without weight decay there is one group.
+
+    Args:
+        module: Module whose parameters are trained.
+        weight_decay: Weight decay of the optimizer.
+        only: Names of the parameters that decay; None: all matrices.
     """
     if not weight_decay:
         return [{"params": list(module.parameters())}]
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
         spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+        spared = spared if only is None else name not in only
         groups[spared]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 

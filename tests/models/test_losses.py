@@ -117,3 +117,21 @@ def test_gbce_between_bce_and_full_calibration() -> None:
         NextItemLoss(n_items=3, gbce_t=2)
     with pytest.raises(ValueError, match="negatives=0"):
         NextItemLoss(n_items=3, negatives=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+def test_label_smoothing_is_that_of_pytorch(smoothing: float) -> None:
+    x, weight, target = (t.double() if t.is_floating_point() else t for t in next_item_inputs())
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = NextItemLoss(n_items=weight.shape[0], label_smoothing=smoothing)(x, weight, target)
+    expected = torch.nn.functional.cross_entropy(x @ weight.T, target, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    found, want = (torch.autograd.grad(value, (x, weight)) for value in (loss, expected))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+
+
+def test_label_smoothing_belongs_to_the_softmax() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing=0.1 needs kind=softmax"):
+        NextItemLoss(n_items=3, kind="bce", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing=1"):
+        NextItemLoss(n_items=3, label_smoothing=1)

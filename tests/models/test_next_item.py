@@ -329,6 +329,29 @@ def test_it_learns_with_a_start_token_and_positions_from_the_end(
     assert empty.filter(user=0)["item"].to_list() == empty.filter(user=1)["item"].to_list()
 
 
+def test_weight_decay_of_the_table_alone(file: Path) -> None:
+    adam = {"_target_": "torch.optim.AdamW", "lr": 1e-2, "weight_decay": 0.3}
+    model = model_of(data_of(file), optimizer=adam, decay="table")
+    table, rest = model.configure_optimizers().param_groups
+    assert (table["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert [id(p) for p in table["params"]] == [id(model.tokenizer.embedding.weight)]
+    assert len(table["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    with pytest.raises(UserError, match=r"model.decay=all: expected matrices or table"):
+        model_of(data_of(file), decay="all")
+
+
+def test_hidden_items_leave_their_places(file: Path) -> None:
+    model = model_of(data_of(file), tokenizer={"item_dropout": 0.5, "norm": False})
+    item = torch.randint(N_ITEMS, (40, 8))
+    position = torch.arange(8).expand_as(item)
+    torch.manual_seed(1)
+    tokens = model.tokenizer.train()(item, position)
+    shown = model.tokenizer.eval()(item, position)
+    hidden = (tokens == 0).all(-1)
+    assert 0.4 < hidden.float().mean() < 0.6
+    assert torch.equal(tokens[~hidden], shown[~hidden])
+
+
 def test_a_start_token_belongs_to_data_and_model(file: Path, tmp_path: Path) -> None:
     model = model_of(data_of(file, start_token=True))
     with pytest.raises(UserError, match=r"dataset.start_token=false: the model is for"):

@@ -10,6 +10,7 @@ import torch
 
 from recsys_ssm.models import backbones
 from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.models.backbones.filter_mamba2 import FilterMamba2
 from recsys_ssm.models.backbones.hydra import Hydra
 from recsys_ssm.models.backbones.ligr import Ligr
 from recsys_ssm.models.backbones.mamba import Mamba
@@ -36,6 +37,7 @@ OPTIONS: list[tuple[type[Backbone], dict[str, object]]] = [
     (Transformer, {"causal": True, "norm_first": True, "activation": "gelu", "init": "normal"}),
     (Ligr, {"n_layers": 2, "nhead": 4}),
     (MaTrRec, {"n_layers": 2, "nhead": 4}),
+    (FilterMamba2, {"filter_length": 4, "adaptive": False, "norm": "pre"}),
     (Sigma, {"n_layers": 2, "norm": "pre"}),
     (Sigma, {"published": True, "mixing": "raw"}),
     *((kind, {"ffn": 2, "init": "normal"}) for kind in (Mamba, Mamba2, Hydra)),
