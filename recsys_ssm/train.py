@@ -28,6 +28,7 @@ from recsys_ssm.run.files import versions, write_json
 from recsys_ssm.run.loggers import finish, log_results
 from recsys_ssm.run.published import published_results
 from recsys_ssm.run.resume import RunRecord, check_resume
+from recsys_ssm.run.retriever import open_retriever
 from recsys_ssm.run.table import print_results
 from recsys_ssm.sweeps.jobs import check_siblings
 
@@ -55,11 +56,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     n_notes = len(data.splits.notes)
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
-    model = assemble.make_model(cfg, data)
+    retriever = open_retriever(cfg, data)
+    given = {} if retriever is None else {"retriever": retriever.model}
+    model = assemble.make_model(cfg, data, **given)
     for note in data.splits.notes[n_notes:]:  # titles are read when a model asks for them
         log.info("%s: %s", data.name, note)
     log.info("%s: parameters %s", name, assemble.describe(model.parameter_counts()))
     config = assemble.full_config(cfg, name)
+    if retriever is not None:
+        config["retrieved_by"] = retriever.options
     identity = data.identity()
     if ckpt_path is not None:
         checkpoint = read_checkpoint(ckpt_path)

@@ -436,6 +436,21 @@ class NextItem(Recommender):
             top_UK[warm], scores_UK[warm] = top, scores
         return self.as_table(top_UK, scores_UK).with_columns(pl.col("score").fill_nan(None))
 
+    def candidates(
+        self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ``k`` best items to follow each history, for a model that ranks them again.
+
+        Args:
+            histories: Catalogue indices, the latest last, at least one each.
+            k: Number of items.
+            filter_seen: Leave out the items of the history.
+
+        Returns:
+            Catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU.
+        """
+        return self._top(histories, k, filter_seen)
+
     def _top(
         self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,8 @@ def parameter_groups(
         return [{"params": list(module.parameters())}]
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
         spared = spared if only is None else name not in only
         groups[spared]["params"].append(parameter)

@@ -94,6 +94,9 @@ class TextRecommender(Recommender):
     families: ClassVar[tuple[str, ...]] = ()
     """Values of ``model_type`` in the ``config.json`` of language models that this recommender can use."""
 
+    phrases: ClassVar[tuple[str, ...]] = ()
+    """Fixed texts of the prompts, which the tokenizer of a tiny model is trained on as well."""
+
     def __init__(
         self,
         *,
@@ -127,7 +130,9 @@ class TextRecommender(Recommender):
         if title_tokens < 1:
             raise UserError(f"model.title_tokens={title_tokens}: give at least 1")
         self.weights: Weights = build(text, Weights, "text")
-        self.source: Source = self.weights.resolve(self.item_titles, self.families, language)
+        # As often as a fixed text needs to have tokens of its own.
+        texts = [*self.item_titles, *self.phrases * max(10, len(self.item_titles) // 10)]
+        self.source: Source = self.weights.resolve(texts, self.families, language)
         self.tokenizer = self.source.tokenizer
         # A blank before a title: it is how a title begins within a text.
         self.titles = self.tokenizer.encode_all(
@@ -205,6 +210,14 @@ class TextRecommender(Recommender):
             Catalogue indices, best first, -1 where no item is left, and their scores: (U, k) each, on the CPU.
         """
 
+    def candidates(
+        self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ``k`` best items to follow each history: see :meth:`recsys_ssm.NextItem.candidates`."""
+        asked = [list(history) for history in histories]
+        with self.inference():
+            return self.top(self.read(asked), asked, k, filter_seen=filter_seen)
+
     # Training
 
     def setup(self, stage: str) -> None:
@@ -221,7 +234,7 @@ class TextRecommender(Recommender):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss, count = self.sample_loss(samples_of(batch), batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        self.log("train/loss", loss, prog_bar=True, batch_size=max(count, 1))
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -233,7 +246,9 @@ class TextRecommender(Recommender):
         self, batch: SequenceBatch | HistoryBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if dataloader_idx == 0:
-            self.val_loss.update(*self.sample_loss(samples_of(batch), batch))  # type: ignore[arg-type]
+            loss, count = self.sample_loss(samples_of(batch), batch)  # type: ignore[arg-type]
+            if count:
+                self.val_loss.update(loss, count)
         elif batch.target.numel():  # this process may have none of the users
             self.validate_users(histories_of(batch.seen), batch.target)  # type: ignore[union-attr]
 

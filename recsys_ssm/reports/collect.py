@@ -23,7 +23,7 @@ from recsys_ssm.reports.runs import (
     numbers,
 )
 from recsys_ssm.reports.shipped import place
-from recsys_ssm.run.published import all_rows
+from recsys_ssm.run.published import all_rows, backbone_class
 from recsys_ssm.run.settings import read_config
 from recsys_ssm.sweeps.status import (
     STATUS,
@@ -143,10 +143,11 @@ def read_run(folder: Path) -> Run | None:
         if not is_tested:
             raise UserError("not tested (test=null)") from error
         raise UserError(str(error).replace(f"{folder}/", "")) from error
-    for part, key in (("backbone", "_target_"), ("dataset", "name")):
-        node = config.get(part)
-        if not isinstance(node, dict) or not isinstance(node.get(key), str):
-            raise UserError(f"config.yaml is of another program: no {part}.{key}")
+    if not backbone_class(config):
+        raise UserError("config.yaml is of another program: no backbone._target_")
+    dataset = config.get("dataset")
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("name"), str):
+        raise UserError("config.yaml is of another program: no dataset.name")
     run = make_run(folder, results, config, _read_history(folder / "history.json"))
     if not is_tested and not math.isfinite(run.validation):
         raise UserError("not tested (test=null), and never validated")

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recsys_ssm.reports.runs import Cell, Run
-from recsys_ssm.run.defaults import known_class, option
+from recsys_ssm.run.defaults import known_class
+from recsys_ssm.run.published import backbone_class
 
 # Lines differ by dash and marker as well as by colour, so a grey print stays legible.
 _COLORS = ("#e69f00", "#56b4e9", "#882255", "#332288", "#999933", "#117733")
@@ -22,7 +23,7 @@ def model_name(cell: Cell) -> str:
 
 def name_of_run(run: Run) -> str:
     """Return a run's model name, as :func:`model_name`."""
-    target = str(option(run.config, "backbone._target_", ""))
+    target = backbone_class(run.config)
     labels = _own(target, "labels")
     return str(labels.get(run.task.kind) or target.rpartition(".")[2] or run.backbone)
 
@@ -33,7 +34,7 @@ def styles(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     A class has a style of its own in ``Backbone.style``. Other backbones get the next free one, in the order of their
     names.
     """
-    targets = {c.backbone: str(option(c.runs[0].config, "backbone._target_", "")) for c in cells}
+    targets = {c.backbone: backbone_class(c.runs[0].config) for c in cells}
     found: dict[str, dict[str, Any]] = {}
     free = (
         {"color": color, "linestyle": line, "marker": marker}

@@ -15,6 +15,7 @@ from recsys_ssm.reports.collect import make_run
 from recsys_ssm.reports.document import Document, Image, Table
 from recsys_ssm.reports.runs import Problem, Run, number
 from recsys_ssm.run.loggers import STEP, Mode, results_of_summary, wandb_mode
+from recsys_ssm.run.published import backbone_class
 
 PREFIX = "wandb:"
 
@@ -39,7 +40,7 @@ def read_runs(source: str, api: Any = None) -> tuple[list[Run], list[Problem]]:
         found = api.runs(f"{entity}/{project}", filters={"group": group} if group else None)
         for run in found:
             place = Path(f"{PREFIX}{entity}", project, run.id)
-            if run.config.get("backbone") is None:
+            if not backbone_class(run.config):
                 continue  # a report, or a run of another program
             results = results_of_summary(dict(run.summary))
             if run.state != "finished" or not results.get("metrics"):

@@ -109,7 +109,12 @@ def grid_of(config: Mapping[str, Any]) -> Grid:
 
 
 def kind_of(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Return the task that a run's model is built for: ``two_tower``, ``next_item``, or the model's name."""
+    """Return the task that a run's model is built for: ``two_tower``, ``next_item``, or the model's name.
+
+    Models of titles are compared with those of next items.
+    """
+    if option(config, "text") is not None:
+        return "next_item"
     for path in ("task", "task.name"):
         if isinstance(value := option(config, path), str):
             return value
@@ -190,9 +195,14 @@ def _with_experiment(dataset: str, backbone: str, grid: Grid, experiment: str) -
 def compose_shipped(
     dataset: str, backbone: str | None = None, grid: Grid = (), experiment: str | None = None
 ) -> dict[str, Any] | None:
-    """Return the config of ``dataset=… backbone=…``, defaults filled in; None if one of them is not shipped."""
+    """Return the config of ``dataset=… backbone=…``, defaults filled in; None if one of them is not shipped.
+
+    A model of titles has no backbone; the experiment of its name in ``conf/experiment/text`` stands for it.
+    """
     from recsys_ssm.cli.resolvers import register_resolvers
 
+    if backbone is not None and (CONF_DIR / "experiment" / "text" / f"{backbone}.yaml").is_file():
+        backbone, experiment = None, f"text/{backbone}"
     named = {"dataset": dataset, "backbone": backbone, "experiment": experiment}
     choices = {group: name for group, name in named.items() if name is not None}
     for group, name in choices.items():

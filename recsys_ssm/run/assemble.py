@@ -329,11 +329,13 @@ def test_model(
             {"item": data.splits.item_ids, "train_count": data.item_counts().numpy()}
         )
         write_table(folder / "items.parquet", items)
+    results = model.test_results()
+    baselines = data.baseline_metrics([str(name) for name in model.test_metrics.names])
     return {
-        **model.test_results(),
+        **results,
         "filter_seen": getattr(model, "filter_seen", None),
         "latency": model.latency(data),
-        "baselines": data.baseline_metrics([str(name) for name in model.test_metrics.names]),
+        "baselines": {**baselines, **results.get("baselines", {})},
     }
 
 

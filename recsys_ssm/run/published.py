@@ -33,7 +33,8 @@ class Row:
         notes: errata of the source.
         dataset: name of the dataset here.
         model: name of the model in print.
-        backbone: class name of the backbone here in lower case; None where this project lacks the model.
+        backbone: class name of the backbone here in lower case, or of a model that has none; None where this project
+            lacks the model.
         metrics: metric -> value.
         seeds: number of runs behind each value.
         seen_items: ``allowed`` if items of a user's history may be ranked for that user.
@@ -162,8 +163,15 @@ def best_of(rows: Iterable[Row]) -> Row | None:
 
 
 def backbone_name(config: Mapping[str, Any]) -> str:
-    """Return the class name of a config's backbone in lower case."""
-    return str(option(config, "backbone._target_", "")).rpartition(".")[2].lower()
+    """Return the class name of a config's backbone (:func:`backbone_class`) in lower case."""
+    return backbone_class(config).rpartition(".")[2].lower()
+
+
+def backbone_class(config: Mapping[str, Any]) -> str:
+    """Return the dotted path of a config's backbone, or of its model where that has none; empty: there is neither."""
+    backbone, model = (option(config, f"{part}._target_") for part in ("backbone", "model"))
+    of_titles = str(model) if isinstance(model, str) and config.get("text") is not None else ""
+    return backbone if isinstance(backbone, str) else of_titles
 
 
 def _holds(row: Row, config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ KEY = "recsys_ssm"
 # Options that a checkpoint fixes: the others take effect when a run is resumed.
 _FIXED = re.compile(
     r"(seed|monitor|monitor_mode"
-    r"|(dataset|model|tokenizer|head|loss|backbone|optimizer|scheduler)\..*"
+    r"|(dataset|model|tokenizer|head|loss|backbone|optimizer|scheduler|text|retrieved_by)\..*"
     r"|callbacks\.(checkpoint|early_stopping)\.(monitor|mode|patience|min_delta)|callbacks\.ema\..*)"
 )
 # Of these, the ones that may change: places, speed, the length of the training. Other data is found by its content.

@@ -68,6 +68,8 @@ _INCIDENTAL: dict[str, tuple[Use, ...]] = {
     "seed": _PUBLISHED,
     "seeds": _PUBLISHED,
     "train.seeds": _PUBLISHED,
+    # where the retriever's run is; retrieved_by has its options
+    "retriever": _SETTING,
     # another seed of the data than the run's is part of the command
     "dataset.seed": _SETTING,
     # how the trained model is measured

@@ -120,6 +120,12 @@ def _footnotes(results: Mapping[str, Any]) -> list[str]:
             "'seen items allowed': items a user had already may be recommended again (RecBole's "
             "protocol). The other columns leave them out; a target seen before is then a miss."
         )
+    if stages := results.get("two_stages"):
+        notes.append(
+            f"Two stages: the target of {stages['share']:.1%} of the users is among the {stages['n_candidates']} "
+            "candidates of the retriever, the others keep its order. The language model has the weight "
+            f"{stages['weight']:g} (model.mix)."
+        )
     if below := _below_popularity(results):
         notes.append(below)
     if results.get("generated"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Configurable
@@ -96,12 +96,12 @@ class Weights(Configurable):
         self.n_layers, self.n_heads = n_layers, n_heads
 
     def resolve(
-        self, titles: Sequence[str], families: Sequence[str], kept: Mapping[str, Any] | None = None
+        self, texts: Sequence[str], families: Sequence[str], kept: Mapping[str, Any] | None = None
     ) -> Source:
         """Return tokenizer, config and folder.
 
         Args:
-            titles: Titles to train the tokenizer of a tiny model on.
+            texts: Texts to train the tokenizer of a tiny model on.
             families: Values of ``model_type`` that the caller can use.
             kept: :meth:`Source.to_dict` from a checkpoint, whose weights are in it as well; no file is read then.
 
@@ -119,7 +119,7 @@ class Weights(Configurable):
             check_family(config, families, "language")
             return Source(tokenizer, config)
         if self.model == TINY:
-            return Source(TextTokenizer.train(titles, self.vocabulary))
+            return Source(TextTokenizer.train(texts, self.vocabulary))
         folder = self.find_folder()
         config = plain_config(read_json(folder / "config.json"))
         check_family(config, families, f"text.model={self.model}")
@@ -259,14 +259,15 @@ def _answers(endpoint: str) -> bool:
 
 
 def transformers_model(
-    model_class: str, config: Mapping[str, Any], folder: Path | None
-) -> tuple[nn.Module, dict[str, Any]]:
+    model_class: str, config: Mapping[str, Any], folder: Path | None, *, four_bit: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Make a model of ``transformers`` in float32, with the weights of a folder or random ones.
 
     Args:
         model_class: Name of the class, ``GPT2LMHeadModel``.
         config: Arguments of its config.
         folder: Folder with ``model.safetensors``; None: random weights.
+        four_bit: Keep the weights of a folder in 4 bits; the rest is computed in bfloat16.
 
     Returns:
         The model, and its config as plain data.
@@ -275,8 +276,15 @@ def transformers_model(
         UserError: The package is absent, or config or weights cannot be used.
     """
     transformers = require("transformers", f"a {model_class}")
-    import torch
-
+    quantized: dict[str, Any] = {}
+    if four_bit and folder is not None:
+        require("bitsandbytes", "model.four_bit=true")
+        if not torch.cuda.is_available():
+            raise UserError("model.four_bit=true: needs a CUDA device; leave it out")
+        quantized["device_map"] = {"": torch.cuda.current_device()}
+        quantized["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     kind = getattr(transformers, model_class)
     where = "config.json" if folder is None else f"text.model={folder}"
     try:
@@ -296,6 +304,7 @@ def transformers_model(
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    **quantized,
                 )
             absent = sorted(report["missing_keys"])
             if absent:
@@ -308,7 +317,7 @@ def transformers_model(
     except Exception as error:  # whatever a foreign config or file makes the package raise
         raise UserError(f"{where}: not a {model_class} ({_first_line(error)})") from error
     plain = {"model_type": made.model_type, **plain_config(made.to_dict())}
-    return model.float(), plain
+    return model if quantized else model.float(), plain
 
 
 class _quiet:  # noqa: N801 - used as a statement
