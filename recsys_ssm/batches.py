@@ -1,10 +1,12 @@
 """Define the batches: the joint between data and models.
 
-Legend: N pairs, B of them in a batch (B rows of a packed batch), L positions of a row; U users to rank for, I items.
+Legend: N pairs, B of them in a batch (B rows of a packed batch), L positions of a row; U users to rank for, I items,
+K places.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,19 @@ class Ragged(NamedTuple):
     def lengths(self) -> Tensor:
         return self.offsets.diff()
 
+    def rows(self, index: Tensor) -> Ragged:
+        """Return the lists at ``index`` (n,)."""
+        length, start = self.lengths[index], self.offsets[index]
+        offsets = torch.zeros(index.numel() + 1, dtype=torch.long)
+        offsets[1:] = length.cumsum(0)
+        source = torch.arange(int(offsets[-1])) + (start - offsets[:-1]).repeat_interleave(length)
+        return Ragged(self.values[source], offsets)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return the list's number and the item of each entry, (n,) each."""
+        owner = torch.arange(self.lengths.numel(), device=self.values.device)
+        return owner.repeat_interleave(self.lengths), self.values
+
     def to(self, device: torch.device | str) -> Ragged:
         return Ragged(self.values.to(device), self.offsets.to(device))
 
@@ -89,6 +104,16 @@ class RankingBatch(NamedTuple):
     """(U,) int64, row of the user table."""
 
 
+class UserBatch(NamedTuple):
+    """Users to recommend to, by their features."""
+
+    user: Features
+    seen: Ragged | None
+    """Items that each of the U users had; None: they are not known."""
+    user_index: Tensor
+    """(U,) int64, row of the user table."""
+
+
 class SequenceBatch(NamedTuple):
     """A batch of training, or of the validation loss: several windows packed into each row."""
 
@@ -113,10 +138,41 @@ class HistoryBatch(NamedTuple):
     position: Tensor
     """(B, L) int64, place within its history from 0; 0 at padding."""
     last: Tensor
-    """(U,) int64, where each user's latest item, or the :data:`MASK` after it, is in the flattened (B·L) batch."""
+    """(U,) int64, where each user's latest item, or the :data:`MASK` after it, is in the flattened (B·L) batch; -1 for
+    a user without an item, in predictions."""
     target: Tensor
-    """(U,) int64, the item held out."""
+    """(U,) int64, the item held out; -1 in predictions."""
     user: Tensor
     """(U,) int64, row of the user table."""
     seen: Ragged
     """Items that each of the U users had before the target: the whole history, however long."""
+
+
+class TopItems(NamedTuple):
+    """The best items of a batch of users, the result of a model's ``predict_step``."""
+
+    user: Tensor
+    """(U,) int64, rows of the user table, on the CPU."""
+    item: Tensor
+    """(U, K) int64, catalogue indices, the best first; -1 where no item is left. On the CPU."""
+    score: Tensor
+    """(U, K) float32; NaN where the items are the most popular ones. On the CPU."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Items that may be recommended.
+
+    Args:
+        k: Places for each user.
+        filter_seen: Leave out the items that a user had. None: as the model does in its test.
+        allowed: (n,) catalogue indices in ascending order, the only items that are recommended; None: all.
+        allowed_pairs: The only items that are recommended to each row of the user table; None: all.
+        denied_pairs: Items that are not recommended to each row of the user table; None: none.
+    """
+
+    k: int = 10
+    filter_seen: bool | None = None
+    allowed: Tensor | None = None
+    allowed_pairs: Ragged | None = None
+    denied_pairs: Ragged | None = None

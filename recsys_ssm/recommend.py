@@ -5,48 +5,56 @@ from __future__ import annotations
 from recsys_ssm.cli import threads  # noqa: F401 - before PyTorch loads OpenMP
 
 # isort: split
+import functools
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 import polars as pl
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from omegaconf import DictConfig
-from tqdm import tqdm
+from torch import Tensor
 
+from recsys_ssm.batches import Ragged, Selection
 from recsys_ssm.cli.command import command
+from recsys_ssm.data.base import content_hash
+from recsys_ssm.data.cache import cache_folder, hash_file
 from recsys_ssm.data.columns import keys, open_table
-from recsys_ssm.data.files import read_table
+from recsys_ssm.data.files import header_of, is_parquet, listed, read_table, scan_table
 from recsys_ssm.data.interactions import Interactions
+from recsys_ssm.data.loaders import BlockLoader, PartLoader
+from recsys_ssm.data.packing import join_ranges
+from recsys_ssm.data.sequences import HeldOut, Histories, HistoryLoader
 from recsys_ssm.data.table import TableData
+from recsys_ssm.data.two_tower import UserLoader
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.next_item import NextItem
+from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.text_recommender import TextRecommender
 from recsys_ssm.models.two_tower import TwoTower
-from recsys_ssm.run.assemble import check_writable
-from recsys_ssm.run.files import write_table, write_text
+from recsys_ssm.run.assemble import as_list, check_writable
+from recsys_ssm.run.ranking import FORMATS, Parts, PartsWriter, ToRank, write_frames
 from recsys_ssm.run.trained import TrainedRun, load_model, make_data, open_run
 
 log = logging.getLogger(__name__)
 
-WRITERS: dict[str, Callable[[Path, pl.DataFrame], Path]] = {
-    ".parquet": write_table,
-    ".csv": lambda path, table: write_text(path, table.write_csv()),
-    ".tsv": lambda path, table: write_text(path, table.write_csv(separator="\t")),
-    ".json": lambda path, table: write_text(path, table.write_json()),
-    ".jsonl": lambda path, table: write_text(path, table.write_ndjson()),
-}
-"""Formats of the output, by the suffix of its name."""
+PART_SIZE = 1 << 14
+"""Users of a part, about."""
 
 
 class _Job(NamedTuple):
-    """Blocks of recommendations to compute, and the number of users in all of them."""
+    """Users to recommend to."""
 
-    blocks: Iterator[tuple[pl.Series, pl.DataFrame]]
-    n_users: int
+    users: pl.Series
+    """(U,) their names."""
+    loader: BlockLoader[Any]
+    key: str
+    """Hash of all that is read about them."""
 
 
 def recommend(cfg: DictConfig) -> Path:
@@ -55,7 +63,7 @@ def recommend(cfg: DictConfig) -> Path:
     Raises:
         UserError: There is no such run or file, the file does not fit the model, or an option is wrong.
     """
-    for option in ("k", "batch_size"):
+    for option in ("k", "batch_size", "devices"):
         if isinstance(cfg[option], bool) or not isinstance(cfg[option], int) or cfg[option] < 1:
             raise UserError(f"{option}={cfg[option]}: give a whole number above 0")
     if cfg.filter_seen not in (True, False, None):
@@ -63,35 +71,95 @@ def recommend(cfg: DictConfig) -> Path:
     path = Path(str(cfg.output)).expanduser()
     if path.is_dir():
         raise UserError(f"output={path} is a folder; name a file")
-    write = WRITERS.get(path.suffix.lower())
-    if write is None:
-        raise UserError(f"output={path}: unknown format; end the name with {', '.join(WRITERS)}")
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"output={path}: unknown format; end the name with {', '.join(FORMATS)}")
     device = _device(cfg.accelerator)
     check_writable(path.parent, "output")
-    run = open_run(str(cfg.run), cfg.checkpoint, cfg.output_root)
+    run = open_run(str(cfg.run), str(cfg.checkpoint), cfg.output_root)
     model, _ = load_model(run)
-    if isinstance(model, NextItem | TextRecommender):
-        job = _by_history(cfg, run, model)
-    elif isinstance(model, TwoTower):
-        job = _by_features(cfg, run, model)
-    else:
+    if not isinstance(model, NextItem | TwoTower | TextRecommender):
         raise UserError(
             f"run={run.folder}: cannot recommend with a {type(model).__name__}; give a run of another model"
         )
-    model.to(device)
-    with tqdm(total=job.n_users, unit="user", disable=None) as bar:
-        tables = []
-        for users, table in job.blocks:
-            tables.append(table.with_columns(user=users.gather(table["user"])))
-            bar.update(users.len())
-    write(path, pl.concat(tables))
-    log.info("%d items for each of %s users: %s", cfg.k, f"{job.n_users:,}", path)
+    if isinstance(model, TextRecommender):
+        for option in ("allow", "deny", "pairs", "similar"):
+            if cfg[option] is not None:
+                raise UserError(
+                    f"{option}={cfg[option]}: a {type(model).__name__} has no vectors of items; leave it out"
+                )
+    data = make_data(run, cfg.dataset)
+    if cfg.similar is not None and not isinstance(model, TextRecommender):
+        return _write_similar(cfg, data, model.to(device), path)
+    columns = _item_columns(cfg, data, model)
+    if cfg.pairs is not None and not isinstance(model, TextRecommender):
+        return _write_scores(cfg, run, data, model.to(device), path)
+    job = (
+        _by_history(cfg, data, model)
+        if isinstance(model, NextItem | TextRecommender)
+        else _by_features(cfg, data, model)
+    )
+    model.selection = _selection(cfg, data, model, job.users)
+    part_size = -(-PART_SIZE // cfg.batch_size) * cfg.batch_size
+    key = content_hash(
+        job.key,
+        hash_file(run.checkpoint, cache_folder()),
+        str((cfg.filter_seen, cfg.batch_size)),
+        *(x for x in (model.selection.allowed,) if x is not None),
+        *(
+            x
+            for pairs in (model.selection.allowed_pairs, model.selection.denied_pairs)
+            if pairs is not None
+            for x in pairs
+        ),
+        str([x is None for x in (model.selection.allowed_pairs, model.selection.denied_pairs)]),
+    )
+    n_users, k = job.users.len(), min(cfg.k, len(model.item_ids))
+    parts = Parts(path.with_name(f"{path.name}.parts"), {"job": key}, n_users, part_size, k)
+    trainer = _predict(cfg, model, job.loader, parts)
+    if trainer.is_global_zero:
+        schema = {"user": job.users.dtype, "rank": pl.Int64, "item": pl.String, "score": pl.Float32}
+        if columns is not None:
+            schema |= columns.schema
+        write_frames(path, parts.frames(job.users, model.ids, columns), schema)
+        parts.remove()
+        log.info("%d items for each of %s users: %s", cfg.k, f"{n_users:,}", path)
     return path
 
 
-def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem | TextRecommender) -> _Job:
-    """Return the blocks of items that follow users' histories."""
-    data = make_data(run, cfg.dataset)
+def _predict(
+    cfg: DictConfig, model: Recommender, loader: BlockLoader[Any], parts: Parts
+) -> L.Trainer:
+    """Compute the missing parts, and wait for all processes."""
+    try:
+        trainer = L.Trainer(
+            accelerator=cfg.accelerator,
+            devices=cfg.devices,
+            strategy=cfg.strategy,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[PartsWriter(parts)],
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"accelerator={cfg.accelerator}, devices={cfg.devices}, strategy={cfg.strategy}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    make = functools.partial(_loader_of, loader, parts.part_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*couldn't infer the batch indices")
+        trainer.predict(model, datamodule=ToRank(make, parts), return_predictions=False)
+    trainer.strategy.barrier()
+    return trainer
+
+
+def _loader_of(loader: BlockLoader[Any], part_size: int, numbers: list[int]) -> PartLoader[Any]:
+    return PartLoader(loader, numbers, part_size)
+
+
+def _by_history(cfg: DictConfig, data: Any, model: NextItem | TextRecommender) -> _Job:
+    """Return users and their histories, as the catalogue's indices."""
     if not isinstance(data, Interactions):
         raise UserError(
             f"run={cfg.run}: its dataset, {data.name}, is not read from interactions; give a run whose dataset is"
@@ -102,73 +170,108 @@ def _by_history(cfg: DictConfig, run: TrainedRun, model: NextItem | TextRecommen
         )
     if cfg.users is None:
         splits = data.splits
-        user_ids, item_ids, (events, offsets) = splits.user_ids, splits.item_ids, splits.histories
+        user_ids, histories = (
+            splits.user_ids,
+            _in_catalogue(splits.histories, splits.item_ids, model),
+        )
     else:
-        user_ids, item_ids, (events, offsets) = data.read_histories(str(cfg.users))
-    items = np.array(item_ids, dtype=object)
-    histories = [
-        items[events[offsets[user] : offsets[user + 1]]].tolist() for user in range(user_ids.len())
-    ]
-    if cfg.users is not None:
-        earlier = _earlier_histories(data, user_ids)
-        if cfg.join_training:
-            histories = [
-                [*earlier.get(user, ()), *own]
-                for user, own in zip(user_ids, histories, strict=True)
-            ]
-        if earlier:
+        user_ids, item_ids, histories = data.read_histories(str(cfg.users))
+        histories = _in_catalogue(histories, item_ids, model)
+        earlier, n_known = _earlier_histories(data, user_ids, model)
+        if cfg.join_training and n_known:
+            histories = _joined(earlier, histories)
+        if n_known:
             log.warning(
                 "%s of %s users were in the training data; their items there are %s",
-                f"{len(earlier):,}",
+                f"{n_known:,}",
                 f"{user_ids.len():,}",
                 "put before those of the file"
                 if cfg.join_training
                 else "not used: join_training=true puts them before those of the file",
             )
-    catalogue = set(model.item_ids)
-    unknown = [
-        user for user, own in zip(user_ids, histories, strict=True) if catalogue.isdisjoint(own)
-    ]
-    if unknown:
+    cold = np.flatnonzero(np.diff(histories.offsets) == 0)
+    if cold.size:
         log.warning(
             "%s of %s users have no item of the catalogue and get the most popular items, the first is %s",
-            f"{len(unknown):,}",
+            f"{cold.size:,}",
             f"{user_ids.len():,}",
-            unknown[0],
+            user_ids[int(cold[0])],
         )
-    if len(unknown) == user_ids.len():
+    if cold.size == user_ids.len():
         raise UserError(
             f"users={cfg.users}: no user has an item of the model's catalogue; "
             "check that ids are spelt as in the training"
         )
+    loader = HistoryLoader(
+        histories,
+        HeldOut(np.arange(user_ids.len()), histories.offsets[1:]),
+        max_length=model.max_length,
+        row_length=model.max_length,
+        batch_size=cfg.batch_size,
+        masked=getattr(model, "objective", None) == "masked",
+        start_token=getattr(model, "start_token", False),
+    )
+    return _Job(user_ids, loader, content_hash(*histories, _hash_ids(user_ids)))
 
-    def blocks() -> Iterator[tuple[pl.Series, pl.DataFrame]]:
-        for start in range(0, len(histories), cfg.batch_size):
-            block = slice(start, start + cfg.batch_size)
-            found = model.recommend(histories[block], cfg.k, filter_seen=cfg.filter_seen)
-            yield user_ids[block], found
 
-    return _Job(blocks(), len(histories))
+def _hash_ids(ids: pl.Series) -> str:
+    return str(
+        int(
+            np.bitwise_xor.reduce(
+                ids.hash(seed=1).to_numpy() * np.arange(1, 2 * ids.len(), 2, dtype=np.uint64)
+            )
+        )
+    )
 
 
-def _earlier_histories(data: Interactions, user_ids: pl.Series) -> dict[str, list[str]]:
-    """Return the items that users have in a run's own data; none if that data is not there."""
+def _in_catalogue(histories: Histories, item_ids: list[str], model: Recommender) -> Histories:
+    """Return histories of the catalogue's indices, without items that it does not have."""
+    events, offsets = histories
+    if item_ids == model.item_ids:
+        return histories
+    events = model.index_of(pl.Series(item_ids, dtype=pl.String)).numpy()[events]
+    known = events >= 0
+    kept = np.concatenate([[0], np.cumsum(known)])
+    return Histories(events[known].astype(np.int32), kept[offsets].astype(np.int64))
+
+
+def _earlier_histories(
+    data: Interactions, user_ids: pl.Series, model: Recommender
+) -> tuple[Histories, int]:
+    """Return what users have in a run's own data, and how many of them are there."""
+    nothing = Histories(np.zeros(0, np.int32), np.zeros(user_ids.len() + 1, np.int64))
     try:
         splits = data.splits
     except UserError as error:
         log.warning("the data of the training cannot be read (%s)", str(error).partition(";")[0])
-        return {}
-    events, offsets = splits.histories
-    place = {user: row for row, user in enumerate(splits.user_ids)}
-    return {
-        user: [splits.item_ids[i] for i in events[offsets[row] : offsets[row + 1]]]
-        for user in user_ids
-        if (row := place.get(user)) is not None
-    }
+        return nothing, 0
+    events, offsets = _in_catalogue(splits.histories, splits.item_ids, model)
+    known = pl.DataFrame({"user": splits.user_ids, "row": np.arange(splits.user_ids.len())})
+    row = (
+        pl.DataFrame({"user": user_ids})
+        .join(known, on="user", how="left", maintain_order="left")["row"]
+        .fill_null(-1)
+        .to_numpy()
+    )
+    length = np.where(row >= 0, np.diff(offsets)[row], 0)
+    start = np.where(row >= 0, offsets[:-1][row], 0)
+    earlier = Histories(
+        events[join_ranges(start, length)], np.concatenate([[0], np.cumsum(length)])
+    )
+    return earlier, int((row >= 0).sum())
 
 
-def _by_features(cfg: DictConfig, run: TrainedRun, model: TwoTower) -> _Job:
-    """Return the blocks of items that suit users' features."""
+def _joined(first: Histories, second: Histories) -> Histories:
+    """Return the events of each user in ``first``, then those in ``second``."""
+    events = np.concatenate([first.events, second.events])
+    start = np.stack([first.offsets[:-1], second.offsets[:-1] + first.events.size], 1)
+    length = np.stack([np.diff(first.offsets), np.diff(second.offsets)], 1)
+    offsets = np.concatenate([[0], np.cumsum(length.sum(1))])
+    return Histories(events[join_ranges(start.ravel(), length.ravel())], offsets)
+
+
+def _by_features(cfg: DictConfig, data: Any, model: TwoTower) -> _Job:
+    """Return users and their features."""
     if cfg.users is None:
         raise UserError(
             "users=null: two towers need a table of users; name one with the columns "
@@ -177,46 +280,22 @@ def _by_features(cfg: DictConfig, run: TrainedRun, model: TwoTower) -> _Job:
     if cfg.join_training:
         raise UserError("join_training=true: two towers have no histories; leave it out")
     columns = [*model.user_schema.names, *([] if cfg.user is None else [str(cfg.user)])]
-    data = make_data(run, cfg.dataset)
     separator = getattr(data, "separator", None) or ","
     table = read_table(str(cfg.users), columns=list(dict.fromkeys(columns)), separator=separator)
-    rows = pl.Series("user", range(table.height)) if cfg.user is None else table[str(cfg.user)]
+    users = pl.Series("user", range(table.height)) if cfg.user is None else table[str(cfg.user)]
     seen = (
         None if cfg.filter_seen is False else _seen_items(cfg, data, model, table.height, separator)
     )
-
-    def blocks() -> Iterator[tuple[pl.Series, pl.DataFrame]]:
-        catalogue = model.item_embeddings()
-        for start in range(0, table.height, cfg.batch_size):
-            part = table[start : start + cfg.batch_size]
-            exclude = None
-            if seen is not None:
-                exclude = seen.mask(start, start + part.height, len(model.item_ids))
-            found = model.recommend(part, cfg.k, exclude, item_embeddings=catalogue)
-            yield rows[start : start + cfg.batch_size], found
-
-    return _Job(blocks(), table.height)
-
-
-class _Seen(NamedTuple):
-    """Items that users had, as pairs sorted by the user's row."""
-
-    user: np.ndarray
-    item: np.ndarray
-
-    def mask(self, start: int, stop: int, n_items: int) -> torch.Tensor:
-        """Return the pairs of the users from ``start`` to ``stop`` as (users, items) bool."""
-        first, last = np.searchsorted(self.user, [start, stop])
-        mask = torch.zeros(stop - start, n_items, dtype=torch.bool)
-        mask[torch.tensor(self.user[first:last] - start), torch.tensor(self.item[first:last])] = (
-            True
-        )
-        return mask
+    features = model.user_schema.encode(table, where=str(cfg.users))
+    key = content_hash(
+        *features, *(() if seen is None else seen), _hash_ids(users), str(seen is None)
+    )
+    return _Job(users, UserLoader(features, seen, batch_size=cfg.batch_size), key)
 
 
 def _seen_items(
     cfg: DictConfig, data: Any, model: TwoTower, n_users: int, separator: str
-) -> _Seen | None:
+) -> Ragged | None:
     """Return the items that known users of a table had in the interactions; None if they cannot be looked up."""
     given = cfg.interactions is not None or cfg.filter_seen is True
     if not isinstance(data, TableData):
@@ -249,19 +328,191 @@ def _seen_items(
             str(error).partition(";")[0],
         )
         return None
-    users = pl.DataFrame({"id": ids, "row": np.arange(n_users)})
-    catalogue = pl.DataFrame(
-        {"item": model.item_ids, "at": np.arange(len(model.item_ids))},
-        schema_overrides={"item": pl.String},
-    )
-    found = users.join(pairs, on="id").join(catalogue, on="item").sort("row")
+    found = _rows(ids, pairs["id"], pairs["item"], model)
     log.info(
         "%s of %s users are known from %s: their items there are left out (filter_seen=false keeps them)",
-        f"{found['row'].n_unique():,}",
+        f"{int((found.lengths > 0).sum()):,}",
         f"{n_users:,}",
         where,
     )
-    return _Seen(found["row"].to_numpy(), found["at"].to_numpy())
+    return found
+
+
+def _rows(users: pl.Series, user: pl.Series, item: pl.Series, model: Recommender) -> Ragged:
+    """Return the items of pairs of names for each of ``users`` (U,), without names that are not known."""
+    known = pl.DataFrame({"id": users.cast(pl.String), "row": np.arange(users.len())})
+    pairs = pl.DataFrame({"id": user.cast(pl.String), "at": model.index_of(item).numpy()})
+    found = known.join(pairs.filter(pl.col("at") >= 0), on="id").sort("row", "at")
+    row, at = (torch.from_numpy(found[name].to_numpy().copy()) for name in ("row", "at"))
+    return Ragged.from_pairs(row, at, users.len())
+
+
+class _Named(NamedTuple):
+    """Items of a file, or pairs of user and item."""
+
+    item: pl.Series
+    user: pl.Series | None
+
+
+def _read_names(path: str, option: str, data: Any) -> _Named:
+    """Read a file of items, or of pairs of user and item.
+
+    Raises:
+        UserError: It cannot be read, or has no column of items.
+    """
+    file = Path(path).expanduser()
+    source = getattr(data, "preparation", data)
+    sides = [[getattr(source, side, side), side, f"{side}_id"] for side in ("item", "user")]
+    present = (
+        scan_table(file).collect_schema().names() if is_parquet(file) or file.is_dir() else None
+    )
+    if present is None:
+        scan_table(file)
+        present = header_of(file, ",")
+    item, user = (next((name for name in names if name in present), None) for names in sides)
+    if item is None:
+        raise UserError(
+            f"{option}={path}: no column {' or '.join(dict.fromkeys(sides[0]))}; its columns are {listed(present)}"
+        )
+    frame, where = open_table(str(file), option, [item] if user is None else [user, item])
+    return _Named(keys(frame, item, where), None if user is None else keys(frame, user, where))
+
+
+def _selection(cfg: DictConfig, data: Any, model: Recommender, users: pl.Series) -> Selection:
+    """Return what may be recommended, from the options and the files that they name."""
+    allowed: Tensor | None = None
+    pairs: dict[str, Ragged | None] = {"allow": None, "deny": None}
+    for option in ("allow", "deny"):
+        if cfg[option] is None:
+            continue
+        named = _read_names(str(cfg[option]), option, data)
+        at = model.index_of(named.item)
+        if unknown := int((at < 0).sum()):
+            log.warning(
+                "%s=%s: %s of %s rows have an item that is not in the catalogue",
+                option,
+                cfg[option],
+                f"{unknown:,}",
+                f"{len(at):,}",
+            )
+        if named.user is not None:
+            pairs[option] = _rows(users, named.user, named.item, model)
+            continue
+        of_file = torch.zeros(len(model.item_ids), dtype=torch.bool)
+        of_file[at[at >= 0]] = True
+        mask = of_file if option == "allow" else ~of_file
+        if allowed is not None:
+            mask &= torch.zeros_like(mask).index_fill(0, allowed, value=True)
+        allowed = mask.nonzero().squeeze(1)
+        if not len(allowed):
+            raise UserError(
+                f"{option}={cfg[option]}: no item is left to recommend; correct the file"
+            )
+    return Selection(cfg.k, cfg.filter_seen, allowed, pairs["allow"], pairs["deny"])
+
+
+def _item_columns(cfg: DictConfig, data: Any, model: Recommender) -> pl.DataFrame | None:
+    """Return the columns of the item file to write beside each item, (I,) rows; null for an item without a row."""
+    columns = as_list(cfg.item_columns)
+    if not columns:
+        if cfg.item_file is not None:
+            raise UserError(
+                f"item_file={cfg.item_file}: name the columns to write with item_columns="
+            )
+        return None
+    if taken := {"user", "rank", "item", "score"} & set(columns):
+        raise UserError(f"item_columns: {min(taken)} is a column of the output; leave it out")
+    table = data.items if isinstance(data, Interactions) else None
+    if isinstance(data, TableData):
+        table = data.item_side.table
+    source = cfg.item_file if cfg.item_file is not None else None if table is None else table.source
+    if source is None:
+        raise UserError("item_columns: the dataset has no file of items; name one with item_file=")
+    key = "item_id" if table is None else table.key
+    frame, where = open_table(
+        source if not isinstance(source, str) else str(Path(source).expanduser()),
+        "items",
+        [key, *columns],
+        names=() if table is None else table.names,
+        separator=None if table is None else table.separator,
+        names_option=None if table is None else table.names_option,
+    )
+    known = frame.select(columns).with_columns(keys(frame, key, where).alias("\0id"))
+    known = known.unique("\0id", keep="first", maintain_order=True)
+    return (
+        pl.DataFrame({"\0id": model.ids})
+        .join(known, on="\0id", how="left", maintain_order="left")
+        .select(columns)
+    )
+
+
+def _write_similar(cfg: DictConfig, data: Any, model: NextItem | TwoTower, path: Path) -> Path:
+    """Write the items that are like those of ``cfg.similar``."""
+    asked = as_list(cfg.similar)
+    if asked == ["all"]:
+        items = model.ids
+    elif len(asked) == 1 and Path(asked[0]).expanduser().is_file():
+        items = _read_names(asked[0], "similar", data).item
+    else:
+        items = pl.Series(asked, dtype=pl.String)
+    columns = _item_columns(cfg, data, model)
+
+    def frames() -> Iterator[pl.DataFrame]:
+        for start in range(0, items.len(), cfg.batch_size):
+            table = model.similar(items[start : start + cfg.batch_size].to_list(), cfg.k)
+            if columns is not None:
+                table = table.hstack(columns[model.index_of(table["similar"]).numpy()])
+            yield table
+
+    schema = {"item": pl.String, "rank": pl.Int64, "similar": pl.String, "score": pl.Float32}
+    write_frames(path, frames(), schema | ({} if columns is None else dict(columns.schema)))
+    log.info("%d items like each of %s: %s", cfg.k, f"{items.len():,}", path)
+    return path
+
+
+def _write_scores(
+    cfg: DictConfig, run: TrainedRun, data: Any, model: NextItem | TwoTower, path: Path
+) -> Path:
+    """Write the scores of the pairs of ``cfg.pairs``, in the order of the file."""
+    named = _read_names(str(cfg.pairs), "pairs", data)
+    if named.user is None:
+        raise UserError(
+            f"pairs={cfg.pairs}: no column of users; give a user and an item in each row"
+        )
+    job = (
+        _by_history(cfg, data, model)
+        if isinstance(model, NextItem)
+        else _by_features(cfg, data, model)
+    )
+    known = pl.DataFrame({"user": job.users.cast(pl.String), "row": np.arange(job.users.len())})
+    pairs = pl.DataFrame({"user": named.user, "item": named.item}).with_columns(
+        at=model.index_of(named.item).numpy(), place=np.arange(named.item.len())
+    )
+    found = pairs.join(known.unique("user", keep="first"), on="user", how="left").sort("place")
+    usable = found.filter(pl.col("row").is_not_null() & (pl.col("at") >= 0)).sort("row", "place")
+    scores = np.full(found.height, np.nan, dtype=np.float32)
+    row, at, place = (usable[name].to_numpy() for name in ("row", "at", "place"))
+    with model.inference():
+        model.on_predict_start()
+        blocks = np.unique(row // cfg.batch_size)
+        for number in blocks.tolist():
+            start = number * cfg.batch_size
+            first, last = np.searchsorted(row, [start, start + cfg.batch_size])
+            scores[place[first:last]] = model.pairs_of(
+                job.loader._block(start, min(start + cfg.batch_size, job.users.len())),
+                torch.from_numpy(row[first:last] - start),
+                torch.from_numpy(at[first:last].copy()),
+            )
+        model.on_predict_end()
+    table = found.select("user", "item").with_columns(pl.Series("score", scores).fill_nan(None))
+    write_frames(path, iter([table]), table.schema)
+    log.info(
+        "scores of %s pairs: %s; %s have none (user or item not known)",
+        f"{table.height:,}",
+        path,
+        f"{table['score'].null_count():,}",
+    )
+    return path
 
 
 def _device(accelerator: str) -> torch.device:

@@ -8,7 +8,7 @@ differ when it is resumed.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Generic, TypeVar
 
@@ -186,7 +186,7 @@ class BlockLoader(BatchLoader[Batch]):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(num_workers=num_workers, pin_memory=pin_memory)
-        self.batch_size = batch_size
+        self.n, self.batch_size = n, batch_size
         self._least = int(world_size > 1)
         self._start, self._stop = n * rank // world_size, n * (rank + 1) // world_size
 
@@ -203,3 +203,35 @@ class BlockLoader(BatchLoader[Batch]):
     def _at(self, position: int) -> Batch:
         start = self._start + position * self.batch_size
         return self._block(start, min(start + self.batch_size, self._stop))
+
+
+class PartLoader(BatchLoader[Batch]):
+    """Batches of some parts of the elements, a part after another; no batch has elements of two parts.
+
+    So a batch does not depend on which parts are loaded, nor on how many processes share them.
+
+    Args:
+        blocks: Loader of all elements.
+        parts: Numbers of the parts: part p has the elements from ``p * part_size``.
+        part_size: Elements of a part; the last may have fewer.
+    """
+
+    def __init__(self, blocks: BlockLoader[Batch], parts: Sequence[int], part_size: int) -> None:
+        super().__init__(num_workers=blocks.num_workers, pin_memory=blocks.pin_memory)
+        self.blocks = blocks
+        self.spans = [
+            (start, min(start + blocks.batch_size, (part + 1) * part_size, blocks.n))
+            for part in parts
+            for start in range(
+                part * part_size, min((part + 1) * part_size, blocks.n), blocks.batch_size
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._load(self._at)
+
+    def _at(self, position: int) -> Batch:
+        return self.blocks._block(*self.spans[position])

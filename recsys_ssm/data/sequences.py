@@ -229,7 +229,8 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
 
     Args:
         histories: Histories of all users.
-        held_out: The users to rank for, and their targets.
+        held_out: The users to rank for, and their targets. In predictions, the end of a user's history is the target;
+            a user without an item has no history in the batch.
         max_length: Most positions of a history, its latest events.
         row_length: Positions of a row, at least ``max_length``.
         batch_size: Users of a batch.
@@ -262,26 +263,32 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         # The place of a mask is that of the target, which MASK then replaces.
         end = target + 1 if self.masked else target
         begin = np.maximum(first - self.start_token, end - self.max_length)
-        order = np.argsort(begin - end, kind="stable")  # longest first
+        warm = np.flatnonzero((target > first) | self.start_token)
+        order = warm[np.argsort((begin - end)[warm], kind="stable")]  # longest first
         rows = Rows((end - begin)[order], self.row_length)
         slots, per_row = rows.at(np.arange(len(rows)))
         placed = order[slots]
         layout = Layout.of(begin[placed], (end - begin)[placed], per_row)
-        last = np.empty(user.size, dtype=np.int64)
+        last = np.full(user.size, -1)
         last[placed] = layout.last
         seen = events[join_ranges(first, target - first)].astype(np.int64)
-        item = layout.fill(events[layout.source], NO_ITEM)
+        # In predictions nothing follows the last event.
+        source = np.minimum(layout.source, events.size - 1)
+        item = layout.fill(events[source], NO_ITEM)
         if self.masked:
-            item.view(-1)[torch.from_numpy(last)] = MASK
+            item.view(-1)[torch.from_numpy(last[placed])] = MASK
         if self.start_token:
             starts = layout.first[begin[placed] < first[placed]]
             item.view(-1)[torch.from_numpy(starts)] = START
+        held = target < offsets[user + 1]
+        next_item = np.full(user.size, NO_ITEM, dtype=np.int64)
+        next_item[held] = events[target[held]]
         return HistoryBatch(
             item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             last=torch.from_numpy(last),
-            target=torch.from_numpy(events[target].astype(np.int64)),
+            target=torch.from_numpy(next_item),
             user=torch.from_numpy(user.astype(np.int64)),  # a copy: memory maps are read-only
             seen=Ragged(
                 torch.from_numpy(seen),
@@ -415,6 +422,11 @@ class SequenceData(RecommenderData[SequenceSplits]):
 
     def test_dataloader(self) -> HistoryLoader:
         return self._users(self.splits.test)
+
+    def predict_dataloader(self) -> HistoryLoader:
+        """Return a loader of all users with their whole histories, for recommendations."""
+        offsets = self.splits.histories.offsets
+        return self._users(HeldOut(np.arange(offsets.size - 1), offsets[1:]))
 
     def item_counts(self) -> Tensor:
         """Return the number of training events of each item, (I,) int64."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_ssm.batches import PairBatch, Ragged, RankingBatch
+from recsys_ssm.batches import PairBatch, Ragged, RankingBatch, UserBatch
 from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
 from recsys_ssm.errors import UserError
@@ -177,6 +177,31 @@ class RankingLoader(BlockLoader[RankingBatch]):
         )
 
 
+class UserLoader(BlockLoader[UserBatch]):
+    """Blocks of users to recommend to.
+
+    Args:
+        users: Features of the users.
+        seen: Items that each user had; None: they are not known.
+        batch_size: Users of a batch.
+        loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
+    """
+
+    def __init__(
+        self, users: Features, seen: Ragged | None, *, batch_size: int, **loading: Any
+    ) -> None:
+        super().__init__(users.n_rows, batch_size=batch_size, **loading)
+        self.users, self.seen = users, seen
+
+    def _block(self, start: int, stop: int) -> UserBatch:
+        user = torch.arange(start, stop)
+        return UserBatch(
+            self.users.rows(slice(start, stop)),
+            None if self.seen is None else self.seen.rows(user),
+            user,
+        )
+
+
 class TwoTowerData(RecommenderData[TwoTowerSplits]):
     """DataModule of user-item pairs with features; a dataset implements :meth:`build`.
 
@@ -220,6 +245,17 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
 
     def test_dataloader(self) -> RankingLoader:
         return self._ranking(self.splits.test_ranking)
+
+    def predict_dataloader(self) -> UserLoader:
+        """Return a loader of all users, for recommendations; items of their positive training pairs are seen."""
+        splits = self.splits
+        mine = splits.train.target > 0
+        seen = Ragged.from_pairs(
+            splits.train.user[mine], splits.train.item[mine], splits.users.n_rows
+        )
+        return UserLoader(
+            splits.users, seen, batch_size=self.eval_batch_size, **self._shard(), **self._loading()
+        )
 
     def item_counts(self) -> Tensor:
         """Return the number of positive training pairs of each item, (I,) int64."""

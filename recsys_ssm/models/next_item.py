@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import MASK, NO_ITEM, START
+from recsys_ssm.batches import MASK, NO_ITEM, START, TopItems
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
-from recsys_ssm.features import Features, FeatureSchema
+from recsys_ssm.features import Features, FeatureSchema, as_frame, numeric_column
 from recsys_ssm.instantiate import Configurable, Part, build, to_spec
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
@@ -187,6 +187,7 @@ class NextItem(Recommender):
         self.val_loss = MeanMetric()
         self.set_metrics(metrics)
         self.test_rankings = Rankings()
+        self._catalogue: Tensor | None = None
 
     @classmethod
     def arguments_from(cls, data: SequenceData) -> dict[str, Any]:
@@ -336,11 +337,77 @@ class NextItem(Recommender):
 
         A target that was seen before is not among the unseen items: the same lists that :meth:`recommend` returns.
         """
-        x_UD = self(batch.item, batch.seq_idx, batch.position, batch.last)
-        user = torch.arange(batch.target.numel(), device=self.device)
-        user = user.repeat_interleave(batch.seen.lengths)
-        seen = (user, batch.seen.values)
-        return rank_products(self.head.query(x_UD), self._items(), k, seen, everything=seen_too)
+        query_UD = self._queries(batch)
+        return rank_products(query_UD, self._items(), k, batch.seen.pairs(), everything=seen_too)
+
+    # Predictions
+
+    def on_predict_start(self) -> None:
+        """Compute the catalogue's vectors once."""
+        self.check_items()
+        with self.inference():
+            self._catalogue = self._items()
+
+    def predict_step(
+        self, batch: HistoryBatch, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> TopItems:
+        """Return the best items to follow each user's history, as :attr:`selection` says.
+
+        Users without an item get the most popular items, with scores that are NaN.
+        """
+        items_ID = self._catalogue if self._catalogue is not None else self._items()
+        wanted = self.selection.filter_seen
+        seen = batch.seen if (self.filter_seen if wanted is None else wanted) else None
+        warm = batch.last >= 0
+        if bool(warm.all()):
+            return self.select(batch.user, self._queries(batch), items_ID, seen)
+        popular_U1, popular_I1 = torch.ones(len(batch.user), 1), self._popularity().unsqueeze(1)
+        found = self.select(
+            batch.user, popular_U1.to(self.device), popular_I1.to(self.device), seen
+        )
+        found.score.fill_(torch.nan)
+        rows = warm.nonzero().squeeze(1)
+        if rows.numel():
+            known = batch._replace(last=batch.last[rows])
+            own = None if seen is None else seen.to("cpu").rows(rows.cpu())
+            best = self.select(batch.user[rows], self._queries(known), items_ID, own)
+            found.item[rows.cpu()], found.score[rows.cpu()] = best.item, best.score
+        return found
+
+    def on_predict_end(self) -> None:
+        self._catalogue = None
+
+    def pairs_of(self, batch: HistoryBatch, owner: Tensor, item: Tensor) -> Tensor:
+        """Return the scores (n,) of items for users of a batch, NaN for a user without an item.
+
+        Args:
+            batch: U users.
+            owner: (n,) numbers of users in the batch.
+            item: (n,) catalogue indices.
+        """
+        items_ID = self._catalogue if self._catalogue is not None else self._items()
+        warm = batch.last >= 0
+        scores = torch.full((len(owner),), torch.nan)
+        if bool(warm.any()):
+            query_UD = self._queries(batch._replace(last=batch.last[warm]))
+            row, kept = warm.cumsum(0) - 1, warm[owner]
+            scores[kept] = self.pair_scores(query_UD, items_ID, row[owner[kept]], item[kept])
+        return scores
+
+    def _queries(self, batch: HistoryBatch) -> Tensor:
+        """Return the (U, D) vectors whose products with the items' are the scores."""
+        device = self.device
+        item, seq_idx, position, last = (
+            x.to(device) for x in (batch.item, batch.seq_idx, batch.position, batch.last)
+        )
+        return self.head.query(self(item, seq_idx, position, last))
+
+    def _popularity(self) -> Tensor:
+        """Return numbers (I,) that order the items by their training interactions, exact in float32."""
+        order = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel())
+        return -place.float()
 
     # For the commands
 
@@ -417,15 +484,8 @@ class NextItem(Recommender):
         Raises:
             UserError: A history is not a list of item ids.
         """
-        histories = list(histories)
-        for row, history in enumerate(histories):
-            if isinstance(history, str) or not isinstance(history, Iterable):
-                raise UserError(
-                    f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
-                )
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
-        index = self._index()
-        known = [[index[str(i)] for i in history if str(i) in index] for history in histories]
+        known = self._known(histories)
         warm = [row for row, history in enumerate(known) if history or self.start_token]
         k = min(k, len(self.item_ids))
         top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
@@ -451,10 +511,87 @@ class NextItem(Recommender):
         """
         return self._top(histories, k, filter_seen)
 
+    def score(self, histories: Sequence[Sequence[str]], pairs: Any) -> pl.DataFrame:
+        """Return the scores of given items for given histories.
+
+        Args:
+            histories: As of :meth:`recommend`.
+            pairs: Polars or pandas data frame with the columns ``user`` (row number in ``histories``) and ``item``.
+
+        Returns:
+            The rows of ``pairs`` with a column ``score``: null if the item is not in the catalogue, or if the history
+            has no item of it.
+
+        Raises:
+            UserError: A history is not a list of item ids, a column is missing, or there is no such history.
+        """
+        known, frame = self._known(histories), as_frame(pairs, "pairs")
+        for name in ("user", "item"):
+            if name not in frame.columns:
+                raise UserError(f"pairs: no column {name!r}; pass the columns user and item")
+        user = torch.tensor(numeric_column(frame, "user", "pairs")).nan_to_num(-1).long()
+        if user.numel() and not 0 <= int(user.min()) <= int(user.max()) < len(known):
+            raise UserError(
+                f"pairs: users from {int(user.min())} to {int(user.max())}, and {len(known)} histories; user is the "
+                "row number of a history, from 0"
+            )
+        warm = torch.tensor([bool(history) or self.start_token for history in known])
+        item, row = self.index_of(frame["item"]), torch.cumsum(warm, 0) - 1
+        scored = (item >= 0) & warm[user]
+        scores = torch.full((len(user),), torch.nan)
+        if bool(scored.any()):
+            query_UD = self._query([each for each in known if each or self.start_token])
+            with self.inference():
+                scores[scored] = self.pair_scores(
+                    query_UD, self._items(), row[user[scored]], item[scored]
+                )
+        return frame.with_columns(pl.Series("score", scores.numpy()).fill_nan(None))
+
+    def similar(self, items: Sequence[str], k: int = 10) -> pl.DataFrame:
+        """Return the items whose embeddings have the largest cosines with those of given items.
+
+        Args:
+            items: Item ids.
+            k: Number of items.
+
+        Returns:
+            Columns ``item`` (the given one), ``rank`` (from 1), ``similar``, ``score``.
+
+        Raises:
+            UserError: An item is not in the catalogue.
+        """
+        with self.inference():
+            return self.similar_table(pl.Series(items, dtype=pl.String), self._items(), k)
+
+    def _known(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Return the catalogue indices of histories, without unknown items.
+
+        Raises:
+            UserError: A history is not a list of item ids.
+        """
+        histories, index = list(histories), self._index()
+        for row, history in enumerate(histories):
+            if isinstance(history, str) or not isinstance(history, Iterable):
+                raise UserError(
+                    f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
+                )
+        return [[index[str(i)] for i in history if str(i) in index] for history in histories]
+
     def _top(
         self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
         """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
+        query_UD = self._query(known)
+        with self.inference():
+            seen = None
+            if filter_seen:
+                user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
+                item = torch.tensor([*itertools.chain.from_iterable(known)], dtype=torch.long)
+                seen = (user.to(self.device), item.to(self.device))
+            return self.best_items(query_UD, self._items(), k, seen)
+
+    def _query(self, known: Sequence[Sequence[int]]) -> Tensor:
+        """Return the (U, D) queries of histories of catalogue indices, none of them empty."""
         before = [START] if self.start_token else []
         after = [MASK] if self.objective == "masked" else []
         shown = [[*before, *history, *after] for history in known]
@@ -467,13 +604,7 @@ class NextItem(Recommender):
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
         with self.inference():
             x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
-            query_UD, items_ID = self.head.query(x_UD), self._items()
-            seen = None
-            if filter_seen:
-                user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
-                item = torch.tensor([*itertools.chain.from_iterable(known)], dtype=torch.long)
-                seen = (user.to(self.device), item.to(self.device))
-            return self.best_items(query_UD, items_ID, k, seen)
+            return self.head.query(x_UD)
 
     def _index(self) -> dict[str, int]:
         if not hasattr(self, "_index_of"):

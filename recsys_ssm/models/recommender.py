@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from recsys_ssm.batches import Ragged, Selection, TopItems
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.instantiate import Spec, defaults_of, find
@@ -23,6 +24,9 @@ from recsys_ssm.recommendations import Rankings
 
 _LOCK = threading.Lock()
 """Held while a model changes its mode."""
+
+_PAIRS = 1 << 16
+"""Pairs of a user and an item to score at once."""
 
 
 def _items_loaded(model: Any, incompatible: Any) -> None:
@@ -41,6 +45,8 @@ class Recommender(L.LightningModule, abc.ABC):
     test_rankings: Rankings
     """Recommendations of the last test."""
 
+    selection = Selection()
+    """Items that ``predict_step`` may recommend, and how many."""
     optimizer_spec: Spec
     _n_inferring = 0
     _without_items = False
@@ -169,6 +175,20 @@ class Recommender(L.LightningModule, abc.ABC):
     def parameter_counts(self) -> dict[str, int]:
         """Count parameters as the papers do."""
 
+    @property
+    def ids(self) -> pl.Series:
+        """Names of the catalogue's items as a series, in catalogue order."""
+        if not hasattr(self, "_ids"):
+            self._ids = pl.Series("item", self.item_ids, dtype=pl.String)
+        return self._ids
+
+    def index_of(self, ids: pl.Series) -> Tensor:
+        """Return the catalogue indices of item ids (n,), int64, -1 for an id that the catalogue does not have."""
+        known = pl.DataFrame({"id": self.ids, "at": range(len(self.item_ids))})
+        asked = pl.DataFrame({"id": ids.cast(pl.String)})
+        at = asked.join(known, on="id", how="left", maintain_order="left")["at"]
+        return torch.from_numpy(at.fill_null(-1).to_numpy().astype("int64"))
+
     def best_items(
         self, query: Tensor, items: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
@@ -182,6 +202,115 @@ class Recommender(L.LightningModule, abc.ABC):
         scores_UK = (items[top_UK.clamp(min=0)] * query.unsqueeze(1)).sum(2)
         return top_UK.cpu(), scores_UK.float().cpu()
 
+    def select(self, user: Tensor, query: Tensor, items: Tensor, seen: Ragged | None) -> TopItems:
+        """Return the best items for a batch of users, of those that :attr:`selection` allows.
+
+        Legend: U users, I items, D the length of their vectors, n pairs.
+
+        Args:
+            user: (U,) rows of the user table.
+            query: (U, D).
+            items: (I, D).
+            seen: Items not to recommend to each user, where the selection does not ask for them; None: none.
+        """
+        chosen, user = self.selection, user.cpu()
+        left_out = []
+        if seen is not None:
+            left_out.append(seen.to("cpu").pairs())
+        if chosen.denied_pairs is not None:
+            left_out.append(chosen.denied_pairs.rows(user).pairs())
+        pairs = None
+        if left_out:
+            pairs = tuple(torch.cat(each) for each in zip(*left_out, strict=True))
+        if chosen.allowed_pairs is not None:
+            return self._of_pairs(user, query, items, pairs)  # type: ignore[arg-type]
+        if chosen.allowed is None:
+            on_device = (
+                None if pairs is None else (pairs[0].to(self.device), pairs[1].to(self.device))
+            )
+            return TopItems(user, *self.best_items(query, items, chosen.k, on_device))
+        if pairs is not None:
+            place = torch.searchsorted(chosen.allowed, pairs[1]).clamp(max=len(chosen.allowed) - 1)
+            kept = chosen.allowed[place] == pairs[1]
+            pairs = pairs[0][kept].to(self.device), place[kept].to(self.device)
+        top, score = self.best_items(query, items[chosen.allowed], chosen.k, pairs)
+        return TopItems(user, torch.where(top < 0, -1, chosen.allowed[top.clamp(min=0)]), score)
+
+    def _of_pairs(
+        self, user: Tensor, query: Tensor, items: Tensor, left_out: tuple[Tensor, Tensor] | None
+    ) -> TopItems:
+        """Return the best of the items that are allowed for each user."""
+        chosen, n_items = self.selection, len(self.item_ids)
+        assert chosen.allowed_pairs is not None
+        owner, item = chosen.allowed_pairs.rows(user).pairs()
+        key = torch.unique(owner * n_items + item)
+        if left_out is not None:
+            key = key[~torch.isin(key, left_out[0] * n_items + left_out[1])]
+        owner, item = key // n_items, key % n_items
+        if chosen.allowed is not None:
+            kept = torch.isin(item, chosen.allowed)
+            owner, item = owner[kept], item[kept]
+        score = self.pair_scores(query, items, owner, item)
+        order = torch.argsort(score, descending=True, stable=True)  # items ascend: ties by item
+        order = order[torch.argsort(owner[order], stable=True)]
+        owner, item, score = owner[order], item[order], score[order]
+        counts = torch.bincount(owner, minlength=len(user))
+        place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+        kept = place < chosen.k
+        k = min(chosen.k, n_items)
+        top, scores = torch.full((len(user), k), -1), torch.full((len(user), k), torch.nan)
+        top[owner[kept], place[kept]] = item[kept]
+        scores[owner[kept], place[kept]] = score[kept]
+        return TopItems(user, top, scores)
+
+    @staticmethod
+    def pair_scores(query: Tensor, items: Tensor, owner: Tensor, item: Tensor) -> Tensor:
+        """Return the products (n,) of ``query[owner]`` and ``items[item]``, float32 on the CPU, in blocks."""
+        found = [
+            (query[u.to(query.device)] * items[i.to(items.device)]).sum(1).float().cpu()
+            for u, i in zip(owner.split(_PAIRS), item.split(_PAIRS), strict=True)
+        ]
+        return torch.cat(found) if found else torch.zeros(0)
+
+    def neighbours(
+        self, vectors: Tensor, catalogue: Tensor, k: int, own: Tensor | None
+    ) -> TopItems:
+        """Return the catalogue's items of the largest cosines with each vector.
+
+        Args:
+            vectors: (U, D).
+            catalogue: (I, D).
+            k: Places.
+            own: (U,) the catalogue index of each vector's own item, which is left out, -1 if it has none.
+        """
+        query, items = (
+            torch.nn.functional.normalize(x.float(), dim=1) for x in (vectors, catalogue)
+        )
+        pairs = None
+        if own is not None:
+            has_own = (own >= 0).nonzero().squeeze(1)
+            pairs = has_own.to(self.device), own[has_own].to(self.device)
+        return TopItems(torch.arange(len(vectors)), *self.best_items(query, items, k, pairs))
+
+    def similar_table(self, items: pl.Series, catalogue: Tensor, k: int) -> pl.DataFrame:
+        """Return the neighbours of items of the catalogue (I, D) as columns ``item``, ``rank``, ``similar``, ``score``.
+
+        Raises:
+            UserError: An item is not in the catalogue.
+        """
+        own = self.index_of(items)
+        if bool((own < 0).any()):
+            missing = items.filter(pl.Series((own < 0).numpy()))
+            raise UserError(
+                f"items: {missing[0]!r:.60} is not in the catalogue (nor are {len(missing) - 1:,} more); pass ids of "
+                "items that were in the training"
+            )
+        found = self.neighbours(catalogue[own], catalogue, k, own)
+        table = self.as_table(found.item, found.score).rename({"item": "similar"})
+        return table.select(
+            items.gather(table["user"].to_numpy()).alias("item"), "rank", "similar", "score"
+        )
+
     def as_table(self, top: Tensor, scores: Tensor) -> pl.DataFrame:
         """Return a result of :meth:`best_items` as columns ``user`` (row), ``rank`` (from 1), ``item``, ``score``."""
         user, place = (top >= 0).nonzero(as_tuple=True)
@@ -189,7 +318,7 @@ class Recommender(L.LightningModule, abc.ABC):
             {
                 "user": user.numpy(),
                 "rank": place.numpy() + 1,
-                "item": [self.item_ids[i] for i in top[user, place].tolist()],
+                "item": self.ids.gather(top[user, place].numpy()),
                 "score": scores[user, place].numpy(),
             }
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import Ragged
+from recsys_ssm.batches import Ragged, TopItems
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Part, build, to_spec
@@ -289,6 +289,31 @@ class TextRecommender(Recommender):
         """Log the metrics; they and ``test_rankings`` stay until the next test begins."""
         values = self.test_metrics.compute()
         self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
+
+    # Predictions
+
+    def predict_step(
+        self, batch: HistoryBatch, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> TopItems:
+        """Return the best items to follow each user's history, as :attr:`selection` says.
+
+        Users without an item get the most popular items, with scores that are NaN.
+        """
+        wanted = self.selection.filter_seen
+        known, k = histories_of(batch.seen), min(self.selection.k, len(self.item_ids))
+        warm = [row for row, history in enumerate(known) if history]
+        popular_K = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
+        found = TopItems(
+            batch.user.cpu(),
+            popular_K.expand(len(known), -1).clone(),
+            torch.full((len(known), k), torch.nan),
+        )
+        if warm:
+            asked = [known[row] for row in warm]
+            filter_seen = self.filter_seen if wanted is None else wanted
+            top_UK, scores_UK = self.top(self.read(asked), asked, k, filter_seen=filter_seen)
+            found.item[warm], found.score[warm] = top_UK, scores_UK.float()
+        return found
 
     # For the commands
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from recsys_ssm.batches import Ragged, TopItems
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame
 from recsys_ssm.instantiate import Part, build, to_spec
@@ -29,7 +30,7 @@ from recsys_ssm.models.tokenizers import FeatureTokenizer, TableTokenizer
 from recsys_ssm.recommendations import Rankings
 
 if TYPE_CHECKING:
-    from recsys_ssm.batches import PairBatch, RankingBatch
+    from recsys_ssm.batches import PairBatch, RankingBatch, UserBatch
     from recsys_ssm.data.two_tower import TwoTowerData
 
 ENCODE_ROWS = 4096
@@ -235,6 +236,40 @@ class TwoTower(Recommender):
         metrics.update_from_top(top_UK, batch.relevant)
         return top_UK
 
+    # Predictions
+
+    def on_predict_start(self) -> None:
+        """Compute the catalogue's embeddings once."""
+        self._item_embeddings = self.item_tower.encode(self.items)
+
+    def predict_step(
+        self, batch: UserBatch | RankingBatch, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> TopItems:
+        """Return the best items for each user, as :attr:`selection` says."""
+        items_IS = (
+            self.item_embeddings() if self._item_embeddings is None else self._item_embeddings
+        )
+        seen = None if self.selection.filter_seen is False else batch.seen
+        if isinstance(seen, Tensor):
+            seen = Ragged.from_mask(seen.cpu())
+        return self.select(batch.user_index, self.user_tower(batch.user), items_IS, seen)
+
+    def on_predict_end(self) -> None:
+        self._item_embeddings = None
+
+    def pairs_of(self, batch: UserBatch, owner: Tensor, item: Tensor) -> Tensor:
+        """Return the scores (n,) of items for users of a batch.
+
+        Args:
+            batch: U users.
+            owner: (n,) numbers of users in the batch.
+            item: (n,) catalogue indices.
+        """
+        items_IS = (
+            self.item_embeddings() if self._item_embeddings is None else self._item_embeddings
+        )
+        return self.pair_scores(self._encode(self.user_tower, batch.user), items_IS, owner, item)
+
     # For the commands
 
     def fits(self, data: TwoTowerData) -> bool:
@@ -315,6 +350,58 @@ class TwoTower(Recommender):
             user, item = exclude.to(self.device).nonzero(as_tuple=True)
             pairs = user, item
         return self.as_table(*self.best_items(user_US, item_IS, k, pairs))
+
+    def score(self, users: Any, items: Any) -> pl.DataFrame:
+        """Return the score of each user for one item: row n of ``users`` and row n of ``items``.
+
+        Args:
+            users: Polars or pandas data frame with the columns of ``user_schema``.
+            items: Item ids of the catalogue; or a data frame with the columns of ``item_schema``, new items included.
+
+        Returns:
+            Column ``score``, a row for each pair; null if an item id is not in the catalogue.
+
+        Raises:
+            UserError: As :meth:`predict`, or there are not as many users as items.
+        """
+        user_BS = self._encode(
+            self.user_tower, self.user_schema.encode(as_frame(users, "users"), where="users")
+        )
+        if isinstance(items, Sequence | pl.Series):
+            at = self.index_of(pl.Series(items, dtype=pl.String))
+            item_IS = self.item_embeddings()
+        else:
+            frame = as_frame(items, "items")
+            item_IS = self._encode(self.item_tower, self.item_schema.encode(frame, where="items"))
+            at = torch.arange(len(item_IS))
+        if len(at) != len(user_BS):
+            raise UserError(f"{len(user_BS)} users and {len(at)} items; pass an item for each user")
+        known = (at >= 0).nonzero().squeeze(1)
+        scores = torch.full((len(at),), torch.nan)
+        scores[known] = self.pair_scores(user_BS, item_IS, known, at[known])
+        return pl.DataFrame({"score": pl.Series(scores.numpy()).fill_nan(None)})
+
+    def similar(self, items: Any, k: int = 10) -> pl.DataFrame:
+        """Return the items of the catalogue whose embeddings have the largest cosines with those of given items.
+
+        Args:
+            items: Item ids of the catalogue; or a data frame with the columns of ``item_schema``, for new items.
+            k: Number of items.
+
+        Returns:
+            Columns ``item`` (the given one; the row number of a data frame), ``rank`` (from 1), ``similar``, ``score``.
+
+        Raises:
+            UserError: An item is not in the catalogue, or as :meth:`predict`.
+        """
+        catalogue = self.item_embeddings()
+        if isinstance(items, Sequence | pl.Series):
+            return self.similar_table(pl.Series(items, dtype=pl.String), catalogue, k)
+        frame = as_frame(items, "items")
+        vectors = self._encode(self.item_tower, self.item_schema.encode(frame, where="items"))
+        found = self.neighbours(vectors, catalogue, k, None)
+        table = self.as_table(found.item, found.score)
+        return table.rename({"item": "similar", "user": "item"})
 
     def item_embeddings(self) -> Tensor:
         """Return the embeddings (I, S) of the catalogue, on the model's device."""

@@ -55,15 +55,20 @@ def open_run(run: str, which: str = "best", root: str | Path = "runs") -> Traine
     Args:
         run: A run's folder, the folder above it (its newest run), a checkpoint, a run's name under ``root``, or
             ``last``: the newest run under ``root``.
-        which: ``best`` or ``last``, unless ``run`` is a checkpoint.
+        which: ``best``, ``last`` or the name of a file in the folder of checkpoints, unless ``run`` is a checkpoint.
         root: ``output_root`` of the trainings.
 
     Raises:
         UserError: There is no such run, or its config cannot be used.
     """
-    if which not in CHECKPOINTS:
-        raise UserError(f"checkpoint={which}: expected best or last")
     path = Path(run).expanduser()
+    if which not in CHECKPOINTS:
+        named = path / "checkpoints" / which
+        if Path(which).name != which or not named.is_file():
+            raise UserError(
+                f"checkpoint={which}: expected best or last, or a file in {path / 'checkpoints'}"
+            )
+        return _checked(path, named)
     if path.is_file():
         return _checked(path.resolve().parent.parent, path)
     folder = _folder_of(run, path, Path(root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from recsys_ssm import Interactions, Mamba, NextItem, TwoTower, UserError
+from recsys_ssm.batches import Ragged, Selection, TopItems
 from recsys_ssm.models.training import evaluate
 
 
@@ -131,3 +133,45 @@ def test_two_towers_take_pandas_and_say_what_is_no_table(tiny_data) -> None:
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"age": [1.0, 2.0], "colour": ["red", None]})
     assert model.recommend(table, 2).equals(model.recommend(frame, 2))
+
+
+def test_lightnings_predict_gives_what_recommend_does(tmp_path: Path, tiny_data) -> None:
+    data = shop(tmp_path, repeats=0.2)
+    model = NextItem.for_data(data, backbone=Mamba(d_model=16, n_layers=1)).eval()
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False,
+             "enable_checkpointing": False}  # fmt: skip
+    model.selection = Selection(k=6)
+    found = L.Trainer(**quiet).predict(model, data)
+    assert found is not None and all(isinstance(each, TopItems) for each in found)
+    (events, offsets), ids = data.splits.histories, data.splits.item_ids
+    histories = [[ids[i] for i in events[a:b]] for a, b in itertools.pairwise(offsets)]
+    expected = model.recommend(histories, 6)
+    table = pl.concat([model.as_table(each.item, each.score) for each in found])
+    assert table["item"].to_list() == expected["item"].to_list()
+
+    tower = TwoTower.for_data(tiny_data, backbone=Mamba(d_model=8, n_layers=1)).eval()
+    tower.selection = Selection(k=2, filter_seen=True)
+    found = L.Trainer(**quiet).predict(tower, tiny_data)
+    splits = tiny_data.splits
+    mine = splits.train.target > 0
+    seen = Ragged.from_pairs(splits.train.user[mine], splits.train.item[mine], splits.users.n_rows)
+    scores = (tower.user_tower(splits.users) @ tower.item_embeddings().T).detach()
+    scores[seen.mask(0, splits.users.n_rows, scores.shape[1])] = -torch.inf
+    best = scores.topk(2)
+    items = torch.cat([each.item for each in found])
+    enough = best.values > -torch.inf
+    assert torch.equal(items[enough], best.indices[enough]) and (items[~enough] == -1).all()
+
+
+def test_two_towers_score_pairs_and_new_items(tiny_data) -> None:
+    model = TwoTower.for_data(tiny_data, backbone=Mamba(d_model=8, n_layers=1))
+    users = pl.DataFrame({"age": [1.0, 2.0, 3.0], "colour": ["red", None, "red"]})
+    everything = model.predict(users)
+    ids = model.item_ids
+    found = model.score(users, [ids[1], "no such", ids[0]])["score"]
+    assert found[0] == pytest.approx(float(everything[0, 1]), abs=1e-6) and found[1] is None
+    assert found[2] == pytest.approx(float(everything[2, 0]), abs=1e-6)
+    like = model.similar([ids[0]], k=2)
+    assert like["item"].to_list() == [ids[0]] * 2 and ids[0] not in like["similar"].to_list()
+    with pytest.raises(UserError, match="3 users and 1 items"):
+        model.score(users, [ids[0]])
