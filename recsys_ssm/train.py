@@ -44,6 +44,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     assemble.check_config(cfg)
     output = Path(cfg.output_dir)
     assemble.check_writable(output)
+    assemble.check_places(output)
     ckpt_path = assemble.find_checkpoint(cfg.ckpt_path, output)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     log.info(ops.describe_backends())

@@ -73,7 +73,9 @@ def main() -> int:
             elif answer.code == 0 and (both or "best.ckpt is used" not in text):
                 fault = "taken unnoticed"
             elif answer.code and (
-                not both or answer.err.count("\n") != 1 or len(answer.err) > LONGEST
+                not (both or "folder" in kinds)
+                or answer.err.count("\n") != 1
+                or len(answer.err) > LONGEST
             ):
                 fault = f"not one line, or the valid one was not used: {answer.err[:300]!r}"
             elif "weights_only" in text:

@@ -116,6 +116,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     check_seeds(cfg)
     output = Path(cfg.output_dir)
     assemble.check_writable(output)
+    assemble.check_places(output)
     register_attention_rule()
     ckpt_path = assemble.find_checkpoint(cfg.ckpt_path, output)
     log.info(ops.describe_backends())

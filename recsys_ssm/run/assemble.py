@@ -31,10 +31,10 @@ from recsys_ssm.metrics import MetricName
 from recsys_ssm.models.optim import configure_optimizers
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.callbacks import Cost
-from recsys_ssm.run.checkpoint_io import AtomicCheckpointIO
+from recsys_ssm.run.checkpoint_io import HASHES, AtomicCheckpointIO
 from recsys_ssm.run.checkpoints import newest_valid
 from recsys_ssm.run.curves import plot_curves
-from recsys_ssm.run.files import versions, write_table, write_text
+from recsys_ssm.run.files import VALIDATIONS, versions, write_table, write_text
 from recsys_ssm.run.loggers import wandb_logger
 
 PARTS = ("tokenizer", "backbone", "head", "loss", "optimizer", "scheduler", "text")
@@ -291,6 +291,34 @@ def check_writable(folder: Path, option: str = "output_dir") -> None:
         raise UserError(
             f"{option}={folder}: cannot write there ({error.strerror}); choose another folder"
         ) from error
+
+
+# Files that a run writes.
+_FILES = (
+    "config.yaml",
+    "history.json",
+    "metrics.json",
+    "curves.png",
+    "test_users.parquet",
+    "items.parquet",
+    VALIDATIONS,
+)
+_CHECKPOINTS = ("best.ckpt", "last.ckpt")
+
+
+def check_places(folder: Path) -> None:
+    """Check that no folder stands where a run writes a file.
+
+    Raises:
+        UserError: One does: the run could be trained, and its result not be kept.
+    """
+    kept = folder / "checkpoints"
+    names = [each + end for each in _CHECKPOINTS for end in ("", HASHES)]
+    for path in (*(folder / each for each in _FILES), *(kept / each for each in names)):
+        if path.is_dir():
+            raise UserError(
+                f"{path}: a folder where a file of the run is written; move it away, or begin a new run"
+            )
 
 
 def full_config(cfg: DictConfig, name: str) -> dict[str, Any]:

@@ -52,6 +52,24 @@ def test_other_items_are_refused(cli, tmp_path: Path) -> None:
     assert "items and split are not those of the training" in outcome.err
 
 
+@pytest.mark.parametrize(
+    "name", ["checkpoints/last.ckpt", "checkpoints/best.ckpt.sha256", "metrics.json", "curves.png"]
+)
+def test_a_folder_in_place_of_a_file_is_one_line_before_the_training(
+    cli, tmp_path: Path, name: str
+) -> None:
+    """It resumed from the other checkpoint, trained, and then could not write."""
+    assert cli("train", *QUICK).code == 0
+    [run] = tmp_path.glob("runs/*/*")
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    before = (run / "history.json").read_bytes()
+    outcome = cli("train", *QUICK, "trainer.max_steps=12", "ckpt_path=last")
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert f"{name}: a folder where a file of the run is written; move it away" in outcome.err
+    assert (run / "history.json").read_bytes() == before
+
+
 def test_last_is_the_newest_run_and_not_an_older_one(cli, tmp_path: Path) -> None:
     assert cli("train", *QUICK).code == 0
     [finished] = tmp_path.glob("runs/*/*")
