@@ -433,6 +433,10 @@ class RankingMetrics(torchmetrics.Metric):
                 values[str(name)] = popularity.to(means_device)
         return values | {count: getattr(self, count).double() for count in COUNTS}
 
+    def set_item_counts(self, item_counts: Tensor) -> None:
+        """Replace the items' popularity, (I,), which the metric ``popularity`` reads."""
+        self._item_counts = item_counts
+
     def _apply(
         self, fn: Callable[..., Tensor], exclude_state: Sequence[str] = ""
     ) -> torch.nn.Module:

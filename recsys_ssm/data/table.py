@@ -248,6 +248,7 @@ class TableData(TwoTowerData):
             val=val,
             val_ranking=self._ranking_of(rows, split, split.val),
             test_ranking=self._ranking_of(rows, split, split.test),
+            relevant_above=self.relevant_above,
             baselines={"popularity": ByCount(popularity)},
             notes=notes,
             sources=self._hash(),

@@ -86,6 +86,8 @@ class TwoTowerSplits:
     val: Pairs
     val_ranking: Ranking
     test_ranking: Ranking
+    relevant_above: float = 0.0
+    """A pair is positive if its target is above this."""
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Baselines to print beside the model; ``random`` and ``popularity`` are added."""
     notes: list[str] = field(default_factory=list)
@@ -107,12 +109,17 @@ class TwoTowerSplits:
                 "no training pair is left: give the dataset more interactions, "
                 "or hold out fewer users"
             )
-        counts = torch.bincount(self.train.item[self.train.target > 0], minlength=n_items).float()
         self.baselines = {
             "random": AtRandom(n_items),
-            "popularity": ByCount(counts),
+            "popularity": ByCount(self.item_counts.float()),
             **self.baselines,
         }
+
+    @property
+    def item_counts(self) -> Tensor:
+        """Positive training pairs of each item, (I,) int64."""
+        positive = self.train.target > self.relevant_above
+        return torch.bincount(self.train.item[positive], minlength=len(self.item_ids))
 
 
 class PairLoader(ResumableLoader[PairBatch]):
@@ -259,8 +266,7 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
 
     def item_counts(self) -> Tensor:
         """Return the number of positive training pairs of each item, (I,) int64."""
-        train = self.splits.train
-        return torch.bincount(train.item[train.target > 0], minlength=len(self.splits.item_ids))
+        return self.splits.item_counts
 
     def identity(self) -> dict[str, str]:
         """Return hashes of the items, of the users' columns, and of the pairs that are trained on."""
@@ -277,7 +283,12 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         results = {}
         for name, scores in splits.baselines.items():
             # Every process ranks for all users here, so there is nothing to sum over processes.
-            ranking = RankingMetrics(metrics, n_items=len(splits.item_ids), sync_on_compute=False)
+            ranking = RankingMetrics(
+                metrics,
+                n_items=len(splits.item_ids),
+                item_counts=self.item_counts(),
+                sync_on_compute=False,
+            )
             for batch in RankingLoader(
                 splits.users,
                 splits.test_ranking,

@@ -76,6 +76,8 @@ class TwoTower(Recommender):
         user_schema, item_schema: :meth:`FeatureSchema.to_dict` of each side.
         item_ids: Names of the catalogue's items, in catalogue order (equal scores are ranked in it).
         items: The catalogue's features, I rows. None: a checkpoint has to fill them before any use.
+        item_counts: (I,) positive training pairs of each item, for the metric ``popularity``. A trainer with a
+            DataModule fills them in.
         backbone: A :class:`Backbone`.
         tokenizer: A :class:`TableTokenizer`; None: :class:`FeatureTokenizer`.
         head: Module built with ``d_model``; None: :class:`TowerHead`.
@@ -106,6 +108,7 @@ class TwoTower(Recommender):
         item_ids: Sequence[str],
         backbone: Part,
         items: Features | None = None,
+        item_counts: Tensor | None = None,
         tokenizer: Part | None = None,
         head: Part | None = None,
         loss: Part | None = None,
@@ -121,7 +124,7 @@ class TwoTower(Recommender):
         optimizer = to_spec(optimizer or {"lr": 1e-4}, "optimizer", torch.optim.Adam)
         scheduler = None if scheduler is None else to_spec(scheduler, "scheduler")
         # Not to the logger: vocabularies may be large, and the composed config is logged already.
-        self.save_hyperparameters(ignore=["items"], logger=False)
+        self.save_hyperparameters(ignore=["items", "item_counts"], logger=False)
         self.user_schema = FeatureSchema.from_dict(user_schema)
         self.item_schema = FeatureSchema.from_dict(item_schema)
         self.item_ids = list(item_ids)
@@ -133,6 +136,10 @@ class TwoTower(Recommender):
         self.set_items(items, self.item_schema)
         self.item_numeric: Tensor
         self.item_categorical: Tensor
+        counts = torch.zeros(len(self.item_ids), dtype=torch.int64)
+        counts = counts if item_counts is None else item_counts
+        self.register_buffer("item_counts", counts, persistent=False)
+        self.item_counts: Tensor
 
         self.val_loss = MeanMetric()
         self.set_metrics(metrics)
@@ -157,12 +164,16 @@ class TwoTower(Recommender):
             "item_schema": splits.item_schema.to_dict(quantiles=True),
             "item_ids": splits.item_ids,
             "items": splits.items,
+            "item_counts": data.item_counts(),
         }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
         """Set the ranking metrics that validation and test report."""
-        self.val_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
-        self.test_metrics = RankingMetrics(metrics, n_items=len(self.item_ids))
+
+        def made() -> RankingMetrics:
+            return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
+
+        self.val_metrics, self.test_metrics = made(), made()
 
     @property
     def items(self) -> Features:
@@ -175,6 +186,14 @@ class TwoTower(Recommender):
         return (self.user_tower(user) * self.item_tower(item)).sum(-1)
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        """Take the items' popularity from the trainer's dataset; a checkpoint does not have it."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "item_counts"):
+            self.item_counts = data.item_counts().to(self.device)
+            for metrics in (self.val_metrics, self.test_metrics):
+                metrics.set_item_counts(self.item_counts)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
