@@ -114,7 +114,9 @@ def readme_next_item(collection: Collection) -> str:
             continue
         ours = [estimate(list(best.values(m).values())) for m in metrics]
         figures = [tables.show_estimate(e, 4, tables.Options(0)) for e in ours]
-        rows.append([f"{task.label}, `{best.setting.label}`, {best.n} seeds", *figures])
+        seeds = f"{best.n} seed{'s' * (best.n > 1)}"
+        label = best.setting.label.replace("default setting", model_name(best))
+        rows.append([f"{task.label}, `{label}`, {seeds}", *figures])
         published = tables.published_rows(task)
         row = best_of(row for row in published if row.seen_items == "left out")
         if row is not None:

@@ -84,6 +84,7 @@ def cell_record(cell: Cell) -> dict[str, Any]:
             str(run.seed): {
                 "validation": run.validation,
                 **{key: _rounded(run.results[key]) for key in _OF_A_SEED if key in run.results},
+                **({} if run.data is None else {"data": run.data}),
             }
             for run in cell.runs
         },

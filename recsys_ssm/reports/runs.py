@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -122,9 +122,16 @@ class Run:
 
     @property
     def data(self) -> dict[str, str] | None:
-        """SHA-256 of each input file by its name, empty for sampled data; None if the run did not record it."""
+        """SHA-256 of each input file by its name, empty for sampled data; None if the run did not record it.
+
+        A file's name is its path from ``dataset.root``, so the same file has the same name on every machine.
+        """
         found = self.results.get("data")
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        options = self.config.get("dataset")
+        root = options.get("root") if isinstance(options, dict) else None
+        return {_from_root(str(k), root): str(v) for k, v in found.items()}
 
     def test_users(self) -> pl.DataFrame | None:
         return _read_table(self.folder / "test_users.parquet")
@@ -233,3 +240,10 @@ def _read_table(path: Path) -> pl.DataFrame | None:
         return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError):
         return None
+
+
+def _from_root(path: str, root: object) -> str:
+    """Return a file's path from the folder of the dataset; of another absolute path its folder and name."""
+    if isinstance(root, str) and PurePath(path).is_relative_to(root):
+        return PurePath(path).relative_to(root).as_posix()
+    return "/".join(PurePath(path).parts[-2:]) if PurePath(path).is_absolute() else path

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.reports import archive
@@ -427,3 +428,19 @@ def test_the_hashes_of_the_data_are_kept(tmp_path: Path) -> None:
     archive.write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "cells")
     [cell] = archive.read_cells(tmp_path / "cells")
     assert cell.runs[0].data == {"ratings.dat": "ab" * 32}
+
+
+def test_a_file_has_the_name_that_it_has_below_the_data_folder(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "a")
+    record = json.loads((folder / "metrics.json").read_text())
+    record["data"] = {"/home/me/data/ml/u.txt": "ab", "/else/where/x.csv": "cd", "own.csv": "ef"}
+    (folder / "metrics.json").write_text(json.dumps(record))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["dataset"]["root"] = "/home/me/data"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    [cell] = collect([tmp_path]).cells
+    named = {"ml/u.txt": "ab", "where/x.csv": "cd", "own.csv": "ef"}
+    assert cell.runs[0].data == named
+    [path] = archive.write_cells([cell], tmp_path / "kept")
+    [figures] = json.loads(path.read_text())["per_seed"].values()
+    assert figures["data"] == named
