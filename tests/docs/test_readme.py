@@ -25,7 +25,7 @@ def command_with(*words: str) -> list[str]:
 
 def test_it_is_short_and_keeps_its_generated_tables() -> None:
     text = README.read_text()
-    assert len([line for line in text.splitlines() if line.strip()]) <= 116
+    assert len([line for line in text.splitlines() if line.strip()]) <= 118
     for part in ("readme", "readme next-item"):
         assert f"<!-- results: {part} -->\n|" in text
         assert f"<!-- end of results: {part} -->" in text
