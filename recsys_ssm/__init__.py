@@ -26,6 +26,7 @@ _HOMES = {
     "recsys_ssm.models.backbones.ligr": ("Ligr",),
     "recsys_ssm.models.backbones.mamba": ("Mamba",),
     "recsys_ssm.models.backbones.mamba2": ("Mamba2",),
+    "recsys_ssm.models.backbones.mamba3": ("Mamba3",),
     "recsys_ssm.models.backbones.matrrec": ("MaTrRec",),
     "recsys_ssm.models.backbones.sigma": ("Sigma",),
     "recsys_ssm.models.backbones.transformer": ("Transformer",),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from recsys_ssm.models.backbones.ligr import Ligr
     from recsys_ssm.models.backbones.mamba import Mamba
     from recsys_ssm.models.backbones.mamba2 import Mamba2
+    from recsys_ssm.models.backbones.mamba3 import Mamba3
     from recsys_ssm.models.backbones.matrrec import MaTrRec
     from recsys_ssm.models.backbones.sigma import Sigma
     from recsys_ssm.models.backbones.transformer import Transformer
@@ -103,6 +105,7 @@ __all__ = [
     "MaTrRec",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "MambaTabTokenizer",
     "MambularTokenizer",
     "MeanSquaredError",

@@ -45,6 +45,7 @@ TRUSTED = frozenset(
         "recsys_ssm.models.backbones.ligr",
         "recsys_ssm.models.backbones.mamba",
         "recsys_ssm.models.backbones.mamba2",
+        "recsys_ssm.models.backbones.mamba3",
         "recsys_ssm.models.backbones.transformer",
         "recsys_ssm.models.gpt4rec",
         "recsys_ssm.models.heads",

@@ -10,6 +10,7 @@ from recsys_ssm.ops.selective_scan import (
 )
 from recsys_ssm.ops.sequences import each_sequence, seq_idx_of, sequences_of
 from recsys_ssm.ops.ssd import ssd, ssd_step
+from recsys_ssm.ops.trapezoidal_ssd import rotate, trapezoidal_ssd
 
 __all__ = [
     "backends",
@@ -18,6 +19,7 @@ __all__ = [
     "describe_backends",
     "each_sequence",
     "rank_products",
+    "rotate",
     "same_conv1d",
     "selective_scan",
     "selective_scan_reference",
@@ -26,4 +28,5 @@ __all__ = [
     "sequences_of",
     "ssd",
     "ssd_step",
+    "trapezoidal_ssd",
 ]

@@ -29,6 +29,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "headdim": 8,
         "d_state": 8,
     },
+    "mamba3": {
+        "_target_": f"{_BACKBONES}.mamba3.Mamba3",
+        "n_layers": 1,
+        "headdim": 8,
+        "d_state": 8,
+    },
     "hydra": {"_target_": f"{_BACKBONES}.hydra.Hydra", "n_layers": 1, "headdim": 8, "d_state": 8},
     "identity": {"_target_": f"{_BACKBONES}.identity.Identity"},
 }
@@ -112,6 +118,7 @@ def test_each_seed_is_its_single_run(tmp_path: Path, backbone: str) -> None:
     ("options", "trainer"),
     [
         ({"backbone": "mamba2"}, {}),
+        ({"backbone": "mamba3"}, {}),
         ({"backbone": "hydra"}, {}),
         ({"backbone": "identity"}, {}),
         ({"loss": {"_target_": "recsys_ssm.models.losses.InBatchSoftmax"}}, {}),

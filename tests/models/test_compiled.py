@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_ssm import Hydra, Interactions, Mamba, Mamba2, NextItem, TableData, TwoTower
+from recsys_ssm import Hydra, Interactions, Mamba, Mamba2, Mamba3, NextItem, TableData, TwoTower
 from recsys_ssm.features import Features
 from recsys_ssm.models.losses import InBatchSoftmax, MeanSquaredError
 
@@ -106,7 +106,12 @@ def test_popular_negatives_are_drawn_in_a_graph(dynamic_shapes: None) -> None:
 
 @pytest.mark.parametrize(
     "backbone",
-    [MAMBA, Mamba2(d_model=16, n_layers=1, headdim=8), Hydra(d_model=16, n_layers=1, headdim=8)],
+    [
+        MAMBA,
+        Mamba2(d_model=16, n_layers=1, headdim=8),
+        Mamba3(d_model=16, n_layers=1, headdim=8),
+        Hydra(d_model=16, n_layers=1, headdim=8),
+    ],
 )
 def test_a_tower_is_exported_saved_and_loaded(backbone: Any) -> None:
     """The user side has no categories."""

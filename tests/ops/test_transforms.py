@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from recsys_ssm.ops import causal_conv1d, same_conv1d, selective_scan, ssd
+from recsys_ssm.ops import causal_conv1d, same_conv1d, selective_scan, ssd, trapezoidal_ssd
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy
 from recsys_ssm.ops.dropout import dropout
 
@@ -43,12 +43,19 @@ def duality(x: Tensor) -> Tensor:
     return y.sin().sum()
 
 
+def trapezoid(x: Tensor) -> Tensor:
+    BC, bias = randn(2, B, L, 1, 1, 4).to(x), randn(2, 2, 1, 4).to(x)
+    decay, past, own = (x[..., i : i + 2].exp() for i in range(3))
+    y = trapezoidal_ssd(x.view(B, L, 1, 2, 2), -decay, past, own, *BC, *bias, x.view(B, L, 2, 2))
+    return y.sin().sum()
+
+
 def cross_entropy(x: Tensor) -> Tensor:
     target = torch.arange(B * L) % N
     return linear_cross_entropy(x.flatten(0, 1), randn(N, E).to(x), target, chunk=4)
 
 
-FUNCTIONS = [convolution, centred_convolution, scan, duality, cross_entropy]
+FUNCTIONS = [convolution, centred_convolution, scan, duality, trapezoid, cross_entropy]
 
 
 def close(found: Tensor, expected: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_ssm.batched_seeds.attention import register_attention_rule
-from recsys_ssm.ops import causal_conv1d, same_conv1d, selective_scan, ssd
+from recsys_ssm.ops import causal_conv1d, same_conv1d, selective_scan, ssd, trapezoidal_ssd
 from recsys_ssm.ops.dropout import dropout
 
 CALLS, B, L, E, N, W = 3, 2, 9, 8, 4, 3
@@ -106,6 +106,26 @@ def duality(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Calla
     return lambda **given: ssd(**given, dt_softplus=True, return_final_state=True), inputs
 
 
+def trapezoid(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Callable, dict]:
+    rank, heads, headdim, groups, states = 2, 4, 2, 2, 4
+    steps, matrix, bias = (B, L, heads), (B, L, rank, groups, states), (heads, rank, states)
+    inputs = {
+        "x": randn(B, L, rank, heads, headdim, calls=calls, dtype=dtype),
+        "log_decay": -randn(*steps, calls=calls, dtype=dtype).abs(),
+        "past": randn(*steps, calls=calls, dtype=dtype),
+        "own": randn(*steps, calls=calls, dtype=dtype),
+        "B": randn(*matrix, calls=calls, dtype=dtype),
+        "C": randn(*matrix, calls=calls, dtype=dtype),
+        "B_bias": randn(*bias, calls=calls, dtype=dtype),
+        "C_bias": randn(*bias, calls=calls, dtype=dtype),
+        "angle": randn(*steps, 1, calls=calls, dtype=dtype),
+        "D": randn(heads, calls=calls, dtype=dtype),
+    }
+    if packed:
+        inputs["seq_idx"] = sequences(calls)
+    return trapezoidal_ssd, inputs
+
+
 def attention(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Callable, dict]:
     register_attention_rule()
     inputs = {name: randn(B, 2, L, 4, calls=calls, dtype=dtype) for name in "qkv"}
@@ -116,7 +136,7 @@ def attention(dtype: torch.dtype, packed: bool, calls: int = CALLS) -> tuple[Cal
     return lambda q, k, v, mask=None: F.scaled_dot_product_attention(q, k, v, mask), inputs
 
 
-OPERATORS = [convolution, centred_convolution, scan, duality, attention]
+OPERATORS = [convolution, centred_convolution, scan, duality, trapezoid, attention]
 
 
 def gradients(call: Callable, inputs: dict[str, Tensor], batched: bool) -> tuple[list, list]:

@@ -15,6 +15,7 @@ from recsys_ssm.models.backbones.hydra import Hydra
 from recsys_ssm.models.backbones.ligr import Ligr
 from recsys_ssm.models.backbones.mamba import Mamba
 from recsys_ssm.models.backbones.mamba2 import Mamba2
+from recsys_ssm.models.backbones.mamba3 import Mamba3
 from recsys_ssm.models.backbones.matrrec import MaTrRec
 from recsys_ssm.models.backbones.sigma import Sigma
 from recsys_ssm.models.backbones.transformer import Transformer
@@ -36,11 +37,12 @@ OPTIONS: list[tuple[type[Backbone], dict[str, object]]] = [
     (Transformer, {"causal": True}),
     (Transformer, {"causal": True, "norm_first": True, "activation": "gelu", "init": "normal"}),
     (Ligr, {"n_layers": 2, "nhead": 4}),
+    (Mamba3, {"mimo_rank": 3, "headdim": 16, "ngroups": 2, "d_state": 8}),
     (MaTrRec, {"n_layers": 2, "nhead": 4}),
     (FilterMamba2, {"filter_length": 4, "adaptive": False, "norm": "pre"}),
     (Sigma, {"n_layers": 2, "norm": "pre"}),
     (Sigma, {"published": True, "mixing": "raw"}),
-    *((kind, {"ffn": 2, "init": "normal"}) for kind in (Mamba, Mamba2, Hydra)),
+    *((kind, {"ffn": 2, "init": "normal"}) for kind in (Mamba, Mamba2, Mamba3, Hydra)),
     *(
         (
             kind,
@@ -53,7 +55,7 @@ OPTIONS: list[tuple[type[Backbone], dict[str, object]]] = [
                 "n_layers": 2,
             },
         )
-        for kind in (Mamba, Mamba2, Hydra)
+        for kind in (Mamba, Mamba2, Mamba3, Hydra)
     ),
 ]
 
