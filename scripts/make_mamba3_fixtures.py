@@ -38,7 +38,7 @@ CASES: list[tuple[dict[str, Any], tuple[int, int]]] = [
     ({"d_model": 8, "d_state": 4, "headdim": 16, "rope_fraction": 1.0}, (1, 40)),
     ({"d_model": 6, "d_state": 10, "headdim": 3, "expand": 3, "is_outproj_norm": True}, (3, 11)),
     ({"d_model": 8, "d_state": 4, "headdim": 1, "A_floor": 1.5}, (2, 1)),
-    ({"d_model": 8, "d_state": 8, "headdim": 4, **{"is_mimo": True, "mimo_rank": 4}}, (2, 13)),
+    ({"d_model": 8, "d_state": 8, "headdim": 4, "is_mimo": True, "mimo_rank": 4}, (2, 13)),
     (
         {"d_model": 8, "d_state": 4, "headdim": 2, "ngroups": 2, "rope_fraction": 1.0}
         | {"is_mimo": True, "mimo_rank": 2, "chunk_size": 4},
@@ -61,7 +61,9 @@ CASES: list[tuple[dict[str, Any], tuple[int, int]]] = [
 def load_public_block(mamba: Path) -> type[nn.Module]:
     """Load the public class, with its kernels replaced by the references of the public tests."""
     if not (mamba / "mamba_ssm" / "modules" / "mamba3.py").is_file():
-        sys.exit(f"{mamba}: no mamba_ssm/modules/mamba3.py there; give a checkout of state-spaces/mamba")
+        sys.exit(
+            f"{mamba}: no mamba_ssm/modules/mamba3.py there; give a checkout of state-spaces/mamba"
+        )
     for name in ("triton", "triton.language"):
         sys.modules[name] = MagicMock(__version__="3.0.0")
     # Packages without their __init__, because that would import everything.

@@ -164,7 +164,6 @@ class TwoTower(Recommender):
             "item_schema": splits.item_schema.to_dict(quantiles=True),
             "item_ids": splits.item_ids,
             "items": splits.items,
-            "item_counts": data.item_counts(),
         }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:

@@ -62,7 +62,9 @@ def rotate(x: Tensor, angle: Tensor, *, halves: bool = False) -> Tensor:
         (…, N).
     """
     half = x.shape[-1] // 2
-    first, second = x.unflatten(-1, (2, half)).unbind(-2) if halves else x.unflatten(-1, (half, 2)).unbind(-1)
+    first, second = (
+        x.unflatten(-1, (2, half)).unbind(-2) if halves else x.unflatten(-1, (half, 2)).unbind(-1)
+    )
     still = half - angle.shape[-1]
     cos, sin = F.pad(angle.cos(), (0, still), value=1.0), F.pad(angle.sin(), (0, still))
     turned = (first * cos - second * sin, first * sin + second * cos)
@@ -114,9 +116,7 @@ def trapezoidal_ssd(
     floats = (x, log_decay, past, own, B, C, B_bias, C_bias, angle) + (() if D is None else (D,))
     rank = x.shape[2]
     if x.numel() > 0 and rank <= _BLOCK and _OPERATOR.takes(*floats) and kernels_differentiate():
-        return _by_kernel(
-            x, log_decay, past, own, B, C, B_bias, C_bias, angle, D, halves, seq_idx
-        )
+        return _by_kernel(x, log_decay, past, own, B, C, B_bias, C_bias, angle, D, halves, seq_idx)
     return _chunked(
         x, log_decay, past, own, B, C, B_bias, C_bias, angle, D, halves, seq_idx, chunk_size
     )
@@ -141,7 +141,7 @@ def trapezoidal_ssd_reference(
 
     Takes the arguments of :func:`trapezoidal_ssd`. The tests hold the other paths against its float64 result.
     """
-    batch, length, rank, heads, headdim = x.shape
+    batch, length, _, heads, headdim = x.shape
     groups, states = B.shape[3:]
     if seq_idx is None:
         seq_idx = torch.zeros(batch, length, dtype=torch.long, device=x.device)
@@ -238,16 +238,18 @@ def _chunked(
             first_BK = F.pad(last_BK[:, :-1], (1, 0), value=-2)
             apart_BKQQ = number_BKQ[..., :, None] != number_BKQ[..., None, :]
             weight_BHKQQ = weight_BHKQQ.masked_fill(apart_BKQQ[:, None], 0)
-            to_end_BHKQ = to_end_BHKQ.masked_fill(
-                (number_BKQ != last_BK[..., None])[:, None], 0
-            )
+            to_end_BHKQ = to_end_BHKQ.masked_fill((number_BKQ != last_BK[..., None])[:, None], 0)
             from_start_BHKQ = from_start_BHKQ.masked_fill(
                 (number_BKQ != first_BK[..., None])[:, None], 0
             )
             keep_BHK = keep_BHK.masked_fill((first_BK != last_BK)[:, None], 0)
         weight_BHKQQ = (weight_BHKQQ * scale_BHKQ.unsqueeze(-2)).tril(-1)
         weight_BHKQQ = weight_BHKQQ + torch.diag_embed(own_BHKQ)
-        weight_BHKTS, scaled_to_end_BHKT, from_start_BHKT = weight_BHKQQ, scale_BHKQ * to_end_BHKQ, from_start_BHKQ
+        weight_BHKTS, scaled_to_end_BHKT, from_start_BHKT = (
+            weight_BHKQQ,
+            scale_BHKQ * to_end_BHKQ,
+            from_start_BHKQ,
+        )
         if rank > 1:
             weight_BHKTS = weight_BHKTS.repeat_interleave(rank, -1).repeat_interleave(rank, -2)
             scaled_to_end_BHKT, from_start_BHKT = (
@@ -263,7 +265,9 @@ def _chunked(
                 starts.append(h_BHNP)
                 h_BHNP = keep_BH[..., None, None] * h_BHNP + added_BHNP
             y_BHKTP = y_BHKTP + from_start_BHKT[..., None] * (q_BHKTN @ torch.stack(starts, 2))
-        y_BLRHP = y_BHKTP.unflatten(3, (Q, rank)).permute(0, 2, 3, 4, 1, 5).flatten(1, 2)[:, :length]
+        y_BLRHP = (
+            y_BHKTP.unflatten(3, (Q, rank)).permute(0, 2, 3, 4, 1, 5).flatten(1, 2)[:, :length]
+        )
         if D is not None:
             y_BLRHP = y_BLRHP + D.to(wide)[:, None] * x
         if seq_idx is not None:
@@ -319,7 +323,9 @@ _INPUTS = (
 # Returns y, and the cosines and sines of the angles.
 _LIBRARY.define(f"trapezoidal_ssd({_INPUTS}) -> Tensor[]")
 # Returns the gradients of the floating-point inputs that are passed, in their order.
-_LIBRARY.define(f"trapezoidal_ssd_backward(Tensor dy, {_INPUTS}, Tensor cos, Tensor sin) -> Tensor[]")
+_LIBRARY.define(
+    f"trapezoidal_ssd_backward(Tensor dy, {_INPUTS}, Tensor cos, Tensor sin) -> Tensor[]"
+)
 _BLOCK = 16  # kT in csrc/matrix.h
 
 
@@ -436,9 +442,7 @@ def _arguments(
         for t in (B_bias, C_bias, cos, sin, log_decay, past, own, D, seq_idx)
     ]
     names = ("b_bias", "c_bias", "cos", "sin", "log_decay", "past", "own", "d", "seq_idx")
-    at = {
-        name: None if t is None else t.data_ptr() for name, t in zip(names, dense, strict=True)
-    }
+    at = {name: None if t is None else t.data_ptr() for name, t in zip(names, dense, strict=True)}
     threads, per_group = torch.get_num_threads(), heads // groups
     # A task is one group of one row. If there are fewer tasks than threads, the heads of a group are split.
     wanted = -(-threads // max(1, batch * groups))
@@ -565,7 +569,11 @@ def _check(
         )
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"trapezoidal_ssd: chunk_size must be at least 1, got {chunk_size}")
-    steps, matrix, bias = (batch, length, heads), (batch, length, rank, groups, states), (heads, rank, states)
+    steps, matrix, bias = (
+        (batch, length, heads),
+        (batch, length, rank, groups, states),
+        (heads, rank, states),
+    )
     check_tensors(
         "trapezoidal_ssd",
         ("x", "B"),

@@ -9,12 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_ssm.errors import UserError
 from recsys_ssm.ops._dispatch import kernel_library
 from recsys_ssm.ops.trapezoidal_ssd import (
     _OPERATOR,
-    _chunked,
-    rotate,
     trapezoidal_ssd,
     trapezoidal_ssd_reference,
 )
@@ -60,7 +57,9 @@ def random_inputs(
 
 def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: value.detach().double().requires_grad_() if name in FLOATS and value is not None else value
+        name: value.detach().double().requires_grad_()
+        if name in FLOATS and value is not None
+        else value
         for name, value in inputs.items()
     }
 

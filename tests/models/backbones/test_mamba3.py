@@ -109,7 +109,9 @@ def recurrence(block: Mamba3Block, u_LD: Tensor) -> Tensor:
             trap = torch.sigmoid(trapezoid[h])
             turned = theta[h] + math.pi * torch.tanh(angles) * delta
             new_theta.append(turned)
-            turn = torch.polar(torch.ones(half, dtype=u_D.dtype), F.pad(turned, (0, half - block.angles)))
+            turn = torch.polar(
+                torch.ones(half, dtype=u_D.dtype), F.pad(turned, (0, half - block.angles))
+            )
 
             def rotated(row: Tensor, turn: Tensor = turn) -> Tensor:
                 if block.mimo:
