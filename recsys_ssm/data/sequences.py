@@ -428,6 +428,14 @@ class SequenceData(RecommenderData[SequenceSplits]):
         offsets = self.splits.histories.offsets
         return self._users(HeldOut(np.arange(offsets.size - 1), offsets[1:]))
 
+    def item_titles(self) -> list[str]:
+        """Return the titles of the catalogue's items, in its order.
+
+        Raises:
+            UserError: The dataset has none.
+        """
+        raise UserError(f"dataset {self.name}: its items have no titles; choose another dataset")
+
     def item_counts(self) -> Tensor:
         """Return the number of training events of each item, (I,) int64."""
         return self.splits.item_counts

@@ -24,7 +24,7 @@ from recsys_ssm.batches import MASK, NO_ITEM, START, TopItems
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame, numeric_column
-from recsys_ssm.instantiate import Configurable, Part, build, to_spec
+from recsys_ssm.instantiate import Configurable, Part, build, defaults_of, to_spec
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemHead
@@ -34,6 +34,7 @@ from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
+from recsys_ssm.text.embed import title_vectors
 
 if TYPE_CHECKING:
     from recsys_ssm.batches import HistoryBatch, SequenceBatch
@@ -67,6 +68,9 @@ class NextItem(Recommender):
             .6 for short ones.
         item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
         items: The catalogue's features, I rows. None: a checkpoint has to fill them before any use.
+        item_vectors: (I, E) vectors of the items' titles, for a tokenizer with the option ``text``; None: there are
+            none, or a checkpoint fills them.
+        item_vector_size: E, which a checkpoint passes.
         item_counts: (I,) training interactions of each item.
         tokenizer: A :class:`HistoryTokenizer`; None: :class:`ItemTokenizer`.
         head: A :class:`NextItemHead`; None: inner products.
@@ -107,6 +111,8 @@ class NextItem(Recommender):
         mask_share: float = 0.2,
         item_schema: Mapping[str, Any] | None = None,
         items: Features | None = None,
+        item_vectors: Tensor | None = None,
+        item_vector_size: int | None = None,
         item_counts: Tensor | None = None,
         tokenizer: Part | None = None,
         head: Part | None = None,
@@ -126,8 +132,14 @@ class NextItem(Recommender):
         loss = to_spec(loss, "loss", NextItemLoss)
         optimizer = to_spec(optimizer or {"lr": 1e-3}, "optimizer", torch.optim.Adam)
         scheduler = None if scheduler is None else to_spec(scheduler, "scheduler")
+        if item_vectors is not None:
+            item_vector_size = item_vectors.shape[1]
+        elif item_vector_size is not None:
+            item_vectors = torch.zeros(len(item_ids), item_vector_size)
         # Not to the logger: a catalogue may be large, and the composed config is logged already.
-        self.save_hyperparameters(ignore=["items", "item_counts", "trained"], logger=False)
+        self.save_hyperparameters(
+            ignore=["items", "item_vectors", "item_counts", "trained"], logger=False
+        )
         self.item_ids, self.max_length = list(item_ids), max_length
         n_items = len(self.item_ids)
         self.filter_seen = True if filter_seen is None else filter_seen
@@ -172,6 +184,7 @@ class NextItem(Recommender):
             schema=schema,
             max_length=max_length,
             **({"mask": True} if masked else {}),
+            **({} if item_vectors is None else {"vectors": item_vectors}),
         )
         self.head: NextItemHead = build(head, NextItemHead, "head")
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
@@ -212,6 +225,24 @@ class NextItem(Recommender):
             "item_counts": splits.item_counts,
             "filter_seen": splits.repeat_share < COMMON_REPEATS,
         }
+
+    @classmethod
+    def arguments_for(cls, data: SequenceData, **options: Any) -> dict[str, Any]:
+        """Return :meth:`arguments_from`, and the vectors of the items' titles where the tokenizer has ``text``.
+
+        Raises:
+            UserError: The dataset has no histories, or no titles, or the encoder cannot be used.
+        """
+        arguments = cls.arguments_from(data)
+        tokenizer = to_spec(options.get("tokenizer"), "tokenizer", ItemTokenizer)
+        if (source := tokenizer.get("text")) is not None:
+            arguments["item_vectors"] = title_vectors(
+                data.item_titles(),
+                str(source),
+                revision=tokenizer.get("text_revision"),
+                size=tokenizer.get("text_size", defaults_of(ItemTokenizer)["text_size"]),
+            )
+        return arguments
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
         """Set the ranking metrics that validation and test report."""

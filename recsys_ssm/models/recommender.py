@@ -142,13 +142,22 @@ class Recommender(L.LightningModule, abc.ABC):
         """
 
     @classmethod
+    def arguments_for(cls, data: Any, **options: Any) -> dict[str, Any]:
+        """Return the constructor's arguments that come from a dataset, of which some depend on the other options.
+
+        Raises:
+            UserError: The dataset is of another kind.
+        """
+        return cls.arguments_from(data)
+
+    @classmethod
     def for_data(cls, data: Any, **options: Any) -> Self:
         """Build a model for a dataset; ``options`` are the constructor's own (``backbone=…`` and so on).
 
         Raises:
             UserError: The dataset is of another kind, or an option is wrong.
         """
-        return cls(**{**cls.arguments_from(data), **options})
+        return cls(**{**cls.arguments_for(data, **options), **options})
 
     def fit(self, data: Any, **options: Any) -> Self:
         """Train on a dataset and load the best checkpoint; see :func:`recsys_ssm.models.training.fit`."""

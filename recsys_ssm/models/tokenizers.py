@@ -299,6 +299,12 @@ class ItemTokenizer(HistoryTokenizer):
         init_std: Standard deviation of the initial embeddings; RecBole's is .02.
         norm_eps: Epsilon of the LayerNorm; RecBole's is 1e-12.
         mask: Have a token for hidden items; a model passes it with ``objective=masked``.
+        text: Add the items' titles: ``tfidf``, or the folder of a sentence encoder (:mod:`recsys_ssm.text.embed`). An
+            item's row is then its id's embedding plus a linear map of its title's frozen vector, also an item without
+            a training event. None: no titles.
+        text_revision: Commit of a sentence encoder that is a name on the hub.
+        text_size: Length of the vectors of ``tfidf``.
+        vectors: (I, E) vectors of the titles; the model passes them.
     """
 
     def __init__(
@@ -316,7 +322,16 @@ class ItemTokenizer(HistoryTokenizer):
         init_std: float = 0.02,
         norm_eps: float = 1e-12,
         mask: bool = False,
+        text: str | None = None,
+        text_revision: str | None = None,
+        text_size: int = 64,
+        vectors: Tensor | None = None,
     ) -> None:
+        if (text is None) != (vectors is None):
+            raise ValueError(
+                f"text={text}: the vectors of the titles are {'absent' if vectors is None else 'given'}; build the "
+                "model by for_data, which makes them where text is set"
+            )
         if positions == "max_length":
             if max_length is None:
                 raise ValueError("positions=max_length: pass max_length too")
@@ -346,10 +361,19 @@ class ItemTokenizer(HistoryTokenizer):
                     nn.init.normal_(table.weight, std=init_std)
             self.embedding.weight[0].zero_()
         self.mask = nn.Parameter(torch.empty(d_model).normal_(std=init_std)) if mask else None
+        self.register_buffer("vectors", vectors)
+        self.vectors: Tensor | None
+        self.projection: nn.Linear | None = None
+        if vectors is not None:
+            self.projection = nn.Linear(vectors.shape[1], d_model, bias=False)
+            # Vectors have length 1, so their images are as large as the ids' embeddings.
+            nn.init.normal_(self.projection.weight, std=init_std)
 
     def items(self, features: Features | None) -> Tensor:
         """Return (I, D): each item as a token and as a row of the softmax; ``features`` are the catalogue's."""
         rows_ID = self.embedding.weight[1:]
+        if self.projection is not None:
+            rows_ID = rows_ID + self.projection(self.vectors)
         if self.features is None:
             return rows_ID
         assert features is not None, "the catalogue's features"
@@ -370,7 +394,7 @@ class ItemTokenizer(HistoryTokenizer):
         Raises:
             UserError: A history is longer than there are positions.
         """
-        if self.features is None:
+        if self.features is None and self.projection is None:
             # padding_idx keeps the padding row's gradient out.
             tokens_BLD = self.embedding(item.clamp(min=-1) + 1)
         else:

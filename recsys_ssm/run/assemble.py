@@ -170,7 +170,7 @@ def make_model(cfg: DictConfig, data: RecommenderData[Any], **given: Any) -> Rec
     parts = {name: spec(cfg.get(name), name) for name in PARTS if takes(module, name)}
     metrics = ranking_metrics(cfg, defaults_of(module)["metrics"])
     model: Recommender = instantiate(
-        cfg.model, "model", **module.arguments_from(data), **parts, **given, metrics=metrics
+        cfg.model, "model", **module.arguments_for(data, **parts), **parts, **given, metrics=metrics
     )
     if chosen := getattr(
         model, "optimizer_spec", None
