@@ -31,7 +31,9 @@ _HOMES = {
     "recsys_ssm.models.backbones.sigma": ("Sigma",),
     "recsys_ssm.models.backbones.transformer": ("Transformer",),
     "recsys_ssm.models.backbones.wearec": ("WEARec",),
+    "recsys_ssm.models.gpt4rec": ("Gpt4Rec",),
     "recsys_ssm.models.heads": ("NextItemHead", "TowerHead"),
+    "recsys_ssm.models.llamarec": ("LlamaRec",),
     "recsys_ssm.models.losses": (
         "BinaryCrossEntropy",
         "InBatchSoftmax",
@@ -71,7 +73,9 @@ if TYPE_CHECKING:
     from recsys_ssm.models.backbones.sigma import Sigma
     from recsys_ssm.models.backbones.transformer import Transformer
     from recsys_ssm.models.backbones.wearec import WEARec
+    from recsys_ssm.models.gpt4rec import Gpt4Rec
     from recsys_ssm.models.heads import NextItemHead, TowerHead
+    from recsys_ssm.models.llamarec import LlamaRec
     from recsys_ssm.models.losses import (
         BinaryCrossEntropy,
         InBatchSoftmax,
@@ -95,6 +99,7 @@ __all__ = [
     "Features",
     "FilterMamba2",
     "GeneratedShop",
+    "Gpt4Rec",
     "HmData",
     "Hydra",
     "Identity",
@@ -102,6 +107,7 @@ __all__ = [
     "Interactions",
     "ItemTokenizer",
     "Ligr",
+    "LlamaRec",
     "MaTrRec",
     "Mamba",
     "Mamba2",
