@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from recsys_ssm.batches import NO_ITEM
 from recsys_ssm.errors import UserError
@@ -65,7 +65,8 @@ class LlamaRec(TextRecommender):
             as published.
         mix: Weight w of the language model: candidates are ordered by (1 - w) log p of the retriever + w log p of the
             language model, both among the candidates. 1: the language model alone, as published. None: that of 0, 0.1,
-            …, 1 with the highest NDCG@10 of a validation; the checkpoint holds it.
+            …, 1 with the highest NDCG@10 of a validation, if it is above the retriever's by two standard errors of the
+            paired difference, else 0; the checkpoint holds it.
         prompt_tokens: Tokens of a prompt at most; the oldest items of a longer history are left out.
         rank_batch: Users whose candidates are ranked at once.
         lora_rank, lora_alpha, lora_dropout: Rank, scale and dropout of the adapter.
@@ -150,6 +151,8 @@ class LlamaRec(TextRecommender):
         self.register_buffer("mix_weight", torch.tensor(1.0 if mix is None else mix))
         self.mix_weight: Tensor
         self.val_gains: Any = nn.ModuleList(MeanMetric() for _ in WEIGHTS)
+        self.val_squares: Any = nn.ModuleList(MeanMetric() for _ in WEIGHTS)
+        self.val_users = SumMetric()
         self.retrieved = MeanMetric()
 
     # What it is made of
@@ -349,23 +352,31 @@ class LlamaRec(TextRecommender):
             return
         k = self.val_metrics.max_k
         ranked, first, second = self.candidates_of(histories, k, filter_seen=self.filter_seen)
-        for weight, gains, metrics in zip(
-            WEIGHTS, self.val_gains, self.val_metrics_by_weight, strict=True
+        alone_U = _gains(ranked[:, :10], target.cpu())
+        self.val_users.update(len(histories))
+        for weight, gains, squares, metrics in zip(
+            WEIGHTS, self.val_gains, self.val_squares, self.val_metrics_by_weight, strict=True
         ):
             order_UK, _ = mixed(ranked, first, second, weight)
-            gains.update(_gains(order_UK[:, :10], target.cpu()))
+            more_U = _gains(order_UK[:, :10], target.cpu()) - alone_U
+            gains.update(more_U)
+            squares.update(more_U.square())
             top_UK, _ = _cut(order_UK, order_UK, k)
             metrics.update_from_top(top_UK.to(target.device), target)
 
     def on_validation_epoch_end(self) -> None:
-        """Choose the weight, the lowest of the best ones, and log its metrics."""
+        """Choose the weight and log its metrics."""
         if self.mix is None and self.val_gains[0].update_called:
-            gains = torch.stack([each.compute() for each in self.val_gains])
-            best = int(gains.argmax())
+            gains, squares = (
+                torch.stack([each.compute() for each in metrics])
+                for metrics in (self.val_gains, self.val_squares)
+            )
+            best = best_weight(gains, squares, int(self.val_users.compute()))
             self.mix_weight.fill_(WEIGHTS[best])
             chosen = self.val_metrics_by_weight[best]
             values = {"loss": self.val_loss.compute(), **chosen.compute()}
-            for each in (self.val_loss, *self.val_gains, *self.val_metrics_by_weight):
+            own = (self.val_loss, self.val_users, *self.val_gains, *self.val_squares)
+            for each in (*own, *self.val_metrics_by_weight):
                 each.reset()
             self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
         else:
@@ -444,6 +455,19 @@ def mixed(ranked: Tensor, first: Tensor, second: Tensor, weight: float) -> tuple
     order = torch.cat((ranked[:, :C].gather(1, best), ranked[:, C:]), 1)
     behind = torch.full((len(ranked), ranked.shape[1] - C), torch.nan)
     return order, torch.cat((scores.gather(1, best), behind), 1)
+
+
+def best_weight(gains: Tensor, squares: Tensor, n_users: int) -> int:
+    """Return the index of the weight with the largest gain that is not a matter of chance, 0 if there is none.
+
+    Args:
+        gains: (W,) mean difference of the users' NDCG from that of the first weight.
+        squares: (W,) mean of the differences' squares.
+        n_users: Number of users.
+    """
+    error = ((squares - gains.square()).clamp(min=0) / max(n_users, 1)).sqrt()
+    sure = gains > 2 * error
+    return int(gains.masked_fill(~sure, 0).argmax())
 
 
 def _cut(order: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

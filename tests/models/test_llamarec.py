@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="the extra text is not installed")
 from recsys_ssm import Interactions, Mamba, NextItem, UserError
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models import llamarec
-from recsys_ssm.models.llamarec import LlamaRec, mixed
+from recsys_ssm.models.llamarec import LlamaRec, best_weight, mixed
 from recsys_ssm.models.text_recommender import Sample, histories_of, samples_of
 from recsys_ssm.text import weights
 from recsys_ssm.text.tokenizer import TextTokenizer
@@ -245,6 +245,16 @@ def test_validation_chooses_the_weight(data: Interactions, retriever: NextItem) 
                 target_of[tuple(history)] = target
         trainer.validate(model, patched, verbose=False)
         assert expected(float(model.mix_weight)), (sign, model.mix_weight)
+
+
+def test_a_gain_by_chance_gets_no_weight() -> None:
+    """With 100 users a mean difference of .02 has a standard error of .01 where the deviation is .1."""
+    gains = torch.tensor([0.0, 0.01, 0.019, 0.021, -0.5])
+    squares = gains.square() + 0.1**2
+    assert best_weight(gains, squares, 100) == 3
+    assert best_weight(gains, squares, 80) == 0
+    assert best_weight(gains, squares, 10_000) == 3
+    assert best_weight(torch.zeros(3), torch.zeros(3), 0) == 0
 
 
 def _retarget(data: Interactions, retriever: NextItem) -> None:
