@@ -111,7 +111,7 @@ def test_options_of_the_loader_share_an_entry(tmp_path, table):
 NOT_PREPARATION = {
     *("interactions", "root", "download", "source", "cache_dir", "name"),  # how the file is found
     *("items", "items_id", "item_numeric", "item_categorical", "item_names"),  # read at every start
-    "items_separator",
+    *("items_separator", "item_title", "titles", "title_names"),
 }
 """Options that the prepared data does not depend on."""
 
