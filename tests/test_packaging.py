@@ -116,6 +116,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         "ray",
         "submitit",
         "tabular",
+        "text",
     }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 

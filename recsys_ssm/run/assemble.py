@@ -317,7 +317,7 @@ def check_places(folder: Path) -> None:
     for path in (*(folder / each for each in _FILES), *(kept / each for each in names)):
         if path.is_dir():
             raise UserError(
-                f"{path}: a folder where a file of the run is written; move it away, or begin a new run"
+                f"cannot write {path}: a folder where a file of the run is written; move it away, or begin a new run"
             )
 
 
