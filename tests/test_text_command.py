@@ -146,13 +146,18 @@ def test_a_sweep_is_reported_in_cells(cli: Callable, retrieved: None, tmp_path: 
         (("experiment=text/gpt4rec", *SHOP, "retriever=no"), "Gpt4Rec ranks the whole catalogue"),
         (
             ("experiment=text/gpt4rec", "dataset=amazon_beauty_2014", *SHOP[4:]),
-            "",
+            "dataset.item_title: not set, and language models read the titles",
         ),
     ],
 )
 def test_mistakes_are_one_line(
-    cli: Callable, shared_data: Path, options: tuple[str, ...], message: str
+    cli: Callable,
+    shared_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
 ) -> None:
+    monkeypatch.setenv("RECSYS_SSM_DATA", str(shared_data))
     outcome = cli("train", *options)
     assert outcome.code == 1 and message in outcome.err, outcome.text
     assert len(outcome.err.strip().splitlines()) == 1 and "Traceback" not in outcome.text
