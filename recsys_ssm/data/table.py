@@ -35,7 +35,6 @@ from recsys_ssm.data.columns import (
 from recsys_ssm.data.interactions import filtered
 from recsys_ssm.data.row_filter import RowFilter
 from recsys_ssm.data.two_tower import (
-    ByCount,
     Pairs,
     Ranking,
     TwoTowerData,
@@ -237,7 +236,6 @@ class TableData(TwoTowerData):
         user_schema = self.user_side.fit(user_table, train.user)
         item_schema = self.item_side.fit(item_table, train.item)
         counts = np.bincount(train_rows.item[train_rows.relevant], minlength=n_items)
-        popularity = torch.from_numpy(counts).float()
         return TwoTowerSplits(
             users=user_schema.encode(user_table),
             items=item_schema.encode(item_table),
@@ -248,8 +246,7 @@ class TableData(TwoTowerData):
             val=val,
             val_ranking=self._ranking_of(rows, split, split.val),
             test_ranking=self._ranking_of(rows, split, split.test),
-            relevant_above=self.relevant_above,
-            baselines={"popularity": ByCount(popularity)},
+            item_counts=torch.from_numpy(counts),
             notes=notes,
             sources=self._hash(),
         )

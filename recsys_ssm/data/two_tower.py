@@ -86,8 +86,8 @@ class TwoTowerSplits:
     val: Pairs
     val_ranking: Ranking
     test_ranking: Ranking
-    relevant_above: float = 0.0
-    """A pair is positive if its target is above this."""
+    item_counts: Tensor | None = None
+    """(I,) int64, positive training pairs of each item; None: they are those with a target above 0."""
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Baselines to print beside the model; ``random`` and ``popularity`` are added."""
     notes: list[str] = field(default_factory=list)
@@ -109,17 +109,14 @@ class TwoTowerSplits:
                 "no training pair is left: give the dataset more interactions, "
                 "or hold out fewer users"
             )
+        if self.item_counts is None:
+            positive = self.train.item[self.train.target > 0]
+            self.item_counts = torch.bincount(positive, minlength=n_items)
         self.baselines = {
             "random": AtRandom(n_items),
             "popularity": ByCount(self.item_counts.float()),
             **self.baselines,
         }
-
-    @property
-    def item_counts(self) -> Tensor:
-        """Positive training pairs of each item, (I,) int64."""
-        positive = self.train.target > self.relevant_above
-        return torch.bincount(self.train.item[positive], minlength=len(self.item_ids))
 
 
 class PairLoader(ResumableLoader[PairBatch]):
@@ -266,6 +263,7 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
 
     def item_counts(self) -> Tensor:
         """Return the number of positive training pairs of each item, (I,) int64."""
+        assert self.splits.item_counts is not None, "set by TwoTowerSplits"
         return self.splits.item_counts
 
     def identity(self) -> dict[str, str]:
