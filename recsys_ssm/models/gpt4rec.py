@@ -19,7 +19,8 @@ from torch import Tensor
 from recsys_ssm.batches import NO_ITEM
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import rank_top_k
-from recsys_ssm.models.text_recommender import History, Sample, TextRecommender
+from recsys_ssm.models.histories import History
+from recsys_ssm.models.text_recommender import Sample, TextRecommender
 from recsys_ssm.text.extra import require
 from recsys_ssm.text.prompts import latest_that_fit, padded
 from recsys_ssm.text.search import TitleSearch

@@ -20,9 +20,9 @@ from torchmetrics import MeanMetric, SumMetric
 from recsys_ssm.batches import NO_ITEM
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import find
-from recsys_ssm.metrics import RankingMetrics
+from recsys_ssm.models.histories import History, histories_of
 from recsys_ssm.models.recommender import Recommender
-from recsys_ssm.models.text_recommender import History, Sample, TextRecommender, histories_of
+from recsys_ssm.models.text_recommender import Sample, TextRecommender
 from recsys_ssm.text.extra import require
 from recsys_ssm.text.prompts import latest_that_fit, padded
 from recsys_ssm.text.weights import TINY, transformers_model
@@ -222,14 +222,10 @@ class LlamaRec(TextRecommender):
     def set_metrics(self, metrics: Sequence[str]) -> None:
         """Set the ranking metrics that validation and test report; each weight of the mix has its own."""
         super().set_metrics(metrics)
-
-        def made() -> RankingMetrics:
-            return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
-
         self.val_metrics_by_weight: Any = nn.ModuleList(
-            made() for _ in (WEIGHTS if self.mix is None else ())
+            self.ranking_metrics(metrics) for _ in (WEIGHTS if self.mix is None else ())
         )
-        self.test_metrics_retriever = made()
+        self.test_metrics_retriever = self.ranking_metrics(metrics)
 
     # Prompts
 

@@ -10,8 +10,7 @@ D = d_model, K places.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
@@ -25,12 +24,11 @@ from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame, numeric_column
 from recsys_ssm.instantiate import Configurable, Part, build, defaults_of, to_spec
-from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import NextItemHead
+from recsys_ssm.models.histories import DEFAULT_METRICS, HistoryRecommender
 from recsys_ssm.models.losses import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers, parameter_groups, weight_decay
-from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
@@ -40,14 +38,8 @@ if TYPE_CHECKING:
     from recsys_ssm.batches import HistoryBatch, SequenceBatch
     from recsys_ssm.data.sequences import SequenceData
 
-DEFAULT_METRICS: tuple[str, ...] = (
-    *(f"{family}@{k}" for k in (1, 5, 10, 20) for family in ("hr", "ndcg", "mrr")),
-    "coverage@10",
-    "popularity@10",
-)
 
-
-class NextItem(Recommender):
+class NextItem(HistoryRecommender):
     """Rank the catalogue as the next item of a history: item embeddings, a backbone, inner products.
 
     Every argument but ``items`` and ``item_counts`` is plain data and is kept in the checkpoint, the catalogue's
@@ -192,7 +184,6 @@ class NextItem(Recommender):
             loss, NextItemLoss, "loss", n_items=n_items, item_counts=counts
         )
         self.register_buffer("item_counts", counts)
-        self.item_counts: Tensor
         self.set_items(items, schema)
         self.item_numeric: Tensor
         self.item_categorical: Tensor
@@ -243,14 +234,6 @@ class NextItem(Recommender):
                 size=tokenizer.get("text_size", defaults_of(ItemTokenizer)["text_size"]),
             )
         return arguments
-
-    def set_metrics(self, metrics: Sequence[str]) -> None:
-        """Set the ranking metrics that validation and test report."""
-
-        def made() -> RankingMetrics:
-            return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
-
-        self.val_metrics, self.test_metrics, self.test_metrics_other = made(), made(), made()
 
     @property
     def features(self) -> Features | None:
@@ -333,18 +316,7 @@ class NextItem(Recommender):
         all_UK, unseen_UK = self.top(batch, self.val_metrics.max_k, seen_too=not self.filter_seen)  # type: ignore[arg-type]
         self.val_metrics.update_from_top(unseen_UK if all_UK is None else all_UK, batch.target)
 
-    def on_validation_epoch_end(self) -> None:
-        values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
-        self.val_loss.reset()
-        self.val_metrics.reset()
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
-
     # Test
-
-    def on_test_epoch_start(self) -> None:
-        self.test_rankings.clear()
-        self.test_metrics.reset()
-        self.test_metrics_other.reset()
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
         if not batch.target.numel():  # this process has none of the users
@@ -355,11 +327,6 @@ class NextItem(Recommender):
         self.test_metrics.update_from_top(top_UK, batch.target)
         self.test_metrics_other.update_from_top(other_UK, batch.target)
         self.test_rankings.add(batch.user, top_UK, batch.target)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics; they and ``test_rankings`` stay until the next test begins."""
-        values = self.test_metrics.compute()
-        self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
 
     def top(
         self, batch: HistoryBatch, k: int, *, seen_too: bool = True
@@ -447,20 +414,6 @@ class NextItem(Recommender):
         splits = data.splits
         return splits.item_schema == self.item_schema and splits.item_ids == self.item_ids
 
-    def test_results(self) -> dict[str, dict[str, float]]:
-        """Return ``metrics`` under the model's ``filter_seen``, and the same under the other choice.
-
-        ``metrics_unfiltered``: seen items allowed; ``metrics_filtered``: seen items left out.
-        """
-
-        def values(metrics: RankingMetrics) -> dict[str, float]:
-            return {name: float(value) for name, value in metrics.compute().items()}
-
-        headline, other = values(self.test_metrics), values(self.test_metrics_other)
-        if self.filter_seen:
-            return {"metrics": headline, "metrics_unfiltered": other}
-        return {"metrics": headline, "metrics_unfiltered": headline, "metrics_filtered": other}
-
     def parameter_counts(self) -> dict[str, int]:
         """Count all parameters, and those without the embeddings of items and positions, as the papers do."""
         of_backbone = getattr(self.backbone, "position", None)
@@ -473,74 +426,7 @@ class NextItem(Recommender):
             embeddings += mask.numel()
         return {"total": total, "without_embeddings": total - embeddings}
 
-    def latency(self, data: SequenceData, repeat: int = 20) -> dict[str, float]:
-        """Measure the median seconds of a call that ranks the catalogue for 1 and for 256 users."""
-        found = {}
-        users = next(iter(data.test_dataloader()))
-        histories = [
-            users.seen.values[start:stop].tolist()
-            for start, stop in zip(users.seen.offsets[:-1], users.seen.offsets[1:], strict=True)
-        ]
-        for n_users in (1, 256) if histories else ():
-            asked = (histories * (n_users // len(histories) + 1))[:n_users]
-            times = []
-            for _ in range(repeat):
-                start_s = time.perf_counter()
-                self._top(asked, 10, self.filter_seen)
-                times.append(time.perf_counter() - start_s)
-            found[f"users_{n_users}"] = sorted(times)[repeat // 2]
-        return found
-
     # Use
-
-    def recommend(
-        self,
-        histories: Sequence[Sequence[str]],
-        k: int = 10,
-        *,
-        filter_seen: bool | None = None,
-    ) -> pl.DataFrame:
-        """Return the ``k`` best items to follow each history. Safe to call from several threads.
-
-        Args:
-            histories: Item ids, the latest last; ids that the catalogue does not have are ignored. A history without
-                a known item gets the most popular items, unless the model has a start token to read.
-            k: Number of items.
-            filter_seen: Leave out the items of the history. None: as in the test.
-
-        Returns:
-            Columns ``user`` (row number in ``histories``), ``rank`` (from 1), ``item``, ``score`` (null for the most
-            popular items).
-
-        Raises:
-            UserError: A history is not a list of item ids.
-        """
-        filter_seen = self.filter_seen if filter_seen is None else filter_seen
-        known = self._known(histories)
-        warm = [row for row, history in enumerate(known) if history or self.start_token]
-        k = min(k, len(self.item_ids))
-        top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
-        top_UK = top_UK.expand(len(known), -1).clone()
-        scores_UK = torch.full(top_UK.shape, torch.nan)
-        if warm:
-            top, scores = self._top([known[row] for row in warm], k, filter_seen)
-            top_UK[warm], scores_UK[warm] = top, scores
-        return self.as_table(top_UK, scores_UK).with_columns(pl.col("score").fill_nan(None))
-
-    def candidates(
-        self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the ``k`` best items to follow each history, for a model that ranks them again.
-
-        Args:
-            histories: Catalogue indices, the latest last, at least one each.
-            k: Number of items.
-            filter_seen: Leave out the items of the history.
-
-        Returns:
-            Catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU.
-        """
-        return self._top(histories, k, filter_seen)
 
     def score(self, histories: Sequence[Sequence[str]], pairs: Any) -> pl.DataFrame:
         """Return the scores of given items for given histories.
@@ -556,7 +442,7 @@ class NextItem(Recommender):
         Raises:
             UserError: A history is not a list of item ids, a column is missing, or there is no such history.
         """
-        known, frame = self._known(histories), as_frame(pairs, "pairs")
+        known, frame = self.known_items(histories), as_frame(pairs, "pairs")
         for name in ("user", "item"):
             if name not in frame.columns:
                 raise UserError(f"pairs: no column {name!r}; pass the columns user and item")
@@ -594,30 +480,17 @@ class NextItem(Recommender):
         with self.inference():
             return self.similar_table(pl.Series(items, dtype=pl.String), self._items(), k)
 
-    def _known(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Return the catalogue indices of histories, without unknown items.
-
-        Raises:
-            UserError: A history is not a list of item ids.
-        """
-        histories, index = list(histories), self._index()
-        for row, history in enumerate(histories):
-            if isinstance(history, str) or not isinstance(history, Iterable):
-                raise UserError(
-                    f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
-                )
-        return [[index[str(i)] for i in history if str(i) in index] for history in histories]
-
-    def _top(
-        self, known: Sequence[Sequence[int]], k: int, filter_seen: bool
+    def candidates(
+        self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU."""
-        query_UD = self._query(known)
+        """Return the ``k`` best items to follow each history: see :class:`HistoryRecommender`."""
+        query_UD = self._query(histories)
         with self.inference():
             seen = None
             if filter_seen:
-                user = torch.arange(len(known)).repeat_interleave(torch.tensor([*map(len, known)]))
-                item = torch.tensor([*itertools.chain.from_iterable(known)], dtype=torch.long)
+                lengths = torch.tensor([*map(len, histories)])
+                user = torch.arange(len(histories)).repeat_interleave(lengths)
+                item = torch.tensor([*itertools.chain.from_iterable(histories)], dtype=torch.long)
                 seen = (user.to(self.device), item.to(self.device))
             return self.best_items(query_UD, self._items(), k, seen)
 
@@ -636,11 +509,6 @@ class NextItem(Recommender):
         with self.inference():
             x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
             return self.head.query(x_UD)
-
-    def _index(self) -> dict[str, int]:
-        if not hasattr(self, "_index_of"):
-            self._index_of = {item: i for i, item in enumerate(self.item_ids)}
-        return self._index_of
 
 
 def positions_from_end(item: Tensor, seq_idx: Tensor | None) -> Tensor:

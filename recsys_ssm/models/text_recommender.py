@@ -6,38 +6,30 @@ Legend: U users, I items, K places, B rows of tokens, L tokens.
 from __future__ import annotations
 
 import abc
-import itertools
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import polars as pl
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import Ragged, TopItems
+from recsys_ssm.batches import TopItems
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Part, build, to_spec
-from recsys_ssm.metrics import RankingMetrics
+from recsys_ssm.models.histories import (
+    DEFAULT_METRICS,
+    History,
+    HistoryRecommender,
+    histories_of,
+)
 from recsys_ssm.models.optim import configure_optimizers
-from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.recommendations import Rankings
 from recsys_ssm.text.weights import Source, Weights
 
 if TYPE_CHECKING:
     from recsys_ssm.batches import HistoryBatch, SequenceBatch
     from recsys_ssm.data.sequences import SequenceData
-
-History = list[int]
-"""Catalogue indices of a user's items, the latest last."""
-
-DEFAULT_METRICS: tuple[str, ...] = (
-    *(f"{family}@{k}" for k in (1, 5, 10, 20) for family in ("hr", "ndcg", "mrr")),
-    "coverage@10",
-    "popularity@10",
-)
 
 
 class Sample(NamedTuple):
@@ -61,13 +53,7 @@ def samples_of(batch: SequenceBatch) -> list[Sample]:
     ]
 
 
-def histories_of(seen: Ragged) -> list[History]:
-    """Return a batch's whole histories as lists."""
-    values, bounds = seen.values.tolist(), seen.offsets.tolist()
-    return [values[start:stop] for start, stop in itertools.pairwise(bounds)]
-
-
-class TextRecommender(Recommender):
+class TextRecommender(HistoryRecommender):
     """Rank a catalogue by its items' titles with a language model.
 
     A subclass says which language models it can use (``families``), makes one in its constructor, and implements
@@ -91,6 +77,7 @@ class TextRecommender(Recommender):
         UserError: An option is wrong, or the language model cannot be used.
     """
 
+    latency_calls = 3
     families: ClassVar[tuple[str, ...]] = ()
     """Values of ``model_type`` in the ``config.json`` of language models that this recommender can use."""
 
@@ -141,7 +128,6 @@ class TextRecommender(Recommender):
         n_items = len(self.item_ids)
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
         self.register_buffer("item_counts", counts)
-        self.item_counts: Tensor
         self.val_loss = MeanMetric()
         self.set_metrics(metrics)
         self.test_rankings = Rankings()
@@ -170,14 +156,6 @@ class TextRecommender(Recommender):
             "item_counts": splits.item_counts,
             "filter_seen": splits.repeat_share < COMMON_REPEATS,
         }
-
-    def set_metrics(self, metrics: Sequence[str]) -> None:
-        """Set the ranking metrics that validation and test report."""
-
-        def made() -> RankingMetrics:
-            return RankingMetrics(metrics, n_items=len(self.item_ids), item_counts=self.item_counts)
-
-        self.val_metrics, self.test_metrics, self.test_metrics_other = made(), made(), made()
 
     # To implement
 
@@ -213,7 +191,7 @@ class TextRecommender(Recommender):
     def candidates(
         self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the ``k`` best items to follow each history: see :meth:`recsys_ssm.NextItem.candidates`."""
+        """Return the ``k`` best items to follow each history: see :class:`HistoryRecommender`."""
         asked = [list(history) for history in histories]
         with self.inference():
             return self.top(self.read(asked), asked, k, filter_seen=filter_seen)
@@ -259,18 +237,7 @@ class TextRecommender(Recommender):
         )
         self.val_metrics.update_from_top(top_UK.to(target.device), target)
 
-    def on_validation_epoch_end(self) -> None:
-        values = {"loss": self.val_loss.compute(), **self.val_metrics.compute()}
-        self.val_loss.reset()
-        self.val_metrics.reset()
-        self.log_dict({f"val/{name}": value.float() for name, value in values.items()})
-
     # Test
-
-    def on_test_epoch_start(self) -> None:
-        self.test_rankings.clear()
-        self.test_metrics.reset()
-        self.test_metrics_other.reset()
 
     def test_step(self, batch: HistoryBatch, batch_idx: int) -> None:
         if not batch.target.numel():  # this process has none of the users
@@ -285,11 +252,6 @@ class TextRecommender(Recommender):
         self.test_metrics_other.update_from_top(other_UK, batch.target)
         self.test_rankings.add(batch.user, top_UK, batch.target)
 
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics; they and ``test_rankings`` stay until the next test begins."""
-        values = self.test_metrics.compute()
-        self.log_dict({f"test/{name}": value.float() for name, value in values.items()})
-
     # Predictions
 
     def predict_step(
@@ -299,82 +261,15 @@ class TextRecommender(Recommender):
 
         Users without an item get the most popular items, with scores that are NaN.
         """
-        wanted = self.selection.filter_seen
-        known, k = histories_of(batch.seen), min(self.selection.k, len(self.item_ids))
-        warm = [row for row, history in enumerate(known) if history]
-        popular_K = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
-        found = TopItems(
+        chosen = self.selection
+        known = histories_of(batch.seen)
+        return TopItems(
             batch.user.cpu(),
-            popular_K.expand(len(known), -1).clone(),
-            torch.full((len(known), k), torch.nan),
+            *self.best_or_popular(known, chosen.k, filter_seen=chosen.filter_seen),
         )
-        if warm:
-            asked = [known[row] for row in warm]
-            filter_seen = self.filter_seen if wanted is None else wanted
-            top_UK, scores_UK = self.top(self.read(asked), asked, k, filter_seen=filter_seen)
-            found.item[warm], found.score[warm] = top_UK, scores_UK.float()
-        return found
 
     # For the commands
 
     def fits(self, data: SequenceData) -> bool:
         """Return True if a dataset has the items of the training; titles are the checkpoint's own."""
         return data.splits.item_ids == self.item_ids
-
-    def test_results(self) -> dict[str, dict[str, float]]:
-        """Return ``metrics`` under the model's ``filter_seen``, and the same under the other choice.
-
-        ``metrics_unfiltered``: seen items allowed; ``metrics_filtered``: seen items left out.
-        """
-
-        def values(metrics: RankingMetrics) -> dict[str, float]:
-            return {name: float(value) for name, value in metrics.compute().items()}
-
-        headline, other = values(self.test_metrics), values(self.test_metrics_other)
-        if self.filter_seen:
-            return {"metrics": headline, "metrics_unfiltered": other}
-        return {"metrics": headline, "metrics_unfiltered": headline, "metrics_filtered": other}
-
-    def latency(self, data: SequenceData, repeat: int = 3) -> dict[str, float]:
-        """Measure the median seconds of a call that ranks the catalogue for 1 and for 256 users."""
-        found = {}
-        histories = histories_of(next(iter(data.test_dataloader())).seen)
-        for n_users in (1, 256) if histories else ():
-            asked = (histories * (n_users // len(histories) + 1))[:n_users]
-            times = []
-            for _ in range(repeat):
-                start_s = time.perf_counter()
-                with self.inference():
-                    self.top(self.read(asked), asked, 10, filter_seen=self.filter_seen)
-                times.append(time.perf_counter() - start_s)
-            found[f"users_{n_users}"] = sorted(times)[repeat // 2]
-        return found
-
-    def recommend(
-        self,
-        histories: Sequence[Sequence[str]],
-        k: int = 10,
-        *,
-        filter_seen: bool | None = None,
-    ) -> pl.DataFrame:
-        """Return the ``k`` best items to follow each history: see :meth:`recsys_ssm.NextItem.recommend`."""
-        histories = list(histories)
-        for row, history in enumerate(histories):
-            if isinstance(history, str) or not isinstance(history, Iterable):
-                raise UserError(
-                    f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
-                )
-        filter_seen = self.filter_seen if filter_seen is None else filter_seen
-        index = {item: i for i, item in enumerate(self.item_ids)}
-        known = [[index[str(i)] for i in history if str(i) in index] for history in histories]
-        warm = [row for row, history in enumerate(known) if history]
-        k = min(k, len(self.item_ids))
-        top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
-        top_UK = top_UK.expand(len(known), -1).clone()
-        scores_UK = torch.full(top_UK.shape, torch.nan)
-        if warm:
-            asked = [known[row] for row in warm]
-            with self.inference():
-                top, scores = self.top(self.read(asked), asked, k, filter_seen=filter_seen)
-            top_UK[warm], scores_UK[warm] = top, scores.float()
-        return self.as_table(top_UK, scores_UK).with_columns(pl.col("score").fill_nan(None))

@@ -13,7 +13,8 @@ pytest.importorskip("bm25s", reason="the extra text is not installed")
 
 from recsys_ssm import GeneratedShop, Interactions, UserError
 from recsys_ssm.models.gpt4rec import Gpt4Rec
-from recsys_ssm.models.text_recommender import Sample, histories_of, samples_of
+from recsys_ssm.models.histories import histories_of
+from recsys_ssm.models.text_recommender import Sample, samples_of
 
 TINY = {"vocabulary": 400, "d_model": 16, "n_layers": 1}
 

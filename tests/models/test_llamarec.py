@@ -18,8 +18,9 @@ pytest.importorskip("peft", reason="the extra text is not installed")
 from recsys_ssm import Interactions, Mamba, NextItem, UserError
 from recsys_ssm.metrics import RankingMetrics
 from recsys_ssm.models import llamarec
+from recsys_ssm.models.histories import histories_of
 from recsys_ssm.models.llamarec import LlamaRec, best_weight, mixed
-from recsys_ssm.models.text_recommender import Sample, histories_of, samples_of
+from recsys_ssm.models.text_recommender import Sample, samples_of
 from recsys_ssm.text import weights
 from recsys_ssm.text.tokenizer import TextTokenizer
 from recsys_ssm.text.weights import transformers_model
