@@ -310,9 +310,9 @@ class Recommender(L.LightningModule, abc.ABC):
         own = self.index_of(items)
         if bool((own < 0).any()):
             missing = items.filter(pl.Series((own < 0).numpy()))
+            more = f" (nor are {len(missing) - 1:,} more)" if len(missing) > 1 else ""
             raise UserError(
-                f"items: {missing[0]!r:.60} is not in the catalogue (nor are {len(missing) - 1:,} more); pass ids of "
-                "items that were in the training"
+                f"items: {missing[0]!r:.60} is not in the catalogue{more}; pass ids of items that were in the training"
             )
         found = self.neighbours(catalogue[own], catalogue, k, own)
         table = self.as_table(found.item, found.score).rename({"item": "similar"})
