@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -80,6 +81,8 @@ def cli(
     def run(name: str, *arguments: str) -> Outcome:
         module = importlib.import_module(f"recsys_ssm.{name}")
         monkeypatch.setattr("sys.argv", [f"recsys_ssm.{name}", *arguments])
+        # A process of its own has no config of an earlier command.
+        HydraConfig.instance().cfg = None
         capfd.readouterr()
         code = 0
         try:
