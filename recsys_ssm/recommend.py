@@ -122,7 +122,10 @@ def recommend(cfg: DictConfig) -> Path:
             schema |= columns.schema
         write_frames(path, parts.frames(job.users, model.ids, columns), schema)
         parts.remove()
-        log.info("%d items for each of %s users: %s", cfg.k, f"{n_users:,}", path)
+        n_items = len(model.item_ids)
+    if cfg.k > n_items:
+        log.warning("k=%d: the catalogue has %d items, so all of them are ranked", cfg.k, n_items)
+    log.info("%d items for each of %s users: %s", min(cfg.k, n_items), f"{n_users:,}", path)
     return path
 
 

@@ -236,6 +236,7 @@ def keys(
         raise UserError(
             f"{where}: column {shown(column)} holds {frame[column].dtype}, not ids; give texts or numbers"
         ) from error
+    _check_exact(frame, column, where)
     empty = ids.is_null()
     n_rows = f"{int(empty.sum()):,} rows are" if empty.sum() > 1 else "the row is"
     drop = f'; {n_rows} left out by dataset.filter="{_name(column)} is not null"' if missing else ""
@@ -263,27 +264,65 @@ def keys(
     return ids
 
 
+def _check_exact(frame: pl.DataFrame, column: str, where: str) -> None:
+    """Check that ids stored as floats are small enough to be exact.
+
+    Raises:
+        UserError: One is not: several ids may have become the same number.
+    """
+    cells = frame[column]
+    if cells.dtype in (pl.Float32, pl.Float64):
+        limit = 2**53 if cells.dtype == pl.Float64 else 2**24
+        refuse(
+            (cells.abs() > limit).fill_null(value=False).to_numpy(),
+            where,
+            column,
+            f"an id above {limit:,} stored as {cells.dtype}, where several ids become one; store ids as integers or "
+            "text",
+            frame,
+        )
+
+
 def _name(column: str) -> str:
     """Return a column's name as a filter has it."""
     return column if column.isidentifier() else f"`{column}`"
 
 
+_SHORTENED = r"^\d(\.\d+)?[eE]\+\d+$"
+_AROUND = r"^[\s'\"\x{200b}\x{feff}]+|[\s'\"\x{200b}\x{feff}]+$"
+
+
 def _spellings(ids: pl.Series, column: str, where: str) -> list[str]:
-    """Return a note on ids that are written both as ``12`` and as ``12.0``."""
-    different = ids.unique()
-    floats = different.filter(different.str.contains(r"^-?\d+\.0+$"))
-    if not floats.len():
-        return []
-    whole = floats.str.replace(r"\.0+$", "")
-    both = floats.filter(whole.is_in(different.implode())).sort()
-    if not both.len():
-        return []
-    one = both[0]
-    note = (
-        f"{where}: column {shown(column)} has {both.len():,} ids in two spellings, as {one.partition('.')[0]!r} and "
-        f"{one!r}: counted as different ids; write them alike if they are the same"
+    """Return notes on ids that may be the same, and on ids that may have been different.
+
+    The first are written both as ``12`` and as ``12.0``, or differ in leading zeros, capitals, or blanks and quotation
+    marks around them. The second are numbers that a spreadsheet has shortened: ``1.23E+12``.
+    """
+    different, notes = ids.unique().sort(), []
+    plain = (
+        different.str.normalize("NFKC")
+        .str.replace_all(_AROUND, "")
+        .str.replace(r"^(-?\d+)\.0+$", "${1}")
+        .str.replace(r"^(-?)0+(\d)", "${1}${2}")
+        .str.to_lowercase()
     )
-    return [note]
+    if plain.n_unique() < different.len():
+        alike = pl.DataFrame({"id": different, "plain": plain})
+        found = alike.group_by("plain", maintain_order=True).agg("id")
+        found = found.filter(pl.col("id").list.len() > 1)
+        one, other = found["id"][0].to_list()[:2]
+        notes.append(
+            f"{where}: column {shown(column)} has {found.height:,} ids in two spellings, as {shown(one)} and "
+            f"{shown(other)}: counted as different ids; write them alike if they are the same"
+        )
+    shortened = different.filter(different.str.contains(_SHORTENED))
+    if shortened.len():
+        n_rows = int(ids.is_in(shortened.implode()).sum())
+        notes.append(
+            f"{where}: column {shown(column)} has {n_rows:,} ids like {shown(shortened[0])}: a spreadsheet may have "
+            "shortened them, so that different ids are one; export the column again as text"
+        )
+    return notes
 
 
 def positions(
@@ -372,10 +411,36 @@ def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times
             wrong,
             where,
             column,
-            f"{shown(cell)} is not a time; give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row",
+            ("empty" if cell is None else f"{shown(cell)} is not a time")
+            + "; give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row",
             frame,
         )
+    if unit == "number":
+        _check_one_unit(values.to_numpy(), frame, column, where)
     return Times(values.to_numpy(), unit)
+
+
+def _check_one_unit(values: np.ndarray, frame: pl.DataFrame, column: str, where: str) -> None:
+    """Check that times since 1970 are not seconds in some rows and milliseconds or microseconds in others.
+
+    Raises:
+        UserError: Every time is from 1980 to 2280 in one of these units, and they are not all in the same.
+    """
+    # 1980 to 2280 in seconds
+    units = [(values >= 3.2e8 * unit) & (values < 9.8e9 * unit) for unit in (1, 10**3, 10**6)]
+    counts = [int(each.sum()) for each in units]
+    if sum(counts) < values.size or max(counts) == values.size:
+        return
+    ranked = sorted((n, at) for at, n in enumerate(counts) if n)
+    fewest, usual = units[ranked[0][1]], units[ranked[-1][1]]
+    odd, other = (values[int(each.argmax())] for each in (fewest, usual))
+    refuse(
+        fewest,
+        where,
+        column,
+        f"{odd} is in another unit than {other} in other rows (seconds, milliseconds); give every time in one unit",
+        frame,
+    )
 
 
 def _joined_times(frame: pl.DataFrame, columns: Sequence[str], where: str) -> Times:
@@ -418,9 +483,14 @@ _ZONE = r"(:\d\d(?:\.\d+)?) ?([+-])(\d\d):?(\d\d)?$"
 
 def parse_dates(text: pl.Series, unit: Literal["us", "ns"] = "us") -> pl.Series:
     """Parse ISO dates, with or without a time of day and a zone, as ``unit`` since 1970; null where it fails."""
-    text = text.str.replace(_DAY_FIRST + "T", "${1} ").str.strip_suffix("Z")
+    text = text.str.replace(_DAY_FIRST + "T", "${1} ").str.replace(r"(Z| UTC| GMT)$", "")
     local = text.str.replace(_ZONE, "${1}")
-    forms = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
+    forms = (
+        "%Y-%m-%d %H:%M:%S%.f",
+        "%Y-%m-%d %H:%M",
+        "%Y-%m-%d %I:%M:%S %p",
+        "%Y-%m-%d %I:%M %p",
+    )
     parsed = local.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime(unit))
     for form in forms:
         if not parsed.null_count():

@@ -135,8 +135,16 @@ def _open(
         bare = [_unquote(name) for name in read]
         if bare != read and len(set(bare)) == len(bare):
             frame, read = frame.rename(dict(zip(read, bare, strict=True))), bare
+    bare = [name.strip() for name in read]
+    padded = bare != read and len(set(bare)) == len(bare) and not set(columns) <= set(read)
+    if padded:  # "user_id, item_id": blanks behind each separator
+        frame, read = frame.rename(dict(zip(read, bare, strict=True))), bare
+        text.notes.append("blanks around the names and the cells are left out")
     require_columns(path, read, columns, separator, option)
     frame = frame.select(columns) if columns else frame
+    if padded:
+        stripped = pl.all().str.strip_chars()
+        frame = frame.with_columns(pl.when(stripped != "").then(stripped).name.keep())
     if text.unquote:
         frame = frame.with_columns(_unquoted(pl.all()))
     for number, line in sorted(text.opened.items(), key=lambda pair: pair[1]):
@@ -226,8 +234,10 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
 def _series(name: str, values: list[Any]) -> pl.Series:
     """Return a column of JSON values: numbers if all are, lists if all are, else text."""
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int} and all(value is None or abs(value) < 2**63 for value in values):
-        return pl.Series(name, values, pl.Int64)
+    if kinds <= {int}:
+        if all(value is None or abs(value) < 2**63 for value in values):
+            return pl.Series(name, values, pl.Int64)
+        return pl.Series(name, [_text(value) for value in values], pl.String)
     if kinds <= {int, float}:
         return pl.Series(name, [None if v is None else float(v) for v in values], pl.Float64)
     if kinds <= {list}:
@@ -313,7 +323,7 @@ def require_columns(
     if absent := [name for name in columns if name not in present]:
         raise UserError(
             f"{path}: no column {shown(absent[0])}; its columns are {listed(present)}"
-            f"{_other(present, separator, option)}"
+            f"{_other(present, separator, option)}{_similar(absent[0], present)}"
         )
     twice = [name for name in columns if f"{name}_duplicated_0" in present]
     if twice := twice or [name for name in columns if list(present).count(name) > 1]:
@@ -335,8 +345,29 @@ def check_file(path: Path, needs: str) -> None:
             raise UserError(f"{path}: the file is empty; it needs {needs}")
         if path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
             raise UserError(f"{path}: is an archive; unpack it and name a file of it")
+        with path.open("rb") as file:
+            head = file.read(64)
+        for start, what in _FOREIGN.items():
+            if head.lstrip().lower().startswith(start):
+                raise UserError(f"{path}: {what}")
     except OSError as error:
         raise UserError(f"{path}: not readable ({_first_line(error)})") from error
+
+
+_FOREIGN = {
+    b"pk\x03\x04": "is a spreadsheet (.xlsx) or a zip archive; save it as CSV, or unpack it",
+    b"\xd0\xcf\x11\xe0": "is a spreadsheet (.xls); save it as CSV",
+    b"bzh": "is compressed with bzip2; decompress it, or compress it with gzip or zstd",
+    b"\xfd7zxz\x00": "is compressed with xz; decompress it, or compress it with gzip or zstd",
+    b"7z\xbc\xaf\x27\x1c": "is an archive (7z); unpack it and name a file of it",
+    b"sqlite format 3": "is an SQLite database; export the table as CSV",
+    b"<!doctype": "is a web page, not a table; download the file itself",
+    b"<html": "is a web page, not a table; download the file itself",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file; fetch the file with: git lfs pull",
+    b"\xff\xfe": "is UTF-16 text; save it in UTF-8",
+    b"\xfe\xff": "is UTF-16 text; save it in UTF-8",
+}
+"""First bytes of files that are not tables, in lower case: what such a file is, and what to do with it."""
 
 
 def check_rows(path: str | Path, n_read: int, n_rows: int | None) -> None:
@@ -377,7 +408,14 @@ def collect(
 
 
 def is_parquet(path: Path) -> bool:
-    return path.suffix.lower() in {".parquet", ".pq"}
+    """Return True for a file called ``*.parquet`` or ``*.pq``, or one that begins as such a file does."""
+    if path.suffix.lower() in {".parquet", ".pq"}:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+    except OSError:
+        return False
 
 
 def shown(value: object, limit: int = 60) -> str:
@@ -407,13 +445,17 @@ def header_of(path: Path, separator: str) -> list[str]:
         first = next(iter(_lines(path, start=True)), b"").rstrip(b"\r\n")
         if not first:
             raise UserError(f"{path}: not a readable CSV file (it has no header line)")
+        if b"\r" in first and b"\n" not in first and b'"' not in first:
+            raise UserError(
+                f"{path}: its lines end in carriage returns alone; save it with line feeds (\\n)"
+            )
         quote = '"' if _record(separator).fullmatch(first) else None
         frame = pl.read_csv(
             first + b"\n", separator=separator, infer_schema=False, quote_char=quote
         )
     except _UNREADABLE as error:
         raise UserError(f"{path}: not a readable CSV file ({_first_line(error)})") from error
-    return frame.columns
+    return [name.strip() for name in frame.columns]
 
 
 def first_line(path: Path) -> str:
@@ -693,6 +735,13 @@ def _other(present: Sequence[str], separator: str, option: str) -> str:
         f"; the separator seems to be {_hint(likely)}, not {_hint(separator)}: "
         f'{option}="{_hint(likely)}" on the command line'
     )
+
+
+def _similar(name: str, present: Sequence[str]) -> str:
+    """Return a hint if a column's name differs from ``name`` in capitals and punctuation alone."""
+    plain = {re.sub(r"\W|_", "", each).lower(): each for each in present}
+    found = plain.get(re.sub(r"\W|_", "", name).lower())
+    return "" if found is None else f"; give {shown(found)} as the column's name"
 
 
 def _unreadable(path: Path, separator: str, error: BaseException) -> str:

@@ -30,6 +30,7 @@ from recsys_ssm.data.files import (
     collect,
     first_line,
     header_of,
+    is_parquet,
     parts_of,
     read_json,
     read_lines,
@@ -165,7 +166,7 @@ def read(
     """
     path = Path(path).expanduser()
     kind = format or format_of(path)
-    if kind == "parquet":
+    if kind == "parquet" or (path.is_file() and is_parquet(path)):
         return collect(scan_table(path, columns=columns), path)
     if kind == "json":
         return read_json(path, columns)

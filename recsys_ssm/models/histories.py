@@ -153,8 +153,10 @@ class HistoryRecommender(Recommender):
             popular items).
 
         Raises:
-            UserError: A history is not a list of item ids.
+            UserError: A history is not a list of item ids, or ``k`` is not a whole number above 0.
         """
+        if type(k) is not int or k < 1:
+            raise UserError(f"k={k}: give a whole number above 0")
         found = self.best_or_popular(self.known_items(histories), k, filter_seen=filter_seen)
         return self.as_table(*found).with_columns(pl.col("score").fill_nan(None))
 
@@ -195,4 +197,9 @@ class HistoryRecommender(Recommender):
                 raise UserError(
                     f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
                 )
-        return [[index[str(i)] for i in history if str(i) in index] for history in histories]
+        return [[index[i] for i in map(_text, history) if i in index] for history in histories]
+
+
+def _text(item: object) -> str:
+    """Return an item's id as the catalogue has it: a whole number stored as a float reads like an integer."""
+    return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)

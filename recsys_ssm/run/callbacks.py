@@ -38,6 +38,7 @@ class Progress(ProgressBar):
         self._bar: tqdm | None = None
         self._enabled = True
         self._start_step = 0
+        self._shown: int | None = None
         self._start = self._logged = 0.0
 
     def disable(self) -> None:
@@ -90,6 +91,9 @@ class Progress(ProgressBar):
     def _log_line(self, trainer: L.Trainer) -> None:
         """Log steps, time left, loss and the monitored metric in one line."""
         done, total = trainer.global_step, self._total(trainer)
+        if done == self._shown:  # the last step was logged already
+            return
+        self._shown = done
         rate = (done - self._start_step) / max(time.monotonic() - self._start, 1e-9)
         left = (
             f", {(total - done) / rate / 60:.1f} min left"

@@ -33,6 +33,7 @@ from recsys_ssm.sweeps.status import (
     is_finished,
     job_state,
     read_status,
+    settle,
     status_data,
 )
 
@@ -235,6 +236,7 @@ def end_progress() -> list[tuple[str, str, Path]]:
     if progress is None:
         return []
     progress.stop()
+    settle(progress.folder, wait_s=3.0)
     print_sweep(progress.folder, progress.monitor, progress.mode)
     return progress.failures()
 

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recsys_ssm.run.files import VALIDATIONS
+from recsys_ssm.run.files import VALIDATIONS, write_json
 
 STATUS = "job_status.json"
 CONSOLE = "console.log"
@@ -79,6 +80,30 @@ def job_state(folder: Path) -> str:
     if state == "running" and not is_alive(status):
         return "interrupted"
     return str(state)
+
+
+def settle(folder: Path, wait_s: float = 0.0) -> None:
+    """Write ``interrupted`` as the state of a sweep's jobs that were running and whose processes are gone.
+
+    A launcher's worker that is killed cannot write the state of its job.
+
+    Args:
+        folder: The sweep's folder.
+        wait_s: Seconds to wait for processes that are about to end.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        states = {path.parent: read_status(path.parent) for path in folder.glob(f"*/{STATUS}")}
+        running = {
+            job: status for job, status in states.items() if status.get("state") == "running"
+        }
+        for job, status in running.items():
+            if not is_alive(status):
+                ended = "finished" if is_finished(job) else "interrupted"
+                write_json(job / STATUS, {**status, "state": ended})
+        if not any(map(is_alive, running.values())) or time.monotonic() >= deadline:
+            return
+        time.sleep(0.1)
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:

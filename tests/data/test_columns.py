@@ -137,10 +137,11 @@ def test_dates_are_microseconds_since_1970():
     ],
 )
 def test_cells_that_are_not_times_are_named(cells, row, cell):
+    what = "empty" if cell in ("None", None) else f"{cell} is not a time"
     with pytest.raises(UserError) as caught:
         read(cells)
     assert str(caught.value) == (
-        f"x.csv, row {row}, column 't': {cell} is not a time; give numbers, or dates as "
+        f"x.csv, row {row}, column 't': {what}; give numbers, or dates as "
         "YYYY-MM-DD hh:mm:ss, in every row"
     )
 

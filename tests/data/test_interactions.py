@@ -382,7 +382,7 @@ HEADER = "user_id,item_id,rating,timestamp\n"
             "x.csv",
             HEADER + "u,a,1,1\nu,b,1,\n",
             {},
-            "row 2, column 'timestamp': None is not a time",
+            "row 2, column 'timestamp': empty; give numbers",
         ),
         (
             "x.csv",
@@ -421,7 +421,7 @@ HEADER = "user_id,item_id,rating,timestamp\n"
         ("x.txt", "1 2 3 4\n2\n", {}, "line 2: one id alone \\('2'\\)"),
         ("x.txt", "1 2 3 4\n", {"split": "time"}, "a sequence text has no times"),
         ("x.txt", "1 2 3\n", {"rating": "r", "min_rating": 3}, "a sequence text has no ratings"),
-        ("x.dat", "1::2::3::4\n1::2\n", {}, "row 2, column 'timestamp': None is not a time"),
+        ("x.dat", "1::2::3::4\n1::2\n", {}, "row 2, column 'timestamp': empty; give numbers"),
         ("x.dat", "1,2\n", {}, "no column 'user_id'; its columns are 1, 2; .* with dataset.names"),
         (
             "x.inter",

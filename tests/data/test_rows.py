@@ -8,10 +8,12 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from events import IN_ORDER, ROWS, frame, histories, lines, splits_of, write
 
+from recsys_ssm.data.columns import keys, times
 from recsys_ssm.data.files import read_table, scan_table
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.data.table import TableData
@@ -433,3 +435,108 @@ def test_a_small_number_of_mutated_files(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["fuzz_files.py", "--n", "120", "--seed", "7"])
     assert fuzz.main() == 0
     assert "120 files" in capsys.readouterr().out
+
+
+# Ids and times that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("ids", "note"),
+    [
+        (["7", "07"], "1 ids in two spellings, as '07' and '7'"),
+        (["a", "a "], "1 ids in two spellings, as 'a' and 'a '"),
+        (["A", "a"], "1 ids in two spellings"),
+        (["'a'", "a"], "1 ids in two spellings"),
+        (["a\u200b", "a"], "1 ids in two spellings"),
+        (["1.23E+12", "5"], "a spreadsheet may have shortened them"),
+        (["a", "b"], None),
+        (["10", "100"], None),
+    ],
+)
+def test_ids_that_may_be_the_same_are_noted(ids, note) -> None:
+    notes: list[str] = []
+    table = pl.DataFrame({"u": ids})
+    assert keys(table, "u", "x.csv", notes=notes).to_list() == ids  # nothing is changed
+    assert [note in one for one in notes] == [True] if note else not notes
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [(pl.Float64, 2**53 + 2), (pl.Float32, 2**24 + 2)], ids=str
+)
+def test_ids_too_large_for_a_float_are_refused(kind, least) -> None:
+    """Neighbouring ids had become one: 40 users were read as 11."""
+    with pytest.raises(UserError, match=r"row 2, column 'u': an id above .* store ids as integers"):
+        keys(pl.DataFrame({"u": pl.Series([1.0, least], dtype=kind)}), "u", "x")
+    exact = pl.DataFrame({"u": pl.Series([1.0, least - 2], dtype=kind)})
+    assert keys(exact, "u", "x").to_list() == ["1", str(least - 2)]
+
+
+def test_json_ids_beyond_64_bits_stay_apart(tmp_path) -> None:
+    rows = [
+        {"user_id": 2**64 + u, "item_id": i, "timestamp": i} for u in range(3) for i in range(4)
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    splits = Interactions(interactions=path).splits
+    assert list(splits.user_ids) == [str(2**64 + u) for u in range(3)]
+
+
+@pytest.mark.parametrize("unit", [10**3, 10**6])
+def test_seconds_beside_milliseconds_are_refused(unit) -> None:
+    """The rows in milliseconds were taken for the latest."""
+    cells = [1_700_000_000, 1_700_000_001 * unit, 1_700_000_002]
+    with pytest.raises(UserError, match=r"row 2, column 't': .* another unit than 1700000000 in"):
+        times(pl.DataFrame({"t": cells}), "t", "x")
+    for fine in (
+        [1, 1_700_000_000],
+        [5, 10**12],
+        [c * unit for c in (1_700_000_000, 1_700_000_001)],
+    ):
+        assert times(pl.DataFrame({"t": fine}), "t", "x").values.tolist() == fine
+
+
+def test_twelve_hour_times_and_a_named_zone_are_times() -> None:
+    """They were compared as text: 9 in the evening before 10 in the morning."""
+    cells = ["2023-01-09 10:00:00 AM", "2023-01-09 9:00:00 PM", "2023-01-10 1:30 AM"]
+    read = times(pl.DataFrame({"t": cells}), "t", "x")
+    assert read.unit == "us" and np.all(np.diff(read.values) > 0) and read.note is None
+    zone = times(pl.DataFrame({"t": ["2023-01-09 10:00:00 UTC"]}), "t", "x")
+    assert zone.values == times(pl.DataFrame({"t": ["2023-01-09 10:00:00Z"]}), "t", "x").values
+
+
+# Files that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"PK\x03\x04" + bytes(90), "is a spreadsheet"),
+        (b"BZh91AY" + bytes(90), "compressed with bzip2"),
+        (b"\xfd7zXZ\x00" + bytes(90), "compressed with xz"),
+        (b"SQLite format 3\x00", "is an SQLite database; export the table"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("user_id,item_id\n1,2\n".encode("utf-16"), "is UTF-16 text; save it in UTF-8"),
+        (b"user_id,item_id,timestamp\r1,2,3\r", "carriage returns alone"),
+        (b"userId,item_id,timestamp\n1,2,3\n", "give 'userId' as the column's name"),
+    ],
+)
+def test_another_kind_of_file_is_named(tmp_path, content, what) -> None:
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        _ = Interactions(interactions=tmp_path / "x.csv").splits
+    assert what in str(caught.value)
+
+
+def test_parquet_is_known_by_its_content(tmp_path) -> None:
+    table = pl.DataFrame({"user_id": ["a"], "item_id": ["b"]})
+    table.write_parquet(tmp_path / "x.csv")
+    assert read_table(tmp_path / "x.csv").equals(table)
+
+
+def test_blanks_behind_separators_are_no_part_of_names_and_ids(tmp_path) -> None:
+    rows = [f"u{u}, i{i}, {i}" for u in range(3) for i in range(4)]
+    (tmp_path / "x.csv").write_text("\n".join(["user_id, item_id, timestamp", *rows]) + "\n")
+    splits = Interactions(interactions=tmp_path / "x.csv").splits
+    assert splits.item_ids == ["i0", "i1", "i2", "i3"]
+    assert any("blanks around the names" in note for note in splits.notes)

@@ -510,7 +510,7 @@ def _with(frame, row, column, value):
             _with(ROWS, 2, "at", "soon"),
             "row 3, column 'at': 'soon' is not a time",
         ),
-        ("interactions", _with(ROWS, 2, "at", None), "row 3, column 'at': None is not a time"),
+        ("interactions", _with(ROWS, 2, "at", None), "row 3, column 'at': empty; give numbers"),
         ("interactions", ROWS.drop("item_id"), "no column 'item_id'; its columns are user_id"),
         ("interactions", ROWS.clear(), "no row"),
         (

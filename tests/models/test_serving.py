@@ -125,6 +125,18 @@ def test_histories_that_are_no_lists_empty_ones_and_unknown_items(tmp_path: Path
     assert found.filter(pl.col("user") == 0)["score"].null_count() == 0
 
 
+def test_whole_numbers_stored_as_floats_are_ids_and_k_is_whole(tmp_path: Path) -> None:
+    """A history [3.0], as pandas has it beside an empty cell, had no known item and got the most popular ones."""
+    rows = [(user, (user + event) % 6, event) for user in range(9) for event in range(4)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    data = Interactions(interactions=frame, cache_dir=str(tmp_path))
+    model = NextItem.for_data(data, backbone=Mamba(d_model=16, n_layers=1)).eval()
+    assert model.recommend([[3.0, 4.0]], 3).equals(model.recommend([["3", "4"]], 3))
+    for k in (0, 2.5, True):
+        with pytest.raises(UserError, match="give a whole number above 0"):
+            model.recommend([["3"]], k)  # type: ignore[arg-type]
+
+
 def test_two_towers_take_pandas_and_say_what_is_no_table(tiny_data) -> None:
     model = TwoTower.for_data(tiny_data, backbone=Mamba(d_model=8, n_layers=1))
     with pytest.raises(UserError, match="users: expected a Polars or pandas data frame"):

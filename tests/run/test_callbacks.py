@@ -63,6 +63,20 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     assert lines[-1].startswith("step 10 of 10") and "left" not in lines[-1]
 
 
+def test_the_last_step_is_one_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed training had it twice: at its last batch and at its end."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
+    progress = Progress(monitor="val/ndcg@10", every_s=0.0)
+    progress.on_train_start(trainer_at(9), None)
+    progress.on_train_batch_end(trainer_at(10), None, None, None, 0)
+    progress.on_train_end(trainer_at(10), None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and lines[0].startswith("step 10 of 10")
+
+
 def test_progress_on_a_terminal_is_one_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,3 +110,15 @@ def test_validations_of_a_running_job(tmp_path: Path) -> None:
     half = '{"step": 30, "m"'
     (tmp_path / "validations.jsonl").write_text("\n".join([*lines, '{"step": 5}', half]))
     assert status.validations(tmp_path, "m") == [0.5, 0.75]
+
+
+def test_a_job_whose_process_is_gone_is_not_left_running(tmp_path: Path) -> None:
+    """After Ctrl-C of a sweep with joblib, whose workers are killed, job_status.json had "running" for good."""
+    host, ended = os.uname().nodename, subprocess.Popen(["true"])
+    ended.wait()
+    for name, pid in (("gone", ended.pid), ("alive", os.getpid())):
+        make_job(tmp_path / name, state="running", host=host, pid=pid, attempt=2)
+    status.settle(tmp_path)
+    found = status.read_status(tmp_path / "gone")
+    assert found["state"] == "interrupted" and found["attempt"] == 2
+    assert status.read_status(tmp_path / "alive")["state"] == "running"
