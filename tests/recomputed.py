@@ -21,8 +21,9 @@ from recsys_ssm.features import Features
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
 
+PER_USER = ("p", "r", "mrr", "hr", "ndcg", "map")
 NAMES = (
-    *(f"{family}@{k}" for family in ("p", "r", "mrr", "hr", "ndcg", "map") for k in (1, 3, 10, 60)),
+    *(f"{family}@{k}" for family in PER_USER for k in (1, 3, 10, 60)),
     *("coverage@3", "coverage@10", "popularity@3", "popularity@10", "popularity@60"),
 )
 """Every family of metrics; 60 places are more than the small catalogues have."""
@@ -213,7 +214,7 @@ def two_tower_truth(
     *,
     seed: int,
     relevant_above: float,
-    min_relevant: int,
+    min_relevant: int = 1,
     held_out: float = 0.2,
 ) -> TwoTowerTruth:
     """Split a table of ``user_id``, ``item_id``, ``stars`` and ``timestamp``; a pair counts once, with its last row."""

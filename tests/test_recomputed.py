@@ -278,3 +278,60 @@ def test_two_towers(cli, tmp_path: Path, split: str, min_relevant: int) -> None:
             scores = two_tower_scores(run / "checkpoints/best.ckpt", truth, people)
             column = two_tower_lists(truth._replace(seen=[set()] * len(scores)), scores)["model"]
         assert got == {asked.user: own for asked, own in zip(truth.asked, column, strict=True)}
+
+
+def test_the_length_of_a_list_depends_on_its_user_alone(cli, tmp_path: Path) -> None:
+    """The longest metric's places, or as many as the user has relevant items, whatever else is in the batch."""
+    _, _, catalogue = shop(tmp_path)
+    options = (
+        "dataset=table", "dataset.interactions=ratings.csv", "dataset.timestamp=timestamp",
+        "dataset.held_out=0.5", "backbone=mamba", *SMALL, "metrics=[ndcg@1]", "monitor=val/loss",
+        "trainer.max_steps=2", "validations=1", "dataset.n_test_users=30",
+    )  # fmt: skip
+    assert cli("train", *options, "dataset.eval_batch_size=30").code == 0
+    run = only_run(tmp_path)
+    changed = ("dataset.eval_batch_size=4", "output_dir=evaluated", "accelerator=cpu")
+    assert cli("evaluate", f"run={run}", *changed).code == 0
+    first, second = (
+        pl.read_parquet(folder / "test_users.parquet") for folder in (run, tmp_path / "evaluated")
+    )
+    assert first.equals(second)
+    assert first["recommended"].list.len().to_list() == first["n_relevant"].clip(1).to_list()
+    assert first["n_relevant"].n_unique() > 1 and len(catalogue) > first["n_relevant"].max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["leave_one_out", "time"])
+def test_movielens(cli, tmp_path: Path, shared_data: Path, split: str) -> None:
+    """Every column on ML-100K; equal to 1e-6 of the catalogue's scores, the lists are those of float64."""
+    file = shared_data / "ml-100k" / "ml-100k.inter"
+    table = pl.read_csv(file, separator="\t", infer_schema=False).select(
+        user_id="user_id:token", item_id="item_id:token", timestamp="timestamp:float"
+    )
+    table = table.with_columns(pl.col("timestamp").cast(pl.Int64))
+    outcome = cli(
+        "train", "dataset=ml_100k", f"dataset.root={shared_data}", f"dataset.split={split}",
+        "backbone=mamba", *SMALL, "trainer.max_epochs=1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.text
+    run = only_run(tmp_path)
+    truth = next_item_truth(table, split)
+    scores = next_item_scores(run / "checkpoints/best.ckpt", truth)
+    lists = next_item_lists(truth, scores)
+    written, relevant = results(run), [asked.relevant for asked in truth.asked]
+    kept = kept_lists(run, truth.users)
+    assert list(kept) == [asked.user for asked in truth.asked]
+    for asked, own, score in zip(truth.asked, lists["filtered"], scores, strict=True):
+        top, liked = kept[asked.user]
+        assert liked == asked.relevant
+        assert [score[item] for item in top] == pytest.approx(
+            [score[item] for item in own], abs=1e-4
+        )
+    values = [kept[asked.user][0] for asked in truth.asked]
+    close(written["metrics"], figures(values, relevant, truth.catalogue, truth.counts))
+    for name in ("popularity", "popularity_unfiltered", "repeat_last_unfiltered"):
+        expected = figures(lists[name], relevant, truth.catalogue, truth.counts)
+        close(written["baselines"][name], expected)
+    other = figures(lists["unfiltered"], relevant, truth.catalogue, truth.counts)
+    for name, value in other.items():
+        assert written["metrics_unfiltered"][name] == pytest.approx(value, rel=2e-3), name

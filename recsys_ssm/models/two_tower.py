@@ -236,9 +236,11 @@ class TwoTower(Recommender):
     def test_step(self, batch: RankingBatch, batch_idx: int) -> None:
         if not batch.user_index.numel():  # this process has none of the users
             return
-        # As many as any of them likes: reports compare how often an item is recommended and how often it is liked.
-        top_UK = self._rank(batch, self.test_metrics, int(batch.relevant.sum(dim=1).max()))
-        self.test_rankings.add(batch.user_index, top_UK, batch.relevant)
+        # As many as a user likes: reports compare how often an item is recommended and how often it is liked.
+        places_U = batch.relevant.sum(dim=1).clamp(min=self.test_metrics.max_k)
+        top_UK = self._rank(batch, self.test_metrics, int(places_U.max()))
+        beyond_UK = torch.arange(top_UK.shape[1], device=top_UK.device) >= places_U.unsqueeze(1)
+        self.test_rankings.add(batch.user_index, top_UK.masked_fill(beyond_UK, -1), batch.relevant)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics; ``test_metrics`` and ``test_rankings`` stay until the next test begins."""
