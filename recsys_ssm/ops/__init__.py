@@ -2,6 +2,11 @@
 
 from recsys_ssm.ops._dispatch import backends, describe_backends
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step, same_conv1d
+from recsys_ssm.ops.in_transformers import (
+    transformers_kernels,
+    undo_in_transformers,
+    use_in_transformers,
+)
 from recsys_ssm.ops.rank_products import rank_products
 from recsys_ssm.ops.selective_scan import (
     selective_scan,
@@ -28,5 +33,8 @@ __all__ = [
     "sequences_of",
     "ssd",
     "ssd_step",
+    "transformers_kernels",
     "trapezoidal_ssd",
+    "undo_in_transformers",
+    "use_in_transformers",
 ]

@@ -544,8 +544,9 @@ def _arguments(
     dense = [None if t is None else t.contiguous() for t in (dt, A, D, seq_idx, initial_state)]
     at = [None if t is None else t.data_ptr() for t in dense]
     threads, per_group = torch.get_num_threads(), heads // groups
-    # A task is one group of one row. If there are fewer tasks than threads, the heads of a group are split.
-    wanted = -(-threads // max(1, batch * groups))
+    # A task is one group of one row. The heads of a group are split if there are fewer tasks than threads, or if a task
+    # would have more channels than the cache of a core has room for.
+    wanted = max(-(-threads // max(1, batch * groups)), -(-per_group * headdim // _CHANNELS))
     sharing = next(n for n in range(min(wanted, per_group), 0, -1) if per_group % n == 0)
     args = _Args(
         threads=threads,
@@ -584,6 +585,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 _BLOCK = 16  # kT in csrc/ssd.cpp
+_CHANNELS = 512  # of a task: the backward pass then needs about 1.5 MiB at 128 states
 
 
 def _kernel_chunk(length: int, channels: int, states: int) -> int:

@@ -43,6 +43,36 @@ RECSYS_INLINE void prefetch(const void* p, int64_t bytes) {
   }
 }
 
+// Numbers below the smallest normal one count as zero for as long as one of these lives, on its thread.
+// A product of many decays ends there, and a processor takes a hundred cycles for each such operand.
+class FlushTiny {
+ public:
+#if defined(RECSYS_ISA_AVX512) || defined(RECSYS_ISA_AVX2) || defined(RECSYS_SSE2)
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }  // results and operands
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#elif defined(RECSYS_NEON) && defined(__GNUC__)
+  FlushTiny() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    const uint64_t flushing = before_ | (uint64_t{1} << 24);
+    asm volatile("msr fpcr, %0" : : "r"(flushing));
+  }
+  ~FlushTiny() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#else
+  FlushTiny() {}
+  ~FlushTiny() {}
+
+ private:
+#endif
+  FlushTiny(const FlushTiny&);
+  FlushTiny& operator=(const FlushTiny&);
+};
+
 RECSYS_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -51,9 +51,10 @@ using Args = SsdArgs;
 
 // row(i) *= factor, for the rows [first, last).
 void scale_rows(const Matrix& m, int64_t first, int64_t last, const float* factor) {
-  for (int64_t c = 0; c < m.columns; c += Vec::size) {
-    const Vec by = Vec::load(factor + c);
-    for (int64_t i = first; i < last; ++i) (Vec::load(m.row(i) + c) * by).store(m.row(i) + c);
+  for (int64_t i = first; i < last; ++i) {
+    float* row = m.row(i);
+    for (int64_t c = 0; c < m.columns; c += Vec::size)
+      (Vec::load(row + c) * Vec::load(factor + c)).store(row + c);
   }
 }
 
@@ -627,6 +628,7 @@ int for_all_groups(const Args& a, bool backward, const F& body) {
   Group(a, backward, count);
   RecsysStatus status = RECSYS_OK;
   parallel_for(a.threads, a.batch * a.groups, [&](int64_t task) {
+    const FlushTiny flush;
     Arena arena{static_cast<float*>(recsys_scratch(sizeof(float) * count.used))};
     if (arena.memory == nullptr) {
       status = RECSYS_NO_MEMORY;
