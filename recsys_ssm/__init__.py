@@ -40,6 +40,8 @@ _HOMES = {
         "MeanSquaredError",
         "NextItemLoss",
     ),
+    "recsys_ssm.models.mamba_lm": ("MambaLM",),
+    "recsys_ssm.models.mamrec": ("MamRec",),
     "recsys_ssm.models.next_item": ("NextItem",),
     "recsys_ssm.models.tokenizers": (
         "FeatureTokenizer",
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
         MeanSquaredError,
         NextItemLoss,
     )
+    from recsys_ssm.models.mamba_lm import MambaLM
+    from recsys_ssm.models.mamrec import MamRec
     from recsys_ssm.models.next_item import NextItem
     from recsys_ssm.models.tokenizers import (
         FeatureTokenizer,
@@ -109,9 +113,11 @@ __all__ = [
     "Ligr",
     "LlamaRec",
     "MaTrRec",
+    "MamRec",
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "MambaLM",
     "MambaTabTokenizer",
     "MambularTokenizer",
     "MeanSquaredError",

@@ -51,6 +51,7 @@ TRUSTED = frozenset(
         "recsys_ssm.models.heads",
         "recsys_ssm.models.llamarec",
         "recsys_ssm.models.losses",
+        "recsys_ssm.models.mamrec",
         "recsys_ssm.models.next_item",
         "recsys_ssm.models.optim",
         "recsys_ssm.models.tokenizers",

@@ -24,8 +24,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +40,19 @@ __all__ = ["transformers_kernels", "undo_in_transformers", "use_in_transformers"
 _Function = Callable[..., Any]
 
 _LOCK = threading.Lock()
-_REPLACED: dict[tuple[str, str], tuple[ModuleType, _Function, _Function]] = {}
-"""Module, its own function and ours, by the names of module and function."""
+
+
+class _Replaced(NamedTuple):
+    """A function of ``transformers`` and ours in its place."""
+
+    holder: Any
+    """Module or class."""
+    name: str
+    theirs: _Function
+    ours: _Function
+
+
+_REPLACED: list[_Replaced] = []
 
 
 def use_in_transformers() -> None:
@@ -61,16 +71,16 @@ def use_in_transformers() -> None:
     """
     with _LOCK:
         if not _REPLACED:
-            _REPLACED.update(_found())
-        for (_, name), (module, _, ours) in _REPLACED.items():
-            setattr(module, name, ours)
+            _REPLACED.extend(_found())
+        for each in _REPLACED:
+            setattr(each.holder, each.name, each.ours)
 
 
 def undo_in_transformers() -> None:
     """Give ``transformers`` its own functions back; without :func:`use_in_transformers` before, change nothing."""
     with _LOCK:
-        for (_, name), (module, theirs, _) in _REPLACED.items():
-            setattr(module, name, theirs)
+        for each in _REPLACED:
+            setattr(each.holder, each.name, each.theirs)
         _REPLACED.clear()
 
 
@@ -90,7 +100,7 @@ def transformers_kernels() -> Iterator[None]:
             undo_in_transformers()
 
 
-def _found() -> dict[tuple[str, str], tuple[ModuleType, _Function, _Function]]:
+def _found() -> list[_Replaced]:
     """Find the functions to replace, and check that each is called with the arguments of ours."""
     try:
         version = importlib.import_module("transformers").__version__
@@ -98,7 +108,7 @@ def _found() -> dict[tuple[str, str], tuple[ModuleType, _Function, _Function]]:
         raise UserError(
             "transformers is not installed; run pip install 'recsys-ssm[text]'"
         ) from None
-    found = {}
+    found = []
     for kind, functions in _FUNCTIONS.items():
         name = f"transformers.models.{kind}.modeling_{kind}"
         try:
@@ -120,7 +130,13 @@ def _found() -> dict[tuple[str, str], tuple[ModuleType, _Function, _Function]]:
             ]
             if unknown:
                 raise _unfit(version, f"{name}.{function} does not take {', '.join(unknown)}")
-            found[name, function] = module, theirs, ours
+            found.append(_Replaced(module, function, theirs, ours))
+        mixer = getattr(module, "MambaMixer", None)
+        if mixer is not None and all(f"self.{part} = " in source for part in _PARTS):
+            theirs = mixer.forward
+            found.append(
+                _Replaced(mixer, "forward", theirs, functools.wraps(theirs)(_mixer(theirs)))
+            )
     return found
 
 
@@ -229,6 +245,53 @@ def _mamba_step(theirs: _Function) -> _Function:
     return mamba_selective_state_update
 
 
+def _mixer(theirs: _Function) -> _Function:
+    """Make the forward pass of a Mamba block, which has no transposes between the operators."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # A block whose weights are moved to a device when it runs has a hook.
+        hooked = any(hasattr(getattr(self, part), "_hf_hook") for part in ("conv1d", "dt_proj"))
+        if cache is not None or kwargs or hooked or self.activation not in ("silu", "swish"):
+            given = {} if cache is None else {"cache": cache}
+            return theirs(self, hidden_states, attention_mask=attention_mask, **given, **kwargs)
+        mask_BL1 = None if attention_mask is None else attention_mask[:, :, None]
+        x_BLD = hidden_states
+        if mask_BL1 is not None:
+            x_BLD = (x_BLD * mask_BL1).to(x_BLD.dtype)
+        x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
+        x_BLE = causal_conv1d(x_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        if mask_BL1 is not None:
+            x_BLE = (x_BLE * mask_BL1).to(x_BLE.dtype)
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+        )
+        y_BLE = selective_scan(
+            x_BLE,
+            F.linear(dt_BLR, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B_BLN,
+            C_BLN,
+            self.D.float(),
+            z_BLE,
+            self.dt_proj.bias.float(),
+            dt_softplus=True,
+        )
+        return self.out_proj(y_BLE.to(hidden_states.dtype))
+
+    return forward
+
+
+_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj", "activation", "time_step_rank",
+          "ssm_state_size")  # fmt: skip
+"""What the blocks of ``transformers`` must have for our forward pass."""
+
+
 def _mamba2_scan(theirs: _Function) -> _Function:
     def mamba2_chunk_scan(
         hidden_states: Tensor,
@@ -257,11 +320,9 @@ def _mamba2_scan(theirs: _Function) -> _Function:
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(low, high)
             dt_bias, dt_softplus = None, False
         seq_idx = kwargs.get("seq_idx")
-        options = {"initial_state": initial_states, "chunk_size": chunk_size}
+        options: dict[str, Any] = {"initial_state": initial_states, "chunk_size": chunk_size}
         if not return_final_states:
-            return ssd(
-                hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, **options
-            )
+            return ssd(hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, **options)
         return ssd(
             hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx,
             return_final_state=True, **options,

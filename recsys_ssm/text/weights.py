@@ -19,6 +19,7 @@ import torch
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Configurable
+from recsys_ssm.text.checkpoints import mamba_config
 from recsys_ssm.text.extra import require
 from recsys_ssm.text.tokenizer import TextTokenizer, read_json
 
@@ -121,7 +122,7 @@ class Weights(Configurable):
         if self.model == TINY:
             return Source(TextTokenizer.train(texts, self.vocabulary))
         folder = self.find_folder()
-        config = plain_config(read_json(folder / "config.json"))
+        config = plain_config(mamba_config(read_json(folder / "config.json")))
         check_family(config, families, f"text.model={self.model}")
         tokenizer = TextTokenizer.from_folder(folder)
         rows = config.get("vocab_size")

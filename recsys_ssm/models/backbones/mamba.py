@@ -105,16 +105,37 @@ class MambaBlock(Mixer):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
     def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        return self._run(x_BLD, seq_idx, None, False)[0]
+
+    def extend(
+        self, x_BLD: Tensor, state: MambaState, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
+        y_BLD, after = self._run(x_BLD, seq_idx, state, True)
+        assert after is not None
+        return y_BLD, after
+
+    def follow(self, x_BLD: Tensor, state: MambaState) -> Tensor:
+        """Return the outputs of :meth:`extend` alone."""
+        return self._run(x_BLD, None, state, False)[0]
+
+    def _run(
+        self, x_BLD: Tensor, seq_idx: Tensor | None, before: MambaState | None, want_state: bool
+    ) -> tuple[Tensor, MambaState | None]:
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
-        x_BLE = causal_conv1d(
+        wanted: dict[str, Any] = {"return_final_state": want_state}
+        conv: Any = causal_conv1d(
             x_BLE,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            activation="silu",
-            seq_idx=seq_idx,
+            "silu",
+            seq_idx,
+            None if before is None else before.conv,
+            **wanted,
         )
+        x_BLE = conv[0] if want_state else conv
         dt_BLE, B_BLN, C_BLN = self._selection(x_BLE)
-        y_BLE = selective_scan(
+        scan: Any = selective_scan(
             x_BLE,
             dt_BLE,
             self._A(),
@@ -125,8 +146,12 @@ class MambaBlock(Mixer):
             at_least_float32(self.dt_proj.bias),
             dt_softplus=True,
             seq_idx=seq_idx,
+            initial_state=None if before is None else before.ssm,
+            **wanted,
         )
-        return self.out_proj(y_BLE)
+        if not want_state:
+            return self.out_proj(scan), None
+        return self.out_proj(scan[0]), MambaState(conv[1], scan[1])
 
     def init_state(self, batch_size: int) -> MambaState:
         weight = self.in_proj.weight

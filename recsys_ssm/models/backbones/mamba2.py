@@ -96,6 +96,7 @@ class Mamba2Block(Mixer):
         dt_min, dt_max: Range of the initial step sizes, which are drawn log-uniformly.
         dt_init_floor: Lower bound of the initial step sizes.
         norm_before_gate: Compute RMSNorm(y) · SiLU(z) rather than RMSNorm(y · SiLU(z)).
+        norm_eps: Term added to the mean square before its root.
         conv_bias: Give the convolution a bias.
         bias: Give the projections in and out a bias.
 
@@ -117,6 +118,7 @@ class Mamba2Block(Mixer):
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
         norm_before_gate: bool = False,
+        norm_eps: float = 1e-5,
         conv_bias: bool = True,
         bias: bool = False,
     ) -> None:
@@ -149,20 +151,42 @@ class Mamba2Block(Mixer):
         self.dt_bias = initial_dt_bias(self.heads, dt_min, dt_max, dt_init_floor)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(self.d_inner, groups=ngroups, norm_before_gate=norm_before_gate)
+        self.norm = GatedRMSNorm(
+            self.d_inner, eps=norm_eps, groups=ngroups, norm_before_gate=norm_before_gate
+        )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        return self._run(x_BLD, seq_idx, None, False)[0]
+
+    def extend(
+        self, x_BLD: Tensor, state: Mamba2State, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
+        y_BLD, after = self._run(x_BLD, seq_idx, state, True)
+        assert after is not None
+        return y_BLD, after
+
+    def follow(self, x_BLD: Tensor, state: Mamba2State) -> Tensor:
+        """Return the outputs of :meth:`extend` alone."""
+        return self._run(x_BLD, None, state, False)[0]
+
+    def _run(
+        self, x_BLD: Tensor, seq_idx: Tensor | None, before: Mamba2State | None, want_state: bool
+    ) -> tuple[Tensor, Mamba2State | None]:
         z_BLE, xBC_BLX, dt_BLH = self._split(x_BLD)
-        xBC_BLX = causal_conv1d(
+        wanted: dict[str, Any] = {"return_final_state": want_state}
+        conv: Any = causal_conv1d(
             xBC_BLX,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            activation="silu",
-            seq_idx=seq_idx,
+            "silu",
+            seq_idx,
+            None if before is None else before.conv,
+            **wanted,
         )
-        x_BLHP, B_BLGN, C_BLGN = self._selection(xBC_BLX)
-        y_BLHP = ssd(
+        x_BLHP, B_BLGN, C_BLGN = self._selection(conv[0] if want_state else conv)
+        found: Any = ssd(
             x_BLHP,
             dt_BLH,
             -at_least_float32(self.A_log).exp(),
@@ -172,8 +196,12 @@ class Mamba2Block(Mixer):
             at_least_float32(self.dt_bias),
             dt_softplus=True,
             seq_idx=seq_idx,
+            initial_state=None if before is None else before.ssm,
+            **wanted,
         )
-        return self.out_proj(self.norm(y_BLHP.flatten(2), z_BLE))
+        y_BLHP = found[0] if want_state else found
+        y_BLD = self.out_proj(self.norm(y_BLHP.flatten(2), z_BLE))
+        return y_BLD, Mamba2State(conv[1], found[1]) if want_state else None
 
     def init_state(self, batch_size: int) -> Mamba2State:
         ssm = at_least_float32(self.A_log).new_zeros(
