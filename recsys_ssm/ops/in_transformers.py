@@ -289,7 +289,7 @@ def _mixer(theirs: _Function) -> _Function:
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj", "activation", "time_step_rank",
           "ssm_state_size")  # fmt: skip
-"""What the blocks of ``transformers`` must have for our forward pass."""
+"""Parts of a block of ``transformers`` that our forward pass uses."""
 
 
 def _mamba2_scan(theirs: _Function) -> _Function:
