@@ -22,13 +22,13 @@ from torch import Tensor
 from recsys_ssm.batches import NO_ITEM
 from recsys_ssm.errors import UserError
 from recsys_ssm.metrics import rank_top_k
+from recsys_ssm.models.histories import History
 from recsys_ssm.models.mamba_lm import FAMILIES, MambaLM
-from recsys_ssm.models.text_recommender import History, Sample, TextRecommender
+from recsys_ssm.models.text_recommender import Sample, TextRecommender
 from recsys_ssm.text.prompts import padded
 
 if TYPE_CHECKING:
     from recsys_ssm.batches import SequenceBatch
-    from recsys_ssm.data.sequences import SequenceData
 
 END = "\n"
 """Text that ends a title; a title itself is one line."""
@@ -59,6 +59,7 @@ class MamRec(TextRecommender):
     # NOTE[DIFF] The paper does not give MamRec's prompt, loss and score.
 
     families = FAMILIES
+    latency_calls = 1  # a call for 256 users takes minutes
 
     def __init__(
         self,
@@ -75,9 +76,9 @@ class MamRec(TextRecommender):
                 raise UserError(
                     f"model.{option}={value}: expected {' or '.join(get_args(choices))}"
                 )
-        for name, number in (("val_users", val_users), ("score_rows", score_rows)):
-            if number is not None and number < 1:
-                raise UserError(f"model.{name}={number}: give at least 1")
+        for name, count in (("val_users", val_users), ("score_rows", score_rows)):
+            if count is not None and count < 1:
+                raise UserError(f"model.{name}={count}: give at least 1")
         if not 0 <= dropout < 1:
             raise UserError(f"model.dropout={dropout}: give a probability, from 0 to below 1")
         super().__init__(**base)
@@ -238,10 +239,6 @@ class MamRec(TextRecommender):
         self._n_validated += len(histories)
         if histories:
             super().validate_users(histories, target)
-
-    def latency(self, data: SequenceData, repeat: int = 1) -> dict[str, float]:
-        """Measure the seconds of a call that ranks the catalogue for 1 and for 256 users."""
-        return super().latency(data, repeat)
 
     def parameter_counts(self) -> dict[str, int]:
         """Count all parameters, and those without the embedding of the tokens."""

@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("transformers", reason="the extra text is not installed")
 
 from recsys_ssm import GeneratedShop, Interactions, MambaLM, UserError
+from recsys_ssm.models.histories import histories_of
 from recsys_ssm.models.mamrec import MamRec
-from recsys_ssm.models.text_recommender import histories_of, samples_of
+from recsys_ssm.models.text_recommender import samples_of
 from recsys_ssm.text.tokenizer import TextTokenizer
 
 TINY = {"vocabulary": 400, "d_model": 32, "n_layers": 2}
