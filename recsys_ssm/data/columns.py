@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import polars as pl
 
-from recsys_ssm.data.files import listed, remark, shown
+from recsys_ssm.data.files import Compact, listed, remark, shown
 from recsys_ssm.data.formats import Format, read
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import as_frame, numeric_column, text_column
@@ -69,6 +69,7 @@ def open_table(
     names_option: str | None = None,
     separator_option: str = "dataset.separator",
     notes: list[str] | None = None,
+    compact: Compact | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """Read the named columns of a file or a data frame.
 
@@ -81,6 +82,7 @@ def open_table(
         format, names, separator, names_option, separator_option: See :func:`recsys_ssm.data.formats.read`; for files
             only.
         notes: List for remarks on what was left out; None: they are logged.
+        compact: Columns of a file to hold in little memory; None: cells are held as they are.
 
     Returns:
         The columns (and :data:`ROW` where rows were left out), and the name of the table in messages: the path or
@@ -100,6 +102,7 @@ def open_table(
             names_option=names_option,
             separator_option=separator_option,
             notes=notes,
+            compact=compact,
         )
         return _without_idle(frame, str(source), notes), str(source)
     frame = as_frame(source, argument)
@@ -118,7 +121,7 @@ def _without_idle(frame: pl.DataFrame, where: str, notes: list[str] | None) -> p
     Raises:
         UserError: No row is left.
     """
-    if any(kind != pl.String for kind in frame.dtypes):
+    if not all(kind == pl.String or isinstance(kind, pl.Categorical) for kind in frame.dtypes):
         return frame
     cells = [pl.col(name) for name in frame.columns]
     idle = frame.select(
@@ -237,31 +240,126 @@ def keys(
             f"{where}: column {shown(column)} holds {frame[column].dtype}, not ids; give texts or numbers"
         ) from error
     _check_exact(frame, column, where)
-    empty = ids.is_null()
-    n_rows = f"{int(empty.sum()):,} rows are" if empty.sum() > 1 else "the row is"
-    drop = f'; {n_rows} left out by dataset.filter="{_name(column)} is not null"' if missing else ""
-    refuse(
-        empty.to_numpy(),
-        where,
-        column,
-        f"empty (or a blank line); every row needs its id{drop}",
-        frame,
-    )
-    if missing:
-        absent = ids.is_in(list(missing))
-        if absent.any():
-            first = ids.filter(absent)[0]
-            refuse(
-                absent.to_numpy(),
-                where,
-                column,
-                f"{first!r} stands for a missing id ({int(absent.sum()):,} rows); leave these rows out with "
-                f"dataset.filter='{_name(column)} != \"{first}\"', or set dataset.missing=[] to take it as an id",
-                frame,
-            )
+    _check_ids(ids, None, frame, column, where, missing)
     if notes is not None:
-        notes += _spellings(ids, column, where)
+        notes += _spellings(ids, None, column, where)
     return ids
+
+
+def coded_keys(
+    frame: pl.DataFrame,
+    column: str,
+    where: str,
+    *,
+    missing: Sequence[str] = (),
+    notes: list[str] | None = None,
+) -> tuple[np.ndarray, pl.Series]:
+    """Return an id column as codes (R,), int32, and the different ids as text, sorted, that they are positions in.
+
+    A column of categories or of integers is checked by its different values alone.
+
+    Args:
+        frame, column, where, missing, notes: See :func:`keys`.
+
+    Raises:
+        UserError: As :func:`keys`.
+    """
+    values, place = _different(frame[column])
+    if place is None:
+        ids = keys(frame, column, where, missing=missing, notes=notes)
+        different = ids.unique().sort()
+        return positions(ids, different, np.int32), different
+    ids = text_column(pl.DataFrame({column: values}), column, where)
+    _check_ids(ids, place, frame, column, where, missing)
+    if notes is not None:
+        notes += _spellings(ids, place, column, where)
+    order = ids.arg_sort().to_numpy()
+    rank = np.empty(order.size, dtype=np.int32)
+    rank[order] = np.arange(order.size, dtype=np.int32)
+    return rank[place], ids.gather(order)
+
+
+def _different(cells: pl.Series) -> tuple[pl.Series, np.ndarray | None]:
+    """Return the different values of a column, and each row's place (R,) among them.
+
+    Other columns than those of categories, and of integers of a small range, are returned as they are, with None.
+    """
+    if isinstance(cells.dtype, pl.Categorical | pl.Enum):
+        values, codes = cells.unique().drop_nulls(), cells.to_physical().cast(pl.Int64)
+        numbers = values.to_physical().to_numpy()
+    elif cells.dtype.is_integer() and cells.len() > cells.null_count():
+        least, most = int(cells.min()), int(cells.max())  # type: ignore[arg-type]
+        if most - least > 2 * cells.len() or max(abs(least), abs(most)) >= 2**62:
+            return cells, None
+        values, codes = cells.unique().drop_nulls(), cells.cast(pl.Int64) - least
+        numbers = values.cast(pl.Int64).to_numpy() - least
+    else:
+        return cells, None
+    if not values.len():
+        return cells, None
+    place = np.zeros(int(numbers.max()) + 2, dtype=np.int32)
+    place[numbers] = np.arange(values.len())
+    if codes.null_count():
+        place[-1] = values.len()
+        codes = codes.fill_null(place.size - 1)
+        values = pl.concat([values, pl.Series(values.name, [None], values.dtype)])
+    return values, place[codes.to_numpy()]
+
+
+def _different_texts(cells: pl.Series) -> tuple[pl.Series, np.ndarray | None]:
+    """Return the different texts of a column of categories as :func:`_different` does; other columns as they are."""
+    if not isinstance(cells.dtype, pl.Categorical | pl.Enum):
+        return cells, None
+    values, place = _different(cells)
+    return values.cast(pl.String), place
+
+
+def _at_rows(values: np.ndarray, place: np.ndarray | None) -> np.ndarray:
+    """Return the value of each row (R,) from those of the different cells; no place: they are those of the rows."""
+    return values if place is None else values[place]
+
+
+def _check_ids(
+    ids: pl.Series,
+    place: np.ndarray | None,
+    frame: pl.DataFrame,
+    column: str,
+    where: str,
+    missing: Sequence[str],
+) -> None:
+    """Check that no id is empty, or is a text for a missing one.
+
+    Args:
+        ids: Ids of the rows, or the different ones.
+        place: Each row's place among the different ones; None: ``ids`` are those of the rows.
+        frame, column, where, missing: See :func:`keys`.
+
+    Raises:
+        UserError: One is.
+    """
+    if ids.null_count():
+        empty = _at_rows(ids.is_null().to_numpy(), place)
+        n_rows = f"{int(empty.sum()):,} rows are" if empty.sum() > 1 else "the row is"
+        left_out = f'; {n_rows} left out by dataset.filter="{_name(column)} is not null"'
+        refuse(
+            empty,
+            where,
+            column,
+            f"empty (or a blank line); every row needs its id{left_out if missing else ''}",
+            frame,
+        )
+    absent = ids.is_in(list(missing)) if missing else None
+    if absent is not None and absent.any():
+        rows = _at_rows(absent.to_numpy(), place)
+        first = ids[int(rows.argmax() if place is None else place[rows.argmax()])]
+        refuse(
+            rows,
+            where,
+            column,
+            f"{first!r} stands for a missing id ({int(rows.sum()):,} rows); leave these rows out with "
+            f"dataset.filter='{_name(column)} != \"{first}\"', or set dataset.missing=[] to take it as an id",
+            frame,
+        )
 
 
 def _check_exact(frame: pl.DataFrame, column: str, where: str) -> None:
@@ -292,7 +390,9 @@ _SHORTENED = r"^\d(\.\d+)?[eE]\+\d+$"
 _AROUND = r"^[\s'\"\x{200b}\x{feff}]+|[\s'\"\x{200b}\x{feff}]+$"
 
 
-def _spellings(ids: pl.Series, column: str, where: str) -> list[str]:
+def _spellings(
+    ids: pl.Series, place: np.ndarray | None, column: str, where: str
+) -> list[str]:
     """Return notes on ids that may be the same, and on ids that may have been different.
 
     The first are written both as ``12`` and as ``12.0``, or differ in leading zeros, capitals, or blanks and quotation
@@ -317,7 +417,7 @@ def _spellings(ids: pl.Series, column: str, where: str) -> list[str]:
         )
     shortened = different.filter(different.str.contains(_SHORTENED))
     if shortened.len():
-        n_rows = int(ids.is_in(shortened.implode()).sum())
+        n_rows = int(_at_rows(ids.is_in(shortened.implode()).to_numpy(), place).sum())
         notes.append(
             f"{where}: column {shown(column)} has {n_rows:,} ids like {shown(shortened[0])}: a spreadsheet may have "
             "shortened them, so that different ids are one; export the column again as text"
@@ -344,7 +444,7 @@ def numbers(frame: pl.DataFrame, column: str, where: str, option: str) -> np.nda
     Raises:
         UserError: A cell is empty or is not a finite number.
     """
-    cells = frame[column]
+    cells, place = _different_texts(frame[column])
     text = cells.str.strip_chars() if cells.dtype == pl.String else cells
     if text.dtype.is_nested() or text.dtype in (pl.Binary, pl.Object) or text.dtype.is_temporal():
         raise UserError(
@@ -353,10 +453,11 @@ def numbers(frame: pl.DataFrame, column: str, where: str, option: str) -> np.nda
     values = text.cast(pl.Float64, strict=False)
     wrong = ~values.is_finite().fill_null(value=False).to_numpy()
     if wrong.any():
-        cell = cells[int(wrong.argmax())]
+        wrong = _at_rows(wrong, place)
+        cell = frame[column][int(wrong.argmax())]
         what = "empty" if cell is None else f"{shown(cell)} is not a finite number"
         refuse(wrong, where, column, f"{what}; every row needs a number ({option})", frame)
-    return values.to_numpy()
+    return _at_rows(values.to_numpy(), place)
 
 
 def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times:
@@ -373,7 +474,7 @@ def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times
         if len(column) > 1:
             return _joined_times(frame, column, where)
         (column,) = column
-    cells = frame[column]
+    cells, place = _different_texts(frame[column])
     unit: TimeUnit = "number"
     values = cells
     if cells.dtype == pl.String:
@@ -384,11 +485,15 @@ def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times
             date_unit: Literal["us", "ns"] = "ns" if fine else "us"
             dates = parse_dates(text, date_unit)
             begins_with_date = text.str.contains(r"^\d{4}-\d\d-\d\d").fill_null(value=False).all()
-            if dates.null_count() and begins_with_date:
-                odd = text.filter(dates.is_null())[0]
+            failed, not_numbers = (
+                _at_rows(parsed.is_null().to_numpy(), place) for parsed in (dates, values)
+            )
+            if failed.any() and begins_with_date:
+                odd = str(frame[column][int(failed.argmax())]).strip()
                 note = f"{where}: column {shown(column)} is compared as text: {shown(odd)} only begins with a date"
-                return Times(text.rank("dense").cast(pl.Int64).to_numpy(), "text", note)
-            if dates.null_count() < values.null_count():
+                ranks = text.rank("dense").cast(pl.Int64).to_numpy()
+                return Times(_at_rows(ranks, place), "text", note)
+            if failed.sum() < not_numbers.sum():
                 values, unit = dates, date_unit
     elif cells.dtype.is_temporal():
         if cells.dtype == pl.Date:
@@ -406,7 +511,8 @@ def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times
         values = values.fill_nan(None)
     wrong = values.is_null().to_numpy()
     if wrong.any():
-        cell = cells[int(wrong.argmax())]
+        wrong = _at_rows(wrong, place)
+        cell = frame[column][int(wrong.argmax())]
         refuse(
             wrong,
             where,
@@ -415,9 +521,10 @@ def times(frame: pl.DataFrame, column: str | Sequence[str], where: str) -> Times
             + "; give numbers, or dates as YYYY-MM-DD hh:mm:ss, in every row",
             frame,
         )
+    instants = _at_rows(values.to_numpy(), place)
     if unit == "number":
-        _check_one_unit(values.to_numpy(), frame, column, where)
-    return Times(values.to_numpy(), unit)
+        _check_one_unit(instants, frame, column, where)
+    return Times(instants, unit)
 
 
 def _check_one_unit(values: np.ndarray, frame: pl.DataFrame, column: str, where: str) -> None:

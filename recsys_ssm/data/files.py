@@ -74,20 +74,74 @@ def read_table(
     notes: list[str] | None = None,
     option: str = "dataset.separator",
     encoding: str | None = None,
+    compact: Compact | None = None,
 ) -> pl.DataFrame:
     """Read a file as :func:`scan_table` does, and check that every row was read.
 
     Args:
         path, columns, separator, names, quote, notes, option: See :func:`scan_table`.
         encoding: Encoding of a CSV that is not UTF-8; None: such a file is an error.
+        compact: Columns to hold in little memory; None: cells are held as they are read.
 
     Raises:
         UserError: As :func:`scan_table`; or a line is broken, or there is no row.
     """
     frame, n_rows = _open(path, columns, separator, names, quote, notes, option, encoding)
-    table = collect(frame, path, separator=separator)
+    if compact is None:
+        table = collect(frame, path, separator=separator)
+    else:
+        table = compact.collect(frame, path, separator=separator)
     check_rows(path, table.height, n_rows)
     return table
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Columns of text to hold in little memory: the file is read in pieces, and each different text is held once.
+
+    Args:
+        ids: Columns to read as categories.
+        values: Columns to read as integers if every cell is one, or else as categories if texts repeat.
+    """
+
+    ids: Sequence[str] = ()
+    values: Sequence[str] = ()
+
+    def collect(
+        self, frame: pl.LazyFrame, path: str | Path, *, separator: str = ","
+    ) -> pl.DataFrame:
+        """Collect a lazy frame as :func:`collect` does."""
+        kinds = frame.collect_schema()
+        head = collect(frame.head(_HEAD), path, separator=separator)
+        texts = {name for name, kind in kinds.items() if kind == pl.String}
+        coded = texts & set(self.ids)
+        whole = set()
+        for name in (texts - coded) & set(self.values):
+            if head[name].str.contains(_WHOLE).all() and not re.fullmatch(_WHOLE, name):
+                whole.add(name)
+            elif head[name].n_unique() * _REPEATED < head.height:
+                coded.add(name)
+        whole_numbers = [
+            pl.col(name).str.strip_chars().cast(pl.Int64, strict=False) for name in sorted(whole)
+        ]
+        # Categories of its own for each column: they go when the column goes.
+        codes = [pl.col(name).cast(pl.Categorical(pl.Categories.random())) for name in sorted(coded)]
+        table = collect(
+            frame.with_columns(*whole_numbers, *codes), path, separator=separator, streaming=True
+        )
+        if any(table[name].null_count() for name in whole):  # further down are other texts
+            rest = [name for name in self.values if name not in whole]
+            return Compact(self.ids, rest).collect(frame, path, separator=separator)
+        return table
+
+
+_HEAD = 10_000
+"""Rows to choose the form of a column by."""
+
+_REPEATED = 10
+"""Rows for each different text from which a column is read as categories."""
+
+_WHOLE = r"^-?\d{1,18}$"
 
 
 def _open(

@@ -26,6 +26,7 @@ from typing import Literal, get_args
 import polars as pl
 
 from recsys_ssm.data.files import (
+    Compact,
     check_file,
     collect,
     first_line,
@@ -147,6 +148,7 @@ def read(
     names_option: str | None = "dataset.names",
     separator_option: str = "dataset.separator",
     notes: list[str] | None = None,
+    compact: Compact | None = None,
 ) -> pl.DataFrame:
     """Read the named columns of a table; the cells of a text file are text.
 
@@ -160,6 +162,7 @@ def read(
         names_option: Option that sets ``names``, for messages; None: there is none.
         separator_option: Option that sets the separator, for messages.
         notes: List for remarks on how the file was read; None: they are logged.
+        compact: Columns to hold in little memory, where the format's reader can; None: cells are held as they are.
 
     Raises:
         UserError: The file is missing, empty or not of that format, or it lacks a column.
@@ -167,7 +170,9 @@ def read(
     path = Path(path).expanduser()
     kind = format or format_of(path)
     if kind == "parquet" or (path.is_file() and is_parquet(path)):
-        return collect(scan_table(path, columns=columns), path)
+        return (collect if compact is None else compact.collect)(
+            scan_table(path, columns=columns), path
+        )
     if kind == "json":
         return read_json(path, columns)
     check_file(path, "rows")
@@ -180,7 +185,7 @@ def read(
             names = _movielens_names(path, columns, separator, head)
     typed = first_line(path).partition(separator or "\t")[0]
     if kind == "recbole" and not (names and not re.fullmatch(r"[^:|]+:\w+", typed)):
-        return _recbole(path, columns, separator or "\t", notes, separator_option)
+        return _recbole(path, columns, separator or "\t", notes, separator_option, compact)
     if kind == "recbole" and separator is None:  # GroupLens' u.item has bars
         found = sniff(first_line(path), len(names))
         separator = found if len(found) == 1 else None
@@ -196,6 +201,7 @@ def read(
                 notes=notes,
                 option=separator_option,
                 encoding=encoding,
+                compact=compact,
             )
         except UserError as error:
             if names or names_option is None or set(columns) & set(first):
@@ -219,6 +225,7 @@ def read(
         notes=notes,
         option=separator_option,
         encoding=encoding,
+        compact=compact,
     )
 
 
@@ -229,19 +236,30 @@ def _character(separator: str) -> str:
 
 
 def _recbole(
-    path: Path, columns: Sequence[str], separator: str, notes: list[str] | None, option: str
+    path: Path,
+    columns: Sequence[str],
+    separator: str,
+    notes: list[str] | None,
+    option: str,
+    compact: Compact | None,
 ) -> pl.DataFrame:
     """Read a table whose header line has types: ``user_id:token``."""
     typed = header_of(path, _character(separator))
     bare = [name.partition(":")[0] for name in typed]
     require_columns(path, bare, columns, separator, option)
+    written = {name: typed[bare.index(name)] for name in columns}
+    if compact is not None:
+        compact = Compact(
+            [written[name] for name in compact.ids], [written[name] for name in compact.values]
+        )
     table = read_table(
         path,
-        columns=[typed[bare.index(name)] for name in columns],
+        columns=list(written.values()),
         separator=separator,
         quote=False,
         notes=notes,
         option=option,
+        compact=compact,
     )
     return table.rename(dict(zip(table.columns, columns, strict=True)))
 

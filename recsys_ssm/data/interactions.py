@@ -27,10 +27,10 @@ from recsys_ssm.data.columns import (
     Table,
     Times,
     at_rows,
+    coded_keys,
     exploded,
     instant,
     is_frame,
-    keys,
     numbers,
     one_or_more,
     open_table,
@@ -38,7 +38,7 @@ from recsys_ssm.data.columns import (
     times,
 )
 from recsys_ssm.data.download import fetch_member
-from recsys_ssm.data.files import shown
+from recsys_ssm.data.files import Compact, shown
 from recsys_ssm.data.formats import (
     Format,
     check_format,
@@ -478,6 +478,13 @@ class Preparation:
         names += [] if self.filter is None else RowFilter(self.filter).columns
         return list(dict.fromkeys(names))
 
+    @property
+    def _compact(self) -> Compact:
+        """The columns to hold in little memory; those that the filter compares keep their kinds."""
+        compared = () if self.filter is None else RowFilter(self.filter).columns
+        values = [name for name in (*(self.timestamp or ()), self.rating) if name is not None]
+        return Compact((self.user, self.item), [name for name in values if name not in compared])
+
     def select(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the columns of a data frame that are read.
 
@@ -497,25 +504,19 @@ class Preparation:
             separator=self.separator,
             names_option="dataset.names",
             notes=notes,
+            compact=self._compact,
         )
         if self.filter is not None:
             frame = filtered(frame, self.filter, where, notes)
         frame = exploded(frame, [self.user, self.item, *(self.timestamp or ())], where, notes)
-        user, item = (
-            keys(frame, name, where, missing=self.missing, notes=notes)
+        (user, user_ids), (item, item_ids) = (
+            coded_keys(frame, name, where, missing=self.missing, notes=notes)
             for name in (self.user, self.item)
         )
         time = None if self.timestamp is None else times(frame, self.timestamp, where)
         if time is not None and time.note:
             notes.append(time.note)
-        user_ids, item_ids = user.unique().sort(), item.unique().sort()
-        rows = _Rows(
-            positions(user, user_ids, np.int32),
-            positions(item, item_ids, np.int32),
-            time,
-            user_ids,
-            item_ids,
-        )
+        rows = _Rows(user, item, time, user_ids, item_ids)
         notes.append(
             f"{where}: {frame.height:,} rows, {user_ids.len():,} users, {item_ids.len():,} items"
         )
@@ -672,14 +673,19 @@ def _without_repeats(rows: _Rows, duplicates: str, notes: list[str]) -> _Rows:
     """Drop rows that repeat another; rows are sorted by user and time."""
     if duplicates == "keep" or (duplicates == "identical" and rows.time is None):
         return rows
-    same_in = [rows.user, rows.item]
     if duplicates == "identical":
         assert rows.time is not None
-        if not ((np.diff(rows.user) == 0) & (np.diff(rows.time.values) == 0)).any():
+        again = (np.diff(rows.user) == 0) & (np.diff(rows.time.values) == 0)
+        if not again.any():
             return rows
-        same_in.append(rows.time.values)
-    order = np.lexsort((rows.item, rows.user))  # stable: a pair's rows stay in the order of time
-    same = np.logical_and.reduce([np.diff(values[order]) == 0 for values in same_in])
+        group = np.cumsum(np.insert(~again, 0, False))  # rows of a user and an instant
+    else:
+        group = rows.user.astype(np.int64)
+    # One key for each group and item: nearly sorted where groups are short, which this sort is fast for. It is stable:
+    # a pair's rows stay in the order of time.
+    key = group * rows.item_ids.len() + rows.item
+    order = np.argsort(key, kind="stable")
+    same = np.diff(key[order]) == 0
     # Keep the first row of a run of equal rows, or the last.
     same = np.append(same, False) if duplicates == "last" else np.insert(same, 0, False)
     if dropped := int(same.sum()):

@@ -192,7 +192,7 @@ class RowFilter:
                     cells.cast(pl.Datetime("us")).to_physical(),
                     [None if one is None else found[one] for one in values],
                 )
-            if cells.dtype in (pl.String, pl.Categorical) or isinstance(cells.dtype, pl.Enum):
+            if isinstance(cells.dtype, pl.String | pl.Categorical | pl.Enum):
                 return cells.cast(pl.String).replace("", None), values
             if cells.dtype.is_numeric() and known:
                 raise self._wrong(f"column {shown(column)} has numbers: compare with numbers")
