@@ -390,9 +390,7 @@ _SHORTENED = r"^\d(\.\d+)?[eE]\+\d+$"
 _AROUND = r"^[\s'\"\x{200b}\x{feff}]+|[\s'\"\x{200b}\x{feff}]+$"
 
 
-def _spellings(
-    ids: pl.Series, place: np.ndarray | None, column: str, where: str
-) -> list[str]:
+def _spellings(ids: pl.Series, place: np.ndarray | None, column: str, where: str) -> list[str]:
     """Return notes on ids that may be the same, and on ids that may have been different.
 
     The first are written both as ``12`` and as ``12.0``, or differ in leading zeros, capitals, or blanks and quotation

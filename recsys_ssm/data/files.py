@@ -125,7 +125,9 @@ class Compact:
             pl.col(name).str.strip_chars().cast(pl.Int64, strict=False) for name in sorted(whole)
         ]
         # Categories of its own for each column: they go when the column goes.
-        codes = [pl.col(name).cast(pl.Categorical(pl.Categories.random())) for name in sorted(coded)]
+        codes = [
+            pl.col(name).cast(pl.Categorical(pl.Categories.random())) for name in sorted(coded)
+        ]
         table = collect(
             frame.with_columns(*whole_numbers, *codes), path, separator=separator, streaming=True
         )

@@ -27,6 +27,9 @@ from events import (
 from omegaconf import OmegaConf
 
 from recsys_ssm.cli.resolvers import register_resolvers
+from recsys_ssm.data import files
+from recsys_ssm.data.columns import coded_keys
+from recsys_ssm.data.files import Compact, collect
 from recsys_ssm.data.interactions import Interactions
 from recsys_ssm.errors import UserError
 from recsys_ssm.paths import CONF_DIR
@@ -627,3 +630,114 @@ def test_two_million_rows_are_prepared_and_served_in_bounded_memory(tmp_path):
         env={**os.environ, "POLARS_MAX_THREADS": "2"},
     )
     assert int(done.stdout) < 500e6
+
+
+# Columns in little memory
+
+
+def _mixed(rng: np.random.Generator, times: list[str], n: int = 400) -> list[tuple[str, ...]]:
+    """Return rows of ids in many spellings, equal times and repeated rows."""
+    users = ["007", "7", "u 1", "ü", "12.0", "Ω" * 70, "NaNa", "-3", "1e5"]
+    items = [str(number) for number in range(30)] + ["x", "X"]
+    rows = [
+        (rng.choice(users), rng.choice(items), str(rng.integers(1, 6)), rng.choice(times))
+        for _ in range(n)
+    ]
+    return [*rows, *rows[: n // 4]]
+
+
+_TIMES = {
+    "numbers": [str(number) for number in range(50, 90)],
+    "later floats": [*(str(number) for number in range(50, 60)), "61.5", " 62 "],
+    "dates": [f"2024-05-{day:02}" for day in range(1, 29)],
+    "instants": [f"2024-05-{day:02}T10:{day:02}:00+02:00" for day in range(1, 29)],
+    "texts": [f"2024-05-{day:02}, evening" for day in range(1, 29)],
+}
+
+
+@pytest.mark.parametrize("kind", _TIMES)
+@pytest.mark.parametrize("name", ["x.csv", "x.inter", "x.parquet"])
+@pytest.mark.parametrize("duplicates", ["identical", "first", "last", "keep"])
+def test_reading_in_little_memory_changes_nothing(tmp_path, monkeypatch, kind, name, duplicates):
+    rows = _mixed(np.random.default_rng(3), _TIMES[kind])
+    if kind == "later floats":
+        rows.sort(
+            key=lambda row: "." in row[3]
+        )  # numbers first: the choice by the first rows is wrong
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        frame(rows).write_parquet(path)
+    else:
+        types = (":token", ":token", ":float", ":float") if path.suffix == ".inter" else ("",) * 4
+        names = ("user_id", "item_id", "rating", "timestamp")
+        mark = "\t" if path.suffix == ".inter" else ","
+        cells = [[name + kind for name, kind in zip(names, types, strict=True)], *rows]
+        if mark == ",":
+            cells = [[f'"{cell}"' if "," in cell else cell for cell in line] for line in cells]
+        write(path, "".join(mark.join(line) + "\n" for line in cells))
+    options = {"rating": "rating", "min_rating": 3, "duplicates": duplicates}
+    monkeypatch.setattr(files, "_HEAD", 40)
+    found = _prepared(path, tmp_path / "a", options)
+    monkeypatch.setattr(
+        Compact, "collect", lambda self, frame, path, **options: collect(frame, path, **options)
+    )
+    expected = _prepared(path, tmp_path / "b", options)
+    assert found.notes == expected.notes
+    assert found.item_ids == expected.item_ids
+    assert found.user_ids.to_list() == expected.user_ids.to_list()
+    for one, other in (
+        (found.histories, expected.histories),
+        (found.val, expected.val),
+        (found.test, expected.test),
+    ):
+        for array, same in zip(one, other, strict=True):
+            np.testing.assert_array_equal(array, same)
+    np.testing.assert_array_equal(found.train_stop, expected.train_stop)
+
+
+def _prepared(path, cache, options):
+    return Interactions(interactions=path, cache_dir=cache, **options).splits
+
+
+def test_columns_that_repeat_are_codes_and_others_are_not(tmp_path):
+    rows = [(f"u{n % 5}", f"i{n % 3}", n % 2, 10**9 + n, f"t{n}") for n in range(300)]
+    names = ["user_id", "item_id", "rating", "timestamp", "title"]
+    path = write(tmp_path / "x.csv", lines(rows, header=",".join(names) + "\n"))
+    compact = Compact(names[:2], ["rating", "timestamp", "title"])
+    table = files.read_table(path, columns=names, compact=compact)
+    kinds = [type(kind) if isinstance(kind, pl.Categorical) else kind for kind in table.dtypes]
+    assert kinds == [pl.Categorical, pl.Categorical, pl.Int64, pl.Int64, pl.String]
+    plain = files.read_table(path, columns=names)
+    assert table.cast(pl.String).equals(plain)
+
+
+@pytest.mark.parametrize("kind", [pl.Categorical, pl.Enum, pl.Int32, pl.UInt64, pl.Int64])
+def test_ids_of_any_kind_get_the_codes_of_their_sorted_texts(kind):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 40, 500)
+    cells = pl.Series("id", values)
+    if kind is pl.Enum:
+        kind = pl.Enum([str(value) for value in rng.permutation(40)])
+        cells = cells.cast(pl.String)
+    elif kind is pl.Categorical:
+        cells = cells.cast(pl.String)
+    codes, ids = coded_keys(cells.cast(kind).to_frame(), "id", "x")
+    assert codes.dtype == np.int32
+    assert ids.to_list() == sorted({str(value) for value in values})
+    assert [ids[int(code)] for code in codes] == [str(value) for value in values]
+    wide = pl.DataFrame({"id": [2**60, -5, 2**60, 7]})
+    codes, ids = coded_keys(wide, "id", "x")
+    assert [ids[int(code)] for code in codes] == [str(2**60), "-5", str(2**60), "7"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"), [("", "row 4, column 'item_id': empty"), ("NULL", "row 4, column")]
+)
+def test_a_wrong_id_among_codes_is_named_by_its_row(tmp_path, cell, message):
+    rows = [("u1", "a", 1, 1), ("u1", "b", 1, 2), ("u2", "a", 1, 3), ("u2", cell, 1, 4)]
+    path = write(tmp_path / "x.csv", lines(rows, header="user_id,item_id,rating,timestamp\n"))
+    with pytest.raises(UserError, match=message):
+        _ = splits_of(path)
+    ints = pl.DataFrame({"user_id": [1, 1, 2], "item_id": [4, None, 5], "timestamp": [1, 2, 3]})
+    with pytest.raises(UserError, match="row 2, column 'item_id': empty"):
+        _ = splits_of(ints)
