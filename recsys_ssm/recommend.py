@@ -38,6 +38,7 @@ from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.models.text_recommender import TextRecommender
 from recsys_ssm.models.two_tower import TwoTower
 from recsys_ssm.run.assemble import as_list, check_writable
+from recsys_ssm.run.on_ray import Cluster, rank
 from recsys_ssm.run.ranking import FORMATS, Parts, PartsWriter, ToRank, write_frames
 from recsys_ssm.run.trained import TrainedRun, load_model, make_data, open_run
 
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 PART_SIZE = 1 << 14
 """Users of a part, about."""
+
+ENGINES = ("local", "ray")
+"""What computes: processes of this machine, or workers of a Ray cluster."""
 
 
 class _Job(NamedTuple):
@@ -63,9 +67,15 @@ def recommend(cfg: DictConfig) -> Path:
     Raises:
         UserError: There is no such run or file, the file does not fit the model, or an option is wrong.
     """
-    for option in ("k", "batch_size", "devices"):
+    for option in ("k", "batch_size", "devices", "cpus"):
         if isinstance(cfg[option], bool) or not isinstance(cfg[option], int) or cfg[option] < 1:
             raise UserError(f"{option}={cfg[option]}: give a whole number above 0")
+    if cfg.engine not in ENGINES:
+        raise UserError(f"engine={cfg.engine}: expected {' or '.join(ENGINES)}")
+    if cfg.engine != "ray" and cfg.address is not None:
+        raise UserError(f"address={cfg.address}: the address of a Ray cluster; give engine=ray too")
+    if cfg.engine == "ray" and cfg.strategy != "auto":
+        raise UserError(f"strategy={cfg.strategy}: a strategy of engine=local; leave it out")
     if cfg.filter_seen not in (True, False, None):
         raise UserError(f"filter_seen={cfg.filter_seen}: expected true, false or null")
     path = Path(str(cfg.output)).expanduser()
@@ -115,8 +125,13 @@ def recommend(cfg: DictConfig) -> Path:
     )
     n_users, k = job.users.len(), min(cfg.k, len(model.item_ids))
     parts = Parts(path.with_name(f"{path.name}.parts"), {"job": key}, n_users, part_size, k)
-    trainer = _predict(cfg, model, job.loader, parts)
-    if trainer.is_global_zero:
+    if cfg.engine == "ray":
+        cluster = Cluster(cfg.address, cfg.devices, cfg.cpus, device)
+        rank(run, model.selection, job.loader, parts, cluster, as_list(cfg["import"]))
+        is_first = True
+    else:
+        is_first = _predict(cfg, model, job.loader, parts).is_global_zero
+    if is_first:
         schema = {"user": job.users.dtype, "rank": pl.Int64, "item": pl.String, "score": pl.Float32}
         if columns is not None:
             schema |= columns.schema

@@ -170,6 +170,46 @@ def _read_json(path: Path) -> Any:
         return None
 
 
+class Progress:
+    """Print how far a job is: a bar in a terminal, else a line now and then.
+
+    Args:
+        parts: The parts of the job.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.total = parts.n_users
+        self._first = self._done = parts.count()
+        self._began = self._printed = time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total, initial=self._first, unit="user")
+
+    def update(self, n_users: int) -> None:
+        """Count users that are done."""
+        self._done = min(self.total, self._done + n_users)
+        if self._bar is not None:
+            self._bar.update(self._done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._printed < _EVERY_S:
+            return
+        self._printed = now
+        rate = (self._done - self._first) / (now - self._began)
+        log.info(
+            "recommend  %s of %s users (%.0f%%), %s a second, %.0f s left",
+            f"{self._done:,}",
+            f"{self.total:,}",
+            100 * self._done / self.total,
+            f"{rate:,.0f}",
+            (self.total - self._done) / rate,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class PartsWriter(BasePredictionWriter):
     """Write the predictions of each process by parts, and print how far the job is.
 
@@ -181,15 +221,11 @@ class PartsWriter(BasePredictionWriter):
         super().__init__("batch")
         self.parts = parts
         self._batches: list[TopItems] = []
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._first = self._done = self.parts.count()
-        self._began = self._printed = time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self.parts.n_users, initial=self._first, unit="user")
+        if trainer.is_global_zero:
+            self._progress = Progress(self.parts)
 
     def write_on_batch_end(
         self,
@@ -206,32 +242,12 @@ class PartsWriter(BasePredictionWriter):
         if int(prediction.user[-1]) + 1 == self.parts.users_of(number).stop:
             self.parts.write(number, self._batches)
             self._batches.clear()
-        if trainer.is_global_zero:
-            self._progress(len(prediction.user) * trainer.world_size)
-
-    def _progress(self, n_users: int) -> None:
-        total = self.parts.n_users
-        self._done = min(total, self._done + n_users)
-        if self._bar is not None:
-            self._bar.update(self._done - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._printed < _EVERY_S:
-            return
-        self._printed = now
-        rate = (self._done - self._first) / (now - self._began)
-        log.info(
-            "recommend  %s of %s users (%.0f%%), %s a second, %.0f s left",
-            f"{self._done:,}",
-            f"{total:,}",
-            100 * self._done / total,
-            f"{rate:,.0f}",
-            (total - self._done) / rate,
-        )
+        if self._progress is not None:
+            self._progress.update(len(prediction.user) * trainer.world_size)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
 
 def write_frames(path: Path, frames: Iterator[pl.DataFrame], schema: Mapping[str, Any]) -> Path:
