@@ -48,7 +48,7 @@ PART_SIZE = 1 << 14
 """Users of a part, about."""
 
 ENGINES = ("local", "ray")
-"""What computes: processes of this machine, or workers of a Ray cluster."""
+"""Choices of what ranks: processes of this machine, or workers of a Ray cluster."""
 
 
 class _Job(NamedTuple):

@@ -183,7 +183,8 @@ def test_constraints_name_every_direct_dependency_within_its_range(repository: P
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["cuda"] + extras["optuna"] + extras["tabular"]
+    optional = extras["cuda"] + extras["optuna"] + extras["ray"] + extras["tabular"]
+    declared = project["dependencies"] + optional
     names = {Requirement(text).name for text in declared}
     other = {"hydra-core": "hydra", "pyyaml": "yaml"}
     modules = {other.get(name, name.replace("-", "_")) for name in names}
