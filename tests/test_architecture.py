@@ -10,8 +10,8 @@ import recsys_ssm
 PACKAGE = Path(recsys_ssm.__file__).parent
 
 LAYERS = [
-    ["__main__", "batched_seeds", "evaluate", "recommend", "report", "search", "train"],
-    ["reports"],
+    ["__main__", "batched_seeds", "evaluate", "export", "recommend", "report", "search", "train"],
+    ["exporting", "reports"],
     ["cli"],
     ["sweeps"],
     ["run"],

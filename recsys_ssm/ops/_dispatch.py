@@ -11,13 +11,15 @@ Environment variables, read when the library is first needed:
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,14 @@ from torch import Tensor
 
 from recsys_ssm.errors import UserError
 
-__all__ = ["Operator", "backends", "describe_backends", "kernel_library"]
+__all__ = [
+    "Operator",
+    "backends",
+    "describe_backends",
+    "exporting",
+    "is_exporting",
+    "kernel_library",
+]
 
 REBUILD = "install recsys-ssm again with a C++ compiler (in a checkout: pip install -e .)"
 """Remedy for a library that is missing or old."""
@@ -36,6 +45,28 @@ SOURCES = Path(__file__).parent / "csrc"
 _ISA_ORDER = ("baseline", "avx2", "avx512")  # as recsys_isa() in csrc/runtime.cpp counts them
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 _STATUS = {1: f"the library does not understand its arguments; {REBUILD}", 2: "not enough memory"}
+
+
+_EXPORTING: contextvars.ContextVar[bool] = contextvars.ContextVar("exporting", default=False)
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Run operators on standard operators of PyTorch alone, for tensors of any batch size and length.
+
+    A graph that is traced meanwhile runs where neither the kernels nor this package are. Loops over positions are
+    ``scan`` operators in it. Rows hold one sequence each, with padding at the end.
+    """
+    token = _EXPORTING.set(True)
+    try:
+        yield
+    finally:
+        _EXPORTING.reset(token)
+
+
+def is_exporting() -> bool:
+    """Return True within :func:`exporting`."""
+    return _EXPORTING.get()
 
 
 @dataclass(frozen=True)
@@ -164,7 +195,7 @@ class Operator:
 
     def takes(self, *tensors: Tensor) -> bool:
         """Return True if the CPU kernel serves a call with these floating-point inputs."""
-        if not _has_kernel(self.name):
+        if not _has_kernel(self.name) or _is_exporting():
             return False
         for x in tensors:  # noqa: SIM110 - this loop runs in every call; all(...) takes twice as long
             if not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
@@ -219,6 +250,11 @@ class Operator:
 @torch.compiler.assume_constant_result
 def _has_kernel(name: str) -> bool:
     return Operator.registered[name].functions is not None
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return _EXPORTING.get()
 
 
 @torch.compiler.assume_constant_result

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._dispatch import Operator, is_exporting
 from recsys_ssm.ops._operators import (
     INTEGERS,
     KernelFunction,
@@ -272,7 +273,8 @@ def _scan_loop(
     (``addcmul``, ``bmm``) take a quarter longer on a CPU than products and sums.
     """
     wide = state_dtype(u, dt, A, B, C, D, z, dt_bias, initial_state)
-    with torch.autocast(u.device.type, enabled=False):
+    # A program of torch.export cannot be saved with a change of autocast in it.
+    with nullcontext() if is_exporting() else torch.autocast(u.device.type, enabled=False):
         u_BLE, dt_BLE, B_BLN, C_BLN = (x.to(wide) for x in (u, dt, B, C))
         A_EN = A.to(wide)
         keep: tuple[Tensor, ...] | None = None
@@ -281,7 +283,8 @@ def _scan_loop(
             u_BLE, dt_BLE, B_BLN, C_BLN = (
                 x.masked_fill(pad_BL1, 0) for x in (u_BLE, dt_BLE, B_BLN, C_BLN)
             )
-            keep = (~_resets(seq_idx)).unbind(1)
+            if not is_exporting():  # one sequence a row
+                keep = (~_resets(seq_idx)).unbind(1)
         if dt_bias is not None:
             dt_BLE = dt_BLE + dt_bias
         if dt_softplus:
@@ -294,6 +297,9 @@ def _scan_loop(
             if initial_state is None
             else initial_state.to(wide)
         )
+        if is_exporting():
+            y_BLE, h_BEN = _scan_operator(h_BEN, A_EN, dt_BLE, dt_BLE * u_BLE, B_BLN, C_BLN)
+            return _finish(y_BLE, u, u_BLE, D, z, seq_idx), h_BEN
         outputs = []
         steps = zip(
             dt_BLE.unsqueeze(-1).unbind(1),
@@ -308,14 +314,43 @@ def _scan_loop(
             h_BEN = torch.exp(dt_BE1 * A_EN) * h_BEN + dtu_BE1 * B_B1N
             outputs.append((h_BEN * C_B1N).sum(-1))
         y_BLE = torch.stack(outputs, 1) if outputs else torch.zeros_like(u_BLE)
-        if D is not None:
-            y_BLE = y_BLE + D * u_BLE
-        if z is not None:
-            z_BLE = z.to(wide) if seq_idx is None else z.to(wide).masked_fill(pad_BL1, 0)
-            y_BLE = y_BLE * F.silu(z_BLE)
-        if seq_idx is not None:
-            y_BLE = y_BLE.masked_fill(pad_BL1, 0)
-        return y_BLE.to(u.dtype), h_BEN
+        return _finish(y_BLE, u, u_BLE, D, z, seq_idx), h_BEN
+
+
+def _finish(
+    y_BLE: Tensor,
+    u: Tensor,
+    u_BLE: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """Add the skip ``D * u`` to a recurrence's output, apply the gate, and return it in ``u``'s dtype."""
+    pad_BL1 = None if seq_idx is None else (seq_idx < 0).unsqueeze(-1)
+    if D is not None:
+        y_BLE = y_BLE + D * u_BLE
+    if z is not None:
+        z_BLE = z.to(y_BLE.dtype)
+        y_BLE = y_BLE * F.silu(z_BLE if pad_BL1 is None else z_BLE.masked_fill(pad_BL1, 0))
+    if pad_BL1 is not None:
+        y_BLE = y_BLE.masked_fill(pad_BL1, 0)
+    return y_BLE.to(u.dtype)
+
+
+def _scan_operator(
+    h_BEN: Tensor, A_EN: Tensor, dt_BLE: Tensor, dtu_BLE: Tensor, B_BLN: Tensor, C_BLN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence of rows of one sequence as one ``scan`` operator, which any length can be exported with."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        dt_BE, dtu_BE, B_BN, C_BN = inputs
+        h = torch.exp(dt_BE.unsqueeze(-1) * A_EN) * h + dtu_BE.unsqueeze(-1) * B_BN.unsqueeze(1)
+        return h, (h @ C_BN.unsqueeze(-1)).squeeze(-1)
+
+    over_time = tuple(x.transpose(0, 1) for x in (dt_BLE, dtu_BLE, B_BLN, C_BLN))
+    h_BEN, y_LBE = scan(step, h_BEN, over_time)
+    return y_LBE.transpose(0, 1), h_BEN
 
 
 def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._dispatch import Operator, is_exporting
 from recsys_ssm.ops._operators import (
     KernelFunction,
     check_tensors,
@@ -121,6 +121,9 @@ def ssd(
             are on different devices. The message names the argument.
     """
     _check(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state, chunk_size)
+    if is_exporting():
+        y, state = _matrix_form(x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state)
+        return (y, state) if return_final_state else y
     floats = [t for t in (x, dt, A, B, C, D, dt_bias, initial_state) if t is not None]
     if x.numel() > 0 and B.numel() > 0 and _OPERATOR.takes(*floats) and kernels_differentiate():
         return _by_kernel(
@@ -353,6 +356,66 @@ def _chunked(
             y_BLHP = y_BLHP + D[:, None] * x_BLHP
         state_BHPN = h_BGNRP.permute(0, 1, 3, 4, 2).flatten(1, 2)
         return y_BLHP.to(x.dtype), state_BHPN
+
+
+def _matrix_form(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over whole rows of one sequence each, head by head, for export with any length.
+
+    Head by head, so that one (L, L) matrix a row is in memory. Sums of logarithms are float64, because their
+    differences would lose digits in float32.
+    """
+    wide = state_dtype(x, dt, A, B, C, D, dt_bias, initial_state)
+    length, heads, groups = x.shape[1], x.shape[2], B.shape[2]
+    x_BLHP, dt_BLH, B_BLGN, C_BLGN = (tensor.to(wide) for tensor in (x, dt, B, C))
+    if dt_bias is not None:
+        dt_BLH = dt_BLH + dt_bias
+    if dt_softplus:
+        dt_BLH = F.softplus(dt_BLH)
+    if seq_idx is not None:
+        # With a step size of 0 the decay is 1 and the input 0: padding passes the state on.
+        dt_BLH = dt_BLH.masked_fill((seq_idx < 0).unsqueeze(-1), 0)
+    log_HBL = (dt_BLH * A.to(wide)).double().cumsum(1).permute(2, 0, 1)
+    v_HBLP = (dt_BLH.unsqueeze(-1) * x_BLHP).permute(2, 0, 1, 3)
+    h_HBPN = (
+        x_BLHP.new_zeros(heads, x.shape[0], x.shape[3], B.shape[3])
+        if initial_state is None
+        else initial_state.to(wide).transpose(0, 1)
+    )
+    here_L = torch.arange(length, device=x.device)
+    later_LL = here_L.unsqueeze(1) < here_L
+    outputs, states = [], []
+    for g in range(groups):
+        B_BLN, C_BLN = B_BLGN[:, :, g], C_BLGN[:, :, g]
+        CB_BLL = C_BLN @ B_BLN.transpose(1, 2)
+        for h in range(g * heads // groups, (g + 1) * heads // groups):
+            log_BL, v_BLP, h_BPN = log_HBL[h], v_HBLP[h], h_HBPN[h]
+            between_BLL = (log_BL.unsqueeze(2) - log_BL.unsqueeze(1)).to(wide)
+            decay_BLL = between_BLL.masked_fill(later_LL, -torch.inf).exp()
+            y_BLP = (CB_BLL * decay_BLL) @ v_BLP
+            if initial_state is not None:
+                from_state_BLP = C_BLN @ h_BPN.transpose(1, 2)
+                y_BLP = y_BLP + from_state_BLP * log_BL.to(wide).exp().unsqueeze(2)
+            to_end_BL1 = (log_BL[:, -1:] - log_BL).to(wide).exp().unsqueeze(2)
+            kept_BPN = log_BL[:, -1].to(wide).exp()[:, None, None] * h_BPN
+            outputs.append(y_BLP)
+            states.append((v_BLP * to_end_BL1).transpose(1, 2) @ B_BLN + kept_BPN)
+    y_BLHP = torch.stack(outputs, 2)
+    if D is not None:
+        y_BLHP = y_BLHP + D[:, None] * x_BLHP
+    if seq_idx is not None:
+        y_BLHP = y_BLHP.masked_fill((seq_idx < 0)[:, :, None, None], 0)
+    return y_BLHP.to(x.dtype), torch.stack(states, 1)
 
 
 def _to_chunks(tensor: Tensor, chunks: int, size: int, repeat_last: bool = False) -> Tensor:

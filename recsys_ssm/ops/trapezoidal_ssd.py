@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
-from recsys_ssm.ops._dispatch import Operator
+from recsys_ssm.ops._dispatch import Operator, is_exporting
 from recsys_ssm.ops._operators import (
     KernelFunction,
     check_tensors,
@@ -113,6 +113,10 @@ def trapezoidal_ssd(
             are on different devices. The message names the argument.
     """
     _check(x, log_decay, past, own, B, C, B_bias, C_bias, angle, D, seq_idx, chunk_size)
+    if is_exporting():
+        return _matrix_form(
+            x, log_decay, past, own, B, C, B_bias, C_bias, angle, D, halves, seq_idx
+        )
     floats = (x, log_decay, past, own, B, C, B_bias, C_bias, angle) + (() if D is None else (D,))
     rank = x.shape[2]
     if x.numel() > 0 and rank <= _BLOCK and _OPERATOR.takes(*floats) and kernels_differentiate():
@@ -273,6 +277,78 @@ def _chunked(
         if seq_idx is not None:
             y_BLRHP = y_BLRHP.masked_fill(pad_BL[:, :, None, None, None], 0)
         return y_BLRHP.to(dtype)
+
+
+def _matrix_form(
+    x: Tensor,
+    log_decay: Tensor,
+    past: Tensor,
+    own: Tensor,
+    B: Tensor,
+    C: Tensor,
+    B_bias: Tensor,
+    C_bias: Tensor,
+    angle: Tensor,
+    D: Tensor | None,
+    halves: bool,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """Compute attention over whole rows of one sequence each, head by head, for export with any length.
+
+    Head by head, so that one matrix of weights a row is in memory. Sums of logarithms are float64, because their
+    differences would lose digits in float32.
+    """
+    wide = state_dtype(x, log_decay, past, own, B, C, B_bias, C_bias, angle, D)
+    batch, length, rank, heads, _ = x.shape
+    dtype = x.dtype
+    x, log_decay, past, own, B, C, angle = (
+        t.to(wide) for t in (x, log_decay, past, own, B, C, angle)
+    )
+    if seq_idx is not None:
+        pad_BL = seq_idx < 0
+        x, log_decay, past, own, B, C, angle = (
+            t.masked_fill(pad_BL.reshape(batch, length, *(1,) * (t.dim() - 2)), 0)
+            for t in (x, log_decay, past, own, B, C, angle)
+        )
+    log_BLH = log_decay.double().cumsum(1)
+    scale_BLH = own + F.pad(past[:, 1:], (0, 0, 0, 1))
+    here_L = torch.arange(length, device=x.device)
+    earlier_LL, itself_LL = (
+        compare(here_L.unsqueeze(1), here_L).to(wide) for compare in (torch.gt, torch.eq)
+    )
+    later_LL = here_L.unsqueeze(1) < here_L
+    per_group = heads // B.shape[3]
+    outputs = []
+    for h in range(heads):
+        k_BTN, q_BTN = (
+            rotate(
+                matrix[:, :, :, h // per_group] + bias[h].to(wide),
+                angle[:, :, h : h + 1],
+                halves=halves,
+            ).flatten(1, 2)
+            for matrix, bias in ((B, B_bias), (C, C_bias))
+        )
+        between_BLL = (log_BLH[:, :, h].unsqueeze(2) - log_BLH[:, :, h].unsqueeze(1)).to(wide)
+        decay_BLL = between_BLL.masked_fill(later_LL, -torch.inf).exp()
+        weight_BLL = decay_BLL * (
+            earlier_LL * scale_BLH[:, :, h].unsqueeze(1) + itself_LL * own[:, :, h].unsqueeze(1)
+        )
+        product_BTS = q_BTN @ k_BTN.transpose(1, 2)
+        if rank > 1:
+            product_BLRLR = product_BTS.reshape(batch, length, rank, length, rank)
+            weighted_BTS = (
+                (product_BLRLR * weight_BLL[:, :, None, :, None]).flatten(3).flatten(1, 2)
+            )
+        else:
+            weighted_BTS = product_BTS * weight_BLL
+        y_BTP = weighted_BTS @ x[:, :, :, h].flatten(1, 2)
+        outputs.append(y_BTP.reshape(batch, length, rank, x.shape[4]))
+    y_BLRHP = torch.stack(outputs, 3)
+    if D is not None:
+        y_BLRHP = y_BLRHP + D.to(wide)[:, None] * x
+    if seq_idx is not None:
+        y_BLRHP = y_BLRHP.masked_fill(pad_BL[:, :, None, None, None], 0)
+    return y_BLRHP.to(dtype)
 
 
 def _positions(x_BLRHN: Tensor, chunks: int, size: int) -> Tensor:

@@ -88,7 +88,7 @@ def test_a_command_composes(
     )  # report takes bare words as folders
     outcome = cli(command, *one_job(arguments), *flag)
     assert outcome.code == 0, outcome.text
-    assert "_target_" in outcome.out or command in ("evaluate", "recommend", "report")
+    assert "_target_" in outcome.out or command in ("evaluate", "export", "recommend", "report")
 
 
 def test_make_targets_exist() -> None:

@@ -19,7 +19,7 @@ Legend: B rows, L tokens, D = d_model, S sequences.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from recsys_ssm.models.backbones.base import Init, Mixer, Stack
 from recsys_ssm.models.backbones.mamba import MambaBlock
+from recsys_ssm.ops._dispatch import is_exporting
 from recsys_ssm.ops.dropout import Dropout
 
 Mixing = Literal["softmax", "raw", "fixed"]
@@ -150,6 +151,8 @@ class SigmaBlock(Mixer):
 
     def _recur(self, x_BLD: Tensor, places: Places) -> Tensor:
         """Run the GRU over each sequence."""
+        if is_exporting():  # one sequence a row, padding at its end
+            return _gru_operator(self.gru, x_BLD)
         if places.seq_idx is None:
             return self.gru(x_BLD)[0]
         first_BL = places.place == 0
@@ -160,6 +163,23 @@ class SigmaBlock(Mixer):
         packed = pack_padded_sequence(x_SLD, length_S.cpu(), batch_first=True, enforce_sorted=False)
         y_SLD, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
         return y_SLD[sequence_BL, places.place]
+
+
+def _gru_operator(gru: nn.GRU, x_BLD: Tensor) -> Tensor:
+    """Run a GRU without bias as one ``scan`` operator, which any length can be exported with."""
+    from torch._higher_order_ops.scan import scan
+
+    weights_hh, weights_ih = cast(Tensor, gru.weight_hh_l0), cast(Tensor, gru.weight_ih_l0)
+
+    def step(h_BD: Tensor, x_BX: Tensor) -> tuple[Tensor, Tensor]:
+        x_r, x_z, x_n = x_BX.split(gru.hidden_size, dim=1)
+        h_r, h_z, h_n = F.linear(h_BD, weights_hh).split(gru.hidden_size, dim=1)
+        new_BD = torch.tanh(x_n + (x_r + h_r).sigmoid() * h_n)
+        h_BD = new_BD + (x_z + h_z).sigmoid() * (h_BD - new_BD)
+        return h_BD, h_BD.clone()
+
+    x_LBX = F.linear(x_BLD, weights_ih).transpose(0, 1)
+    return scan(step, torch.zeros_like(x_BLD[:, 0]), x_LBX)[1].transpose(0, 1)
 
 
 class Sigma(Stack):

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from recsys_ssm.errors import UserError
 from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.ops._dispatch import is_exporting
 from recsys_ssm.ops.dropout import Dropout
 from recsys_ssm.ops.sequences import sequences_of
 
@@ -124,7 +125,9 @@ class WEARecLayer(nn.Module):
 
     def _frequencies(self, x_SMD: Tensor, at: tuple[Tensor, Tensor] | None) -> Tensor:
         S, M, _ = x_SMD.shape
-        forward_FM, inverse_MF = fourier(M, x_SMD.dtype, x_SMD.device)
+        forward_FM, inverse_MF = (fourier.__wrapped__ if is_exporting() else fourier)(
+            M, x_SMD.dtype, x_SMD.device
+        )
         change = self.adapt2(F.gelu(self.adapt1(x_SMD.mean(1)))).view(S, self.n_heads, -1, 2)
         scale_SHN = self.filter * (1 + change[..., 0])
         bias_SHN = self.filter_bias + change[..., 1]
@@ -253,6 +256,8 @@ class WEARec(Backbone):
         B, L, D = tokens.shape
         if seq_idx is None:
             seq_idx = torch.zeros(B, L, dtype=torch.long, device=tokens.device)
+        if is_exporting():
+            return self._one_a_row(tokens, seq_idx, at)
         begin_row_S, start_S, length_S = sequences_of(seq_idx)
         longest = int(length_S.max()) if length_S.numel() else 0
         if longest > self.max_length:
@@ -283,3 +288,25 @@ class WEARec(Backbone):
         wanted_P = where[at]
         y_PD = last(x_SMD, (history_V[wanted_P], place_V[wanted_P]))
         return y_PD.masked_fill((seq_idx.flatten()[at] < 0).unsqueeze(1), 0)
+
+    def _one_a_row(self, tokens: Tensor, seq_idx: Tensor, at: Tensor | None) -> Tensor:
+        """Compute :meth:`forward` for rows of one sequence each, by operators of fixed sizes alone."""
+        B, L, D = tokens.shape
+        M = self.max_length
+        length_B = (seq_idx >= 0).sum(1)
+        source_BM1 = (
+            torch.arange(M, device=tokens.device) - (M - length_B).unsqueeze(1)
+        ).unsqueeze(2)
+        x_BMD = tokens.gather(1, source_BM1.clamp(min=0).expand(B, M, D))
+        x_BMD = x_BMD + self.empty * (x_BMD == 0).all(2, keepdim=True)
+        x_BMD = torch.where(source_BM1 >= 0, x_BMD, self.empty)
+        x_BMD = self.dropout(self.norm(x_BMD + self.position.weight))
+        *earlier, last = self.layers
+        for layer in earlier:
+            x_BMD = layer(x_BMD)
+        if at is None:
+            place_BL = (M - length_B).unsqueeze(1) + torch.arange(L, device=tokens.device)
+            return last(x_BMD).gather(1, place_BL.clamp(max=M - 1).unsqueeze(2).expand(B, L, D))
+        row_P = at // L
+        place_P = (M - length_B[row_P] + at - row_P * L).clamp(max=M - 1)
+        return last(x_BMD, (row_P, place_P))
