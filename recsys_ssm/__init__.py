@@ -50,6 +50,8 @@ _HOMES = {
         "MambularTokenizer",
     ),
     "recsys_ssm.models.two_tower": ("TwoTower",),
+    "recsys_ssm.streaming.histories": ("EventHistories",),
+    "recsys_ssm.streaming.recommender": ("StreamingRecommender",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -94,10 +96,13 @@ if TYPE_CHECKING:
         MambularTokenizer,
     )
     from recsys_ssm.models.two_tower import TwoTower
+    from recsys_ssm.streaming.histories import EventHistories
+    from recsys_ssm.streaming.recommender import StreamingRecommender
 
 __all__ = [
     "Backbone",
     "BinaryCrossEntropy",
+    "EventHistories",
     "FeatureSchema",
     "FeatureTokenizer",
     "Features",
@@ -128,6 +133,7 @@ __all__ = [
     "Sigma",
     "SpotifyData",
     "Stack",
+    "StreamingRecommender",
     "TableData",
     "TowerHead",
     "Transformer",

@@ -15,6 +15,7 @@ LAYERS = [
     ["cli"],
     ["sweeps"],
     ["run"],
+    ["streaming"],
     ["models"],
     ["text"],
     ["data"],
