@@ -20,6 +20,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
+
 from hydra.core.hydra_config import HydraConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -1,5 +1,6 @@
 """Operators of state space models: one file for each, with its reference and its fast paths."""
 
+from recsys_ssm.ops._choice import set_backend
 from recsys_ssm.ops._dispatch import backends, describe_backends
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step, same_conv1d
 from recsys_ssm.ops.in_transformers import (
@@ -31,6 +32,7 @@ __all__ = [
     "selective_scan_step",
     "seq_idx_of",
     "sequences_of",
+    "set_backend",
     "ssd",
     "ssd_step",
     "transformers_kernels",

@@ -1,7 +1,8 @@
 """Choose the implementation of each operator call, and report the choice and its reason.
 
-A CUDA tensor goes to the public CUDA kernel when its package is installed. float32 and bfloat16 tensors on the CPU go
-to the compiled kernel when the library is there. Everything else runs on plain PyTorch.
+A CUDA tensor goes to this package's Triton kernel or to the public CUDA kernel, as :func:`set_backend` says. float32
+and bfloat16 tensors on the CPU go to the compiled kernel when the library is there. Everything else runs on plain
+PyTorch.
 
 Environment variables, read when the library is first needed:
     RECSYS_SSM_NO_KERNELS=1        use plain PyTorch instead of the compiled kernels
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._choice import backend, interpreting
 
 __all__ = [
     "Operator",
@@ -44,6 +46,7 @@ REBUILD = "install recsys-ssm again with a C++ compiler (in a checkout: pip inst
 SOURCES = Path(__file__).parent / "csrc"
 _ISA_ORDER = ("baseline", "avx2", "avx512")  # as recsys_isa() in csrc/runtime.cpp counts them
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
+_GPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _STATUS = {1: f"the library does not understand its arguments; {REBUILD}", 2: "not enough memory"}
 
 
@@ -64,6 +67,7 @@ def exporting() -> Iterator[None]:
         _EXPORTING.reset(token)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a ContextVar
 def is_exporting() -> bool:
     """Return True within :func:`exporting`."""
     return _EXPORTING.get()
@@ -176,15 +180,17 @@ class Operator:
     Args:
         name: The operator's public name.
         kernels: Names of the C functions that the operator needs. The kernel is used only if all are there.
-        cuda: "module:function" of the public CUDA implementation; empty if there is only plain PyTorch.
+        cuda: "module:function" of the public CUDA implementation; empty if there is none.
+        triton: "module:name" of this package's Triton operator; empty if there is none.
     """
 
     registered: dict[str, Operator] = {}  # noqa: RUF012 - every operator adds itself
 
-    def __init__(self, name: str, kernels: Iterable[str], cuda: str = "") -> None:
+    def __init__(self, name: str, kernels: Iterable[str], cuda: str = "", triton: str = "") -> None:
         self.name = name
         self.kernels = tuple(kernels)
         self.cuda = cuda
+        self.triton = triton
         self.registered[name] = self
 
     @functools.cached_property
@@ -195,7 +201,7 @@ class Operator:
 
     def takes(self, *tensors: Tensor) -> bool:
         """Return True if the CPU kernel serves a call with these floating-point inputs."""
-        if not _has_kernel(self.name) or _is_exporting():
+        if not _has_kernel(self.name) or not _cpu_kernels_are_wanted() or is_exporting():
             return False
         for x in tensors:  # noqa: SIM110 - this loop runs in every call; all(...) takes twice as long
             if not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
@@ -205,44 +211,94 @@ class Operator:
     @functools.cached_property
     def cuda_function(self) -> Callable[..., Any] | None:
         """The public CUDA implementation, or None if its package cannot be imported."""
-        module, _, function = self.cuda.partition(":")
-        if not module:
-            return None
-        try:
-            return getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, RuntimeError):  # built for another torch: RuntimeError
-            return None
+        return _imported(self.cuda)
 
-    def has_cuda_function(self) -> bool:
-        """Return True if the package with the CUDA implementation is installed."""
-        return _has_cuda_function(self.name)
+    @functools.cached_property
+    def triton_function(self) -> Callable[..., Any] | None:
+        """The package's own Triton operator, or None if Triton cannot be imported."""
+        return _imported(self.triton)
+
+    def gpu_paths(self, *tensors: Tensor, public: bool = True) -> tuple[str, ...]:
+        """Return the GPU implementations that serve a call, best first; empty for plain PyTorch.
+
+        Args:
+            tensors: The call's floating-point inputs.
+            public: False if the public package does not serve the call's other arguments.
+        """
+        chosen = backend()
+        if is_exporting():
+            return ()
+        if not tensors[0].is_cuda and not (chosen == "triton" and interpreting()):
+            return ()
+        for x in tensors:
+            if x.dtype not in _GPU_DTYPES:
+                return ()
+        return tuple(
+            name
+            for name in self._allowed(chosen)
+            if (name != "mamba_ssm" or (public and tensors[0].is_cuda)) and _has(self.name, name)
+        )
+
+    def _allowed(self, chosen: str) -> tuple[str, ...]:
+        if chosen != "auto":
+            return () if chosen == "reference" else (chosen,)
+        if torch.are_deterministic_algorithms_enabled() and self.triton:
+            return ("triton",)
+        return ("triton", "mamba_ssm")
 
     def forget(self) -> None:
         """Look for the kernels again at the next call (tests change the environment)."""
         self.__dict__.pop("functions", None)
         self.__dict__.pop("cuda_function", None)
+        self.__dict__.pop("triton_function", None)
 
     def row(self) -> dict[str, str]:
         """Return this operator's row of :func:`backends`."""
         library = kernel_library()
-        if self.functions is not None:
+        if self.functions is not None and backend() != "reference":
             cpu, why = f"C++ kernel ({library.isa})", "float64 and float16 run on plain PyTorch"
+        elif self.functions is not None:
+            cpu, why = "plain PyTorch", "ops.backend=reference"
         else:
             cpu = "plain PyTorch"
             why = (
                 library.reason or f"the compiled library lacks {', '.join(self.kernels)}; {REBUILD}"
             )
-        package = self.cuda.partition(".")[0]
-        if not torch.cuda.is_available():
-            cuda, cuda_why = "none", "PyTorch sees no CUDA device"
-        elif not self.cuda:
-            cuda, cuda_why = "plain PyTorch", "there is no CUDA kernel"
-        elif self.cuda_function is None:
-            cuda = "plain PyTorch"
-            cuda_why = f"{package} is not installed; pip install 'recsys-ssm[cuda]'"
+        if torch.cuda.is_available():
+            cuda, cuda_why = self._on_cuda()
         else:
-            cuda, cuda_why = package, "packed sequences and initial states run on plain PyTorch"
+            cuda, cuda_why = "none", "PyTorch sees no CUDA device"
         return {"cpu": cpu, "cpu_why": why, "cuda": cuda, "cuda_why": cuda_why}
+
+    def _on_cuda(self) -> tuple[str, str]:
+        """Return the implementation on a GPU and the reason."""
+        chosen = backend()
+        package = self.cuda.partition(".")[0].partition(":")[0]
+        names = {"triton": "Triton", "mamba_ssm": package}
+        found = [names[x] for x in self._allowed(chosen) if _has(self.name, x)]
+        if len(found) == 2:
+            return " or ".join(found), "the faster one, measured at the first call of a shape"
+        if found == ["Triton"]:
+            return "Triton", "float64 runs on plain PyTorch"
+        if found:
+            return package, "packed sequences and initial states run on plain PyTorch"
+        if chosen == "reference":
+            return "plain PyTorch", "ops.backend=reference"
+        if not self.cuda and not self.triton:
+            return "plain PyTorch", "there is no CUDA kernel"
+        missing = [x for x, there in (("triton", self.triton), (package, self.cuda)) if there]
+        return "plain PyTorch", f"cannot import {' or '.join(missing)} (ops.backend={chosen})"
+
+
+def _imported(name: str) -> Callable[..., Any] | None:
+    """Return the function ``module:function``, or None if it cannot be imported."""
+    module, _, function = name.partition(":")
+    if not module:
+        return None
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, RuntimeError):  # built for another torch: RuntimeError
+        return None
 
 
 # torch.compile takes the results as constants. It cannot trace the loading of a library, nor the lock that
@@ -253,13 +309,16 @@ def _has_kernel(name: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    return _EXPORTING.get()
+def _has(name: str, path: str) -> bool:
+    operator = Operator.registered[name]
+    found = operator.triton_function if path == "triton" else operator.cuda_function
+    return found is not None
 
 
 @torch.compiler.assume_constant_result
-def _has_cuda_function(name: str) -> bool:
-    return Operator.registered[name].cuda_function is not None
+def _cpu_kernels_are_wanted() -> bool:
+    chosen = backend()
+    return chosen != "reference" and not (chosen == "triton" and interpreting())
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -279,8 +338,8 @@ def describe_backends() -> str:
         groups: dict[tuple[str, str], list[str]] = {}
         for name, row in rows.items():
             groups.setdefault((row[device], row[f"{device}_why"]), []).append(name)
-        for (backend, why), names in groups.items():
+        for (path, why), names in groups.items():
             subject = "operators" if len(names) == len(rows) else ", ".join(names)
-            reason = f" ({why})" if backend == "plain PyTorch" else ""
-            parts.append(f"{subject} on {device}: {backend}{reason}")
+            reason = f" ({why})" if path == "plain PyTorch" else ""
+            parts.append(f"{subject} on {device}: {path}{reason}")
     return "; ".join(parts)

@@ -12,14 +12,15 @@ is the (E, W) view of ``nn.Conv1d(groups=E).weight``; its last column belongs to
 ``seq_idx`` (B, L) marks sequences packed into a row: equal neighbours belong together, and -1 is padding, on either
 side or in between. A sequence does not see the others. Padding contributes nothing, and its output is 0.
 
-Three paths give the same result: :func:`_reference`, plain PyTorch for any device and dtype; a C++ kernel for float32
-and bfloat16 on the CPU; and the CUDA kernel of the package ``causal_conv1d`` for CUDA tensors, when it is installed.
+Four paths give the same result: :func:`_reference`, plain PyTorch for any device and dtype; a C++ kernel for float32
+and bfloat16 on the CPU; and for CUDA tensors Triton kernels and, when it is installed, the kernel of the package
+``causal_conv1d``.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._choice import choose
 from recsys_ssm.ops._dispatch import Operator
 from recsys_ssm.ops._operators import (
     KernelFunction,
@@ -45,6 +47,7 @@ _OPERATOR = Operator(
     "causal_conv1d",
     kernels=("recsys_causal_conv1d_forward", "recsys_causal_conv1d_backward"),
     cuda="causal_conv1d:causal_conv1d_fn",
+    triton="recsys_ssm.ops.triton.causal_conv1d:OPERATOR",
 )
 
 
@@ -158,20 +161,33 @@ def _convolve(
         return torch.ops.recsys_ssm.causal_conv1d.default(
             x, weight, bias, seq_idx, initial_state, activation == "silu", ahead
         )
-    if (
-        x.is_cuda
-        and seq_idx is None
+    public = (
+        seq_idx is None
         and initial_state is None
         and ahead == 0
         and 2 <= weight.shape[1] <= 4  # the widths of that kernel
         and not is_batched(x)
-        and _OPERATOR.has_cuda_function()
-        and kernels_differentiate()
-    ):
-        assert _OPERATOR.cuda_function is not None
-        y_BEL = _OPERATOR.cuda_function(x.transpose(1, 2), weight, bias, activation=activation)
-        return y_BEL.transpose(1, 2)
+    )
+    paths = _OPERATOR.gpu_paths(*floats, public=public)
+    if paths and kernels_differentiate():
+        arguments = {
+            "x": x, "weight": weight, "bias": bias, "seq_idx": seq_idx,
+            "initial_state": initial_state, "activation": activation, "ahead": ahead,
+        }  # fmt: skip
+        return _on_gpu(choose("causal_conv1d", paths, _on_gpu, arguments), arguments)
     return _reference(x, weight, bias, activation, seq_idx, initial_state, ahead)
+
+
+def _on_gpu(path: str, arguments: Mapping[str, Any]) -> Tensor:
+    """Run the Triton kernel or the public one."""
+    x, weight, bias, seq_idx, initial_state, activation, ahead = arguments.values()
+    if path == "triton":
+        return torch.ops.recsys_ssm.triton_causal_conv1d.default(
+            x, weight, bias, seq_idx, initial_state, activation == "silu", ahead
+        )
+    assert _OPERATOR.cuda_function is not None
+    y_BEL = _OPERATOR.cuda_function(x.transpose(1, 2), weight, bias, activation=activation)
+    return y_BEL.transpose(1, 2)
 
 
 def _acc_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

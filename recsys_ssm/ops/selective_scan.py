@@ -6,10 +6,10 @@ For every channel e and state n, with a step size Δ that depends on the input::
     h_t[e, n] = exp(Δ_t[e] · A[e, n]) · h_{t-1}[e, n] + Δ_t[e] · B_t[n] · u_t[e]
     y_t[e]    = Σ_n C_t[n] · h_t[e, n] + D[e] · u_t[e]
 
-Three paths give the same result, and :func:`selective_scan` chooses. :func:`selective_scan_reference` reads like the
+Several paths give the same result, and :func:`selective_scan` chooses. :func:`selective_scan_reference` reads like the
 formula; the tests hold the other paths against it, in float64. :func:`_scan_loop` is the fastest plain PyTorch we know,
-for any device and dtype. A C++ kernel serves float32 and bfloat16 on the CPU, and ``mamba_ssm``'s CUDA kernel serves
-CUDA tensors when it is installed.
+for any device and dtype. A C++ kernel serves float32 and bfloat16 on the CPU. Triton kernels serve CUDA tensors, and so
+does ``mamba_ssm``'s CUDA kernel when it is installed.
 
 Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states (``d_state``).
 """
@@ -17,7 +17,7 @@ Legend of shape suffixes: B batch, L length, E channels (``d_inner``), N states 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeAlias, overload
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_ssm.errors import UserError
+from recsys_ssm.ops._choice import choose
 from recsys_ssm.ops._dispatch import Operator, is_exporting
 from recsys_ssm.ops._operators import (
     INTEGERS,
@@ -47,10 +48,13 @@ _Inputs: TypeAlias = tuple[
     Tensor | None, Tensor | None,
 ]  # fmt: skip
 
+_NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "seq_idx", "initial_state")
+
 _OPERATOR = Operator(
     "selective_scan",
     kernels=("recsys_selective_scan_forward", "recsys_selective_scan_backward"),
     cuda="mamba_ssm.ops.selective_scan_interface:selective_scan_fn",
+    triton="recsys_ssm.ops.triton.selective_scan:OPERATOR",
 )
 
 
@@ -130,15 +134,15 @@ def selective_scan(
         outputs = _scan_kernel(inputs, return_final_state)
         return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     _check(u, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    plain = seq_idx is None and initial_state is None and u.dtype != torch.float64
-    if (
-        u.is_cuda
-        and plain
-        and not is_batched(u)
-        and _OPERATOR.has_cuda_function()
-        and kernels_differentiate()
-    ):
-        return _scan_cuda(inputs, return_final_state)
+    public = seq_idx is None and initial_state is None and not is_batched(u)
+    paths = () if 0 in A.shape else _OPERATOR.gpu_paths(*_floats(inputs), public=public)
+    if paths and kernels_differentiate():
+        arguments = {
+            **dict(zip(_NAMES, inputs, strict=True)),
+            "return_final_state": return_final_state,
+        }
+        outputs = _on_gpu(choose("selective_scan", paths, _on_gpu, arguments), arguments)
+        return (outputs[0], outputs[1]) if return_final_state else outputs[0]
     y, state = _scan_loop(*inputs)
     return (y, state) if return_final_state else y
 
@@ -353,8 +357,13 @@ def _scan_operator(
     return y_LBE.transpose(0, 1), h_BEN
 
 
-def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Call ``mamba_ssm``'s kernel, with its layout (B, E, L) and float32 parameters."""
+def _on_gpu(path: str, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Run the Triton kernels, or ``mamba_ssm``'s with its layout (B, E, L) and float32 parameters."""
+    *inputs, return_final_state = arguments.values()
+    if path == "triton":
+        return torch.ops.recsys_ssm.triton_selective_scan.default(
+            *inputs, return_final_state, False
+        )
     function = _OPERATOR.cuda_function
     assert function is not None
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, _, _ = inputs
@@ -365,8 +374,8 @@ def _scan_cuda(inputs: _Inputs, return_final_state: bool) -> Tensor | tuple[Tens
         u_BEL, dt_BEL, A.float(), B_BNL, C_BNL, D, z_BEL, dt_bias, dt_softplus, return_final_state
     )
     if return_final_state:
-        return out[0].transpose(1, 2), out[1].float()
-    return out.transpose(1, 2)
+        return [out[0].transpose(1, 2), out[1].float()]
+    return [out.transpose(1, 2)]
 
 
 # --- the C++ kernel ------------------------------------------------------------------------------

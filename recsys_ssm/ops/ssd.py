@@ -129,13 +129,13 @@ def ssd(
         return _by_kernel(
             x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, return_final_state
         )
-    if x.is_cuda and seq_idx is None and initial_state is None and not is_batched(x):
-        combined = _OPERATOR.cuda_function if _OPERATOR.has_cuda_function() else None
-        if combined is not None and x.dtype != torch.float64 and kernels_differentiate():
-            return combined(
-                x, dt, A, B, C, chunk_size or 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
-                return_final_states=return_final_state,
-            )  # fmt: skip
+    public = seq_idx is None and initial_state is None and not is_batched(x)
+    if "mamba_ssm" in _OPERATOR.gpu_paths(*floats, public=public) and kernels_differentiate():
+        assert _OPERATOR.cuda_function is not None
+        return _OPERATOR.cuda_function(
+            x, dt, A, B, C, chunk_size or 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
+            return_final_states=return_final_state,
+        )  # fmt: skip
     y, state = _chunked(x, dt, A, B, C, D, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size)
     return (y, state) if return_final_state else y
 
