@@ -47,6 +47,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     assemble.check_places(output)
     ckpt_path = assemble.find_checkpoint(cfg.ckpt_path, output)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    ops.set_backend(cfg.ops.backend)
     log.info(ops.describe_backends())
 
     data = assemble.make_data(cfg)

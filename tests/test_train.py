@@ -49,6 +49,16 @@ def test_who_was_recommended_what_is_kept(cli, tmp_path: Path) -> None:
     assert validations[0]["seconds"] < validations[1]["seconds"]
 
 
+def test_the_operators_backend_is_an_option(cli) -> None:
+    outcome = cli("train", "dataset=spotify", *QUICK, "ops.backend=cuda")
+    assert outcome.code == 1
+    assert "ops.backend=cuda: must be one of auto, triton, mamba_ssm, reference" in outcome.err
+    outcome = cli("train", "dataset=spotify", *QUICK, "ops.backend=reference")
+    ops.set_backend("auto")
+    assert outcome.code == 0, outcome.text
+    assert "on cpu: plain PyTorch" in outcome.out
+
+
 def test_a_run_ends_with_the_table_and_its_files(cli, tmp_path: Path) -> None:
     outcome = cli("train", "dataset=spotify", *QUICK)
     assert outcome.code == 0, outcome.text

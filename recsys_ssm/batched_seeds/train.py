@@ -119,6 +119,7 @@ def train_seeds(cfg: DictConfig) -> dict[str, Any]:
     assemble.check_places(output)
     register_attention_rule()
     ckpt_path = assemble.find_checkpoint(cfg.ckpt_path, output)
+    ops.set_backend(cfg.ops.backend)
     log.info(ops.describe_backends())
     parts, model = prepare(cfg, output)
     first, n_seeds = parts[0], len(parts)

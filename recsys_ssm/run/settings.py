@@ -60,6 +60,7 @@ _INCIDENTAL: dict[str, tuple[Use, ...]] = {
     # the machine: a sweep may compare two of them, so each is a job of its own
     "dataset.eval_batch_size": _PUBLISHED,
     "dataset.root": _PUBLISHED,
+    "ops": _PUBLISHED,
     "trainer.accelerator": _PUBLISHED,
     "trainer.deterministic": _PUBLISHED,
     "trainer.log_every_n_steps": _PUBLISHED,
