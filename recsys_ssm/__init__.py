@@ -21,6 +21,7 @@ _HOMES = {
     "recsys_ssm.metrics": ("RankingMetrics",),
     "recsys_ssm.models.backbones.base": ("Backbone", "Stack"),
     "recsys_ssm.models.backbones.filter_mamba2": ("FilterMamba2",),
+    "recsys_ssm.models.backbones.hstu": ("HSTU",),
     "recsys_ssm.models.backbones.hydra": ("Hydra",),
     "recsys_ssm.models.backbones.identity": ("Identity",),
     "recsys_ssm.models.backbones.ligr": ("Ligr",),
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from recsys_ssm.metrics import RankingMetrics
     from recsys_ssm.models.backbones.base import Backbone, Stack
     from recsys_ssm.models.backbones.filter_mamba2 import FilterMamba2
+    from recsys_ssm.models.backbones.hstu import HSTU
     from recsys_ssm.models.backbones.hydra import Hydra
     from recsys_ssm.models.backbones.identity import Identity
     from recsys_ssm.models.backbones.ligr import Ligr
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from recsys_ssm.streaming.recommender import StreamingRecommender
 
 __all__ = [
+    "HSTU",
     "Backbone",
     "BinaryCrossEntropy",
     "EventHistories",

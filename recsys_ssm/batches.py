@@ -114,6 +114,15 @@ class UserBatch(NamedTuple):
     """(U,) int64, row of the user table."""
 
 
+class EventTimes(NamedTuple):
+    """Times of the events of packed histories, in seconds; only differences within a history have a meaning."""
+
+    event: Tensor
+    """(B, L) int64, when the event happened; 0 at padding. A start token has the time of the first event."""
+    next: Tensor
+    """(B, L) int64, when the event after it happened, or when recommendations are asked for; 0 at padding."""
+
+
 class SequenceBatch(NamedTuple):
     """A batch of training, or of the validation loss: several windows packed into each row."""
 
@@ -125,6 +134,10 @@ class SequenceBatch(NamedTuple):
     """(B, L) int64, place within its window from 0; 0 at padding."""
     target: Tensor
     """(B, L) int64, the next item; the item itself with ``objective="masked"``; -1 where nothing is predicted."""
+    times: EventTimes | None = None
+    """Times of the events; None unless the dataset gives them (``dataset.times``)."""
+    columns: Tensor | None = None
+    """(B, L, C) int64, codes of the events' columns, 0 at padding and before the first item; None without columns."""
 
 
 class HistoryBatch(NamedTuple):
@@ -146,6 +159,10 @@ class HistoryBatch(NamedTuple):
     """(U,) int64, row of the user table."""
     seen: Ragged
     """Items that each of the U users had before the target: the whole history, however long."""
+    times: EventTimes | None = None
+    """As in :class:`SequenceBatch`; the time after the latest event is the target's."""
+    columns: Tensor | None = None
+    """As in :class:`SequenceBatch`."""
 
 
 class TopItems(NamedTuple):

@@ -40,6 +40,7 @@ TRUSTED = frozenset(
         "recsys_ssm.data.table",
         "recsys_ssm.data.vaccine",
         "recsys_ssm.models.backbones.filter_mamba2",
+        "recsys_ssm.models.backbones.hstu",
         "recsys_ssm.models.backbones.hydra",
         "recsys_ssm.models.backbones.identity",
         "recsys_ssm.models.backbones.ligr",

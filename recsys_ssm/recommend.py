@@ -186,6 +186,11 @@ def _by_history(cfg: DictConfig, data: Any, model: NextItem | TextRecommender) -
         raise UserError(
             f"user={cfg.user}: this run reads users by dataset.user; give dataset.user={cfg.user}"
         )
+    if getattr(model, "event_columns", None) or getattr(model, "typical_gap", None) is not None:
+        raise UserError(
+            f"run={cfg.run}: the model uses times or columns of events, which this command does not read; call "
+            "NextItem.recommend in Python with times= and columns="
+        )
     if cfg.users is None:
         splits = data.splits
         user_ids, histories = (

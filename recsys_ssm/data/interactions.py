@@ -50,6 +50,7 @@ from recsys_ssm.data.formats import (
 from recsys_ssm.data.row_filter import RowFilter
 from recsys_ssm.data.sequences import (
     COMMON_REPEATS,
+    EventContext,
     HeldOut,
     Histories,
     SequenceData,
@@ -89,6 +90,9 @@ class Interactions(SequenceData):
         duplicates: Which rows count once. ``identical``: rows of the same user, item and timestamp; ``first`` or
             ``last``: all rows of a user and an item, at the first or the last time; ``keep``: none.
         k_core: Repeatedly drop users and items with fewer events than this; 0: keep all.
+        times: Give models the times of the events. Numbers are seconds.
+        event_columns: Columns of the interactions to give to models as categories of an event, as ``event_type``. A
+            value that only occurs after the training events has no code of its own.
         split: ``leave_one_out``: a user's last event is for the test, the one before it for validation, the rest for
             training. ``time``: two instants, the same for all users, separate training from validation and validation
             from the test; a user's first event of a period is predicted.
@@ -132,6 +136,8 @@ class Interactions(SequenceData):
         separator: str | None = None,
         duplicates: Duplicates = "identical",
         k_core: int = 0,
+        times: bool = False,
+        event_columns: Sequence[str] = (),
         split: Split = "leave_one_out",
         val_share: float = 0.1,
         test_share: float = 0.1,
@@ -168,6 +174,8 @@ class Interactions(SequenceData):
             separator=separator,
             duplicates=duplicates,
             k_core=k_core,
+            times=times,
+            event_columns=one_or_more(event_columns),
             split=split,
             val_share=val_share,
             test_share=test_share,
@@ -220,7 +228,7 @@ class Interactions(SequenceData):
         )
         where = str(source) if isinstance(source, Path) else "interactions"
         try:
-            splits = _splits(prepared)
+            splits = _splits(prepared, self.preparation.event_columns)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         splits.sources.update(self._hash(source))
@@ -360,6 +368,8 @@ class Preparation:
     separator: str | None
     duplicates: Duplicates
     k_core: int
+    times: bool
+    event_columns: tuple[str, ...]
     split: Split
     val_share: float
     test_share: float
@@ -394,6 +404,8 @@ class Preparation:
             raise UserError(
                 "dataset.val_from, dataset.test_from: give both instants, or neither of them"
             )
+        if self.times and self.timestamp is None:
+            raise UserError("dataset.times=true: name the column of times with dataset.timestamp")
         if self.split == "time" and self.timestamp is None:
             raise UserError("dataset.split=time: name the column of times with dataset.timestamp")
         if self.split != "time" and self.val_from is not None:
@@ -404,6 +416,7 @@ class Preparation:
         notes: list[str] = []
         rows = _core(self.ordered(source, notes), self.k_core, notes)
         user_ids, item_ids, (events, offsets) = _ragged(rows)
+        arrays: dict[str, np.ndarray] = {}
         if self.split == "leave_one_out":
             train_stop, val, test = _leave_one_out(offsets, notes)
         else:
@@ -412,8 +425,18 @@ class Preparation:
             train_stop, val, test = _by_instants(offsets, rows.time.values, instants, notes)
         if again := count_repeats(Histories(events, offsets), test):
             notes.append(f"{again:,} users are tested on an item they had before")
+        if self.times:
+            arrays["times"] = _seconds(
+                rows, str(source) if isinstance(source, Path) else "interactions"
+            )
+        texts: dict[str, pl.Series] = {}
+        if self.event_columns:
+            trained = np.arange(events.size) < np.repeat(train_stop, np.diff(offsets))
+            codes, texts = _codes(rows, self.event_columns, trained)
+            arrays["event_codes"] = codes
         return Prepared(
             arrays={
+                **arrays,
                 "events": events,
                 "offsets": offsets,
                 "train_stop": train_stop,
@@ -422,7 +445,7 @@ class Preparation:
                 "test_user": test.user,
                 "test_event": test.event,
             },
-            texts={"user_ids": user_ids, "item_ids": item_ids},
+            texts={"user_ids": user_ids, "item_ids": item_ids, **texts},
             notes=notes,
         )
 
@@ -475,6 +498,7 @@ class Preparation:
         """The columns that are read, each once."""
         names = [self.user, self.item, *(self.timestamp or ())]
         names += [] if self.rating is None else [self.rating]
+        names += self.event_columns
         names += [] if self.filter is None else RowFilter(self.filter).columns
         return list(dict.fromkeys(names))
 
@@ -508,7 +532,8 @@ class Preparation:
         )
         if self.filter is not None:
             frame = filtered(frame, self.filter, where, notes)
-        frame = exploded(frame, [self.user, self.item, *(self.timestamp or ())], where, notes)
+        listed = [self.user, self.item, *(self.timestamp or ()), *self.event_columns]
+        frame = exploded(frame, listed, where, notes)
         (user, user_ids), (item, item_ids) = (
             coded_keys(frame, name, where, missing=self.missing, notes=notes)
             for name in (self.user, self.item)
@@ -516,7 +541,8 @@ class Preparation:
         time = None if self.timestamp is None else times(frame, self.timestamp, where)
         if time is not None and time.note:
             notes.append(time.note)
-        rows = _Rows(user, item, time, user_ids, item_ids)
+        columns = frame.select(pl.col(list(self.event_columns)).cast(pl.String))
+        rows = _Rows(user, item, time, user_ids, item_ids, columns)
         notes.append(
             f"{where}: {frame.height:,} rows, {user_ids.len():,} users, {item_ids.len():,} items"
         )
@@ -546,6 +572,10 @@ class Preparation:
             raise UserError(f"{path}: a sequence text has no ratings; set dataset.min_rating=null")
         if self.filter is not None:
             raise UserError(f"{path}: a sequence text has no columns; set dataset.filter=null")
+        if self.times:
+            raise UserError(f"{path}: a sequence text has no times; set dataset.times=false")
+        if self.event_columns:
+            raise UserError(f"{path}: a sequence text has no columns; set dataset.event_columns=[]")
         frame = scan_sequences(path, separator=self.separator)
         alone = ((frame["items"].list.len() == 0) & ~frame["blank"]).to_numpy()
         if alone.any():
@@ -629,12 +659,63 @@ class _Rows(NamedTuple):
     time: Times | None
     user_ids: pl.Series
     item_ids: pl.Series
+    columns: pl.DataFrame = pl.DataFrame()
+    """R rows of text, the columns that models are given."""
 
     def at(self, index: np.ndarray) -> _Rows:
         time = self.time
         if time is not None:
             time = time._replace(values=time.values[index])
-        return self._replace(user=self.user[index], item=self.item[index], time=time)
+        columns = self.columns
+        if columns.width:
+            columns = columns.filter(pl.Series(index)) if index.dtype == bool else columns[index]
+        return self._replace(
+            user=self.user[index], item=self.item[index], time=time, columns=columns
+        )
+
+
+_PER_SECOND = {"number": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def _seconds(rows: _Rows, where: str) -> np.ndarray:
+    """Return the times of rows in whole seconds, int64.
+
+    Raises:
+        UserError: Times are compared as text or are not finite, so that they have no differences.
+    """
+    assert rows.time is not None
+    if rows.time.unit == "text":
+        raise UserError(
+            f"{where}: dataset.times=true, but its times are compared as text and have no differences; give numbers or "
+            "dates as YYYY-MM-DD hh:mm:ss"
+        )
+    values = rows.time.values
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise UserError(f"{where}: dataset.times=true, but a time is not finite; correct the cell")
+    return (values // _PER_SECOND[rows.time.unit]).astype(np.int64)
+
+
+def _codes(
+    rows: _Rows, columns: Sequence[str], trained: np.ndarray
+) -> tuple[np.ndarray, dict[str, pl.Series]]:
+    """Return the codes (R, C) of columns, and the values of each by ``column_<number>``.
+
+    Codes begin at 1, in the order of the values; 0 stands for an empty cell and for values that no training row has.
+
+    Args:
+        rows: The rows, with their columns.
+        columns: Names of the columns.
+        trained: (R,) bool, training rows.
+    """
+    codes, texts = [], {}
+    for i, name in enumerate(columns):
+        cells = rows.columns[name]
+        values = cells.filter(pl.Series(trained)).drop_nulls().unique().sort()
+        known = pl.DataFrame({name: values, "code": np.arange(1, values.len() + 1, dtype=np.int32)})
+        joined = cells.to_frame().join(known, on=name, how="left", maintain_order="left")
+        codes.append(joined["code"].fill_null(0).to_numpy())
+        texts[f"column_{i}"] = values
+    return np.stack(codes, axis=1).astype(np.int32), texts
 
 
 def _ragged(rows: _Rows) -> tuple[pl.Series, pl.Series, Histories]:
@@ -645,7 +726,7 @@ def _ragged(rows: _Rows) -> tuple[pl.Series, pl.Series, Histories]:
     return user_ids, item_ids, Histories(events, offsets)
 
 
-def _splits(prepared: Prepared) -> SequenceSplits:
+def _splits(prepared: Prepared, event_columns: Sequence[str]) -> SequenceSplits:
     """Return an entry of the cache as dataset splits."""
     arrays, texts = prepared.arrays, prepared.texts
     return SequenceSplits(
@@ -655,6 +736,10 @@ def _splits(prepared: Prepared) -> SequenceSplits:
         train_stop=arrays["train_stop"],
         val=HeldOut(arrays["val_user"], arrays["val_event"]),
         test=HeldOut(arrays["test_user"], arrays["test_event"]),
+        context=EventContext(arrays.get("times"), arrays.get("event_codes")),
+        event_columns={
+            name: texts[f"column_{i}"].to_list() for i, name in enumerate(event_columns)
+        },
         notes=list(prepared.notes),
     )
 

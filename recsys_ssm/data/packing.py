@@ -190,7 +190,7 @@ class Layout(NamedTuple):
         )
 
     def fill(self, values: np.ndarray, empty: int) -> Tensor:
-        """Return a (B, L) int64 tensor with a value at each valid position."""
-        full = np.full(self.shape[0] * self.shape[1], empty, dtype=np.int64)
+        """Return a (B, L, …) int64 tensor with a value, or several, at each valid position."""
+        full = np.full((self.shape[0] * self.shape[1], *values.shape[1:]), empty, dtype=np.int64)
         full[self.cell] = values
-        return torch.from_numpy(full.reshape(self.shape))
+        return torch.from_numpy(full.reshape(*self.shape, *values.shape[1:]))

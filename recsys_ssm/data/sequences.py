@@ -22,7 +22,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from recsys_ssm.batches import MASK, NO_ITEM, START, HistoryBatch, Ragged, SequenceBatch
+from recsys_ssm.batches import (
+    MASK,
+    NO_ITEM,
+    START,
+    EventTimes,
+    HistoryBatch,
+    Ragged,
+    SequenceBatch,
+)
 from recsys_ssm.data.base import RecommenderData, content_hash
 from recsys_ssm.data.loaders import BlockLoader, ResumableLoader
 from recsys_ssm.data.packing import Layout, Rows, Windows, join_ranges
@@ -43,6 +51,35 @@ class Histories(NamedTuple):
     """(E,) integers, catalogue indices."""
     offsets: np.ndarray
     """(U+1,) int64."""
+
+
+class EventContext(NamedTuple):
+    """Times and columns of each event, beside its item; may be memory-mapped."""
+
+    times: np.ndarray | None = None
+    """(E,) int64, seconds; None: not given."""
+    codes: np.ndarray | None = None
+    """(E, C) int32, codes of the events' columns; 0 stands for an empty cell and for values without a code."""
+
+    def at(self, layout: Layout, starts: np.ndarray) -> tuple[EventTimes | None, Tensor | None]:
+        """Return times and codes of the packed windows of ``layout``.
+
+        Args:
+            layout: Places of the windows.
+            starts: Places in the flattened batch of start tokens, whose source is the place before the first event.
+        """
+        times = codes = None
+        if self.times is not None:
+            last = self.times.size - 1
+            event = layout.fill(self.times[np.minimum(layout.source, last)], 0)
+            after = layout.fill(self.times[np.minimum(layout.source + 1, last)], 0)
+            where = torch.from_numpy(starts)
+            event.view(-1)[where] = after.view(-1)[where]
+            times = EventTimes(event, after)
+        if self.codes is not None:
+            codes = layout.fill(self.codes[np.minimum(layout.source, len(self.codes) - 1)], 0)
+            codes.flatten(0, 1)[torch.from_numpy(starts)] = 0
+        return times, codes
 
 
 class HeldOut(NamedTuple):
@@ -76,6 +113,10 @@ class SequenceSplits:
     """True for generated data in place of real files; the run's name, logs and results then say so."""
     sources: dict[str, str] = field(default_factory=dict)
     """The sha256 of each input: by its path, by its argument (data frames), or of the generator's arguments."""
+    context: EventContext = field(default_factory=EventContext)
+    """Times and columns of the events, where the dataset gives them."""
+    event_columns: dict[str, list[str]] = field(default_factory=dict)
+    """Values of each column of the events, in the order of their codes, which begin at 1."""
     item_counts: Tensor = field(init=False)
     """(I,) int64, training events of each item."""
 
@@ -103,6 +144,20 @@ class SequenceSplits:
             where = join_ranges(self.train_stop[user], offsets[user + 1] - self.train_stop[user])
             counts -= np.bincount(events[where], minlength=counts.size)
         self.item_counts = torch.from_numpy(counts)
+
+    @functools.cached_property
+    def typical_gap(self) -> float | None:
+        """Median seconds between training events of a user that differ in time; None without times."""
+        times, offsets = self.context.times, self.histories.offsets
+        if times is None:
+            return None
+        gaps = np.diff(times)
+        inside = np.ones(gaps.size, dtype=bool)
+        inside[offsets[1:-1] - 1] = False  # from one user to the next
+        for user in np.flatnonzero(offsets[1:] > self.train_stop):
+            inside[self.train_stop[user] - 1 : offsets[user + 1] - 1] = False
+        gaps = gaps[inside & (gaps > 0)]
+        return float(np.median(gaps)) if gaps.size else 1.0
 
     @functools.cached_property
     def repeat_share(self) -> float:
@@ -143,6 +198,7 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
             window is hidden.
         batch_positions: Approximate number of events in a batch.
         row_length: Positions of a row, at least the length of the longest window.
+        context: Times and columns of the events.
         batch_samples: Windows of a batch, each in a row of its own, in place of ``batch_positions``. None: several
             windows share a row.
         loading: See :class:`~recsys_ssm.data.loaders.ResumableLoader`; the processes share the rows.
@@ -158,9 +214,11 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         row_length: int,
         masked: bool = False,
         batch_samples: int | None = None,
+        context: EventContext = EventContext(),  # noqa: B008 (a tuple)
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        self.context = context
         self.events, self.windows, self.every_position = events, windows, every_position
         self.row_length, self.masked = row_length, masked
         lengths = np.sort(windows.lengths)[::-1]
@@ -216,11 +274,14 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
             target.view(-1)[last] = torch.from_numpy(self.events[stop - 1 + ahead].astype(np.int64))
             if self.masked:
                 item.view(-1)[last] = MASK
+        times, columns = self.context.at(layout, begins)
         return SequenceBatch(
             item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
             position=layout.fill(layout.position, 0),
             target=target,
+            times=times,
+            columns=columns,
         )
 
 
@@ -236,6 +297,7 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         batch_size: Users of a batch.
         masked: Put :data:`~recsys_ssm.batches.MASK` after each history, within ``max_length``.
         start_token: Put :data:`~recsys_ssm.batches.START` before each history, within ``max_length``.
+        context: Times and columns of the events.
         loading: See :class:`~recsys_ssm.data.loaders.BlockLoader`.
     """
 
@@ -249,11 +311,12 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         batch_size: int,
         masked: bool = False,
         start_token: bool = False,
+        context: EventContext = EventContext(),  # noqa: B008 (a tuple)
         **loading: Any,
     ) -> None:
         super().__init__(held_out.user.size, batch_size=batch_size, **loading)
         self.histories, self.held_out, self.masked = histories, held_out, masked
-        self.start_token = start_token
+        self.start_token, self.context = start_token, context
         self.max_length, self.row_length = max_length, row_length
 
     def _block(self, start: int, stop: int) -> HistoryBatch:
@@ -277,12 +340,12 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
         item = layout.fill(events[source], NO_ITEM)
         if self.masked:
             item.view(-1)[torch.from_numpy(last[placed])] = MASK
-        if self.start_token:
-            starts = layout.first[begin[placed] < first[placed]]
-            item.view(-1)[torch.from_numpy(starts)] = START
+        starts = layout.first[begin[placed] < first[placed]]
+        item.view(-1)[torch.from_numpy(starts)] = START
         held = target < offsets[user + 1]
         next_item = np.full(user.size, NO_ITEM, dtype=np.int64)
         next_item[held] = events[target[held]]
+        times, columns = self.context.at(layout, starts)
         return HistoryBatch(
             item=item,
             seq_idx=layout.fill(layout.number, NO_ITEM),
@@ -294,6 +357,8 @@ class HistoryLoader(BlockLoader[HistoryBatch]):
                 torch.from_numpy(seen),
                 torch.from_numpy(np.concatenate([[0], np.cumsum(target - first)])),
             ),
+            times=times,
+            columns=columns,
         )
 
 
@@ -449,6 +514,11 @@ class SequenceData(RecommenderData[SequenceSplits]):
             "split": content_hash(
                 splits.histories.events, splits.train_stop, *splits.val, *splits.test
             ),
+            **{
+                name: content_hash(array)
+                for name, array in zip(("times", "columns"), splits.context, strict=True)
+                if array is not None
+            },
         }
 
     def baseline_metrics(self, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -493,6 +563,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             masked=self.objective == "masked",
             batch_positions=self.batch_positions,
             batch_samples=batch_samples,
+            context=self.splits.context,
             row_length=self.row_length,
             shuffle=shuffle,
             seed=self.seed,
@@ -509,6 +580,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             batch_size=self.eval_batch_size,
             masked=self.objective == "masked",
             start_token=self.start_token,
+            context=self.splits.context,
             **(self._shard() | self._loading() if shard else {}),
         )
 

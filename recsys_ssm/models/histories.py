@@ -9,7 +9,7 @@ import abc
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 import torch
@@ -85,6 +85,10 @@ class HistoryRecommender(Recommender):
             Catalogue indices (-1 where no item is left) and their scores: (U, k) each, on the CPU.
         """
 
+    def made_up_context(self, known: Sequence[Sequence[int]]) -> Sequence[Any] | None:
+        """Return a made-up context of histories, for measurements of speed; None: histories are enough."""
+        return None
+
     # Validation and test
 
     def on_validation_epoch_end(self) -> None:
@@ -123,10 +127,12 @@ class HistoryRecommender(Recommender):
         histories = histories_of(next(iter(data.test_dataloader())).seen)
         for n_users in (1, 256) if histories else ():
             asked = (histories * (n_users // len(histories) + 1))[:n_users]
+            context = self.made_up_context(asked)
+            beside: dict[str, Any] = {} if context is None else {"context": context}
             times = []
             for _ in range(self.latency_calls):
                 start_s = time.perf_counter()
-                self.candidates(asked, 10, filter_seen=self.filter_seen)
+                self.candidates(asked, 10, filter_seen=self.filter_seen, **beside)
                 times.append(time.perf_counter() - start_s)
             found[f"users_{n_users}"] = sorted(times)[self.latency_calls // 2]
         return found
@@ -161,7 +167,12 @@ class HistoryRecommender(Recommender):
         return self.as_table(*found).with_columns(pl.col("score").fill_nan(None))
 
     def best_or_popular(
-        self, known: Sequence[Sequence[int]], k: int, *, filter_seen: bool | None
+        self,
+        known: Sequence[Sequence[int]],
+        k: int,
+        *,
+        filter_seen: bool | None,
+        context: Sequence[Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return :meth:`candidates`, and the most popular items, with scores that are NaN, for empty histories.
 
@@ -169,6 +180,7 @@ class HistoryRecommender(Recommender):
             known: Catalogue indices, the latest last.
             k: Places, of which there are no more than items.
             filter_seen: Leave out the items of the history. None: as in the test.
+            context: What a subclass's :meth:`candidates` takes as ``context``, for each history; None: nothing.
         """
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         warm = [row for row, history in enumerate(known) if history or self.start_token]
@@ -178,7 +190,10 @@ class HistoryRecommender(Recommender):
         scores_UK = torch.full(top_UK.shape, torch.nan)
         if warm:
             asked = [known[row] for row in warm]
-            top, scores = self.candidates(asked, k, filter_seen=filter_seen)
+            beside: dict[str, Any] = (
+                {} if context is None else {"context": [context[row] for row in warm]}
+            )
+            top, scores = self.candidates(asked, k, filter_seen=filter_seen, **beside)
             top_UK[warm], scores_UK[warm] = top, scores.float()
         return top_UK, scores_UK
 
@@ -189,17 +204,21 @@ class HistoryRecommender(Recommender):
             UserError: A history is not a list of item ids.
         """
         histories = list(histories)
-        if not hasattr(self, "_index_of"):
-            self._index_of = {item: i for i, item in enumerate(self.item_ids)}
-        index = self._index_of
+        index = self.index_of_item()
         for row, history in enumerate(histories):
             if isinstance(history, str) or not isinstance(history, Iterable):
                 raise UserError(
                     f"history {row} is {history!r:.60}: expected a list of item ids; for one user pass [[…]]"
                 )
-        return [[index[i] for i in map(_text, history) if i in index] for history in histories]
+        return [[index[i] for i in map(item_text, history) if i in index] for history in histories]
+
+    def index_of_item(self) -> dict[str, int]:
+        """Return the catalogue index of each item id."""
+        if not hasattr(self, "_index_of"):
+            self._index_of = {item: i for i, item in enumerate(self.item_ids)}
+        return self._index_of
 
 
-def _text(item: object) -> str:
+def item_text(item: object) -> str:
     """Return an item's id as the catalogue has it: a whole number stored as a float reads like an integer."""
     return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)

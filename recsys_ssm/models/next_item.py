@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import polars as pl
 import torch
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from recsys_ssm.batches import MASK, NO_ITEM, START, TopItems
+from recsys_ssm.batches import MASK, NO_ITEM, START, EventTimes, TopItems
 from recsys_ssm.data.sequences import COMMON_REPEATS
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame, numeric_column
 from recsys_ssm.instantiate import Configurable, Part, build, defaults_of, to_spec
-from recsys_ssm.models.backbones.base import Backbone
+from recsys_ssm.models.backbones.base import Backbone, Clock, gaps_before
 from recsys_ssm.models.heads import NextItemHead
-from recsys_ssm.models.histories import DEFAULT_METRICS, HistoryRecommender
+from recsys_ssm.models.histories import DEFAULT_METRICS, HistoryRecommender, item_text
 from recsys_ssm.models.losses import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers, parameter_groups, weight_decay
 from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
@@ -56,6 +56,10 @@ class NextItem(HistoryRecommender):
             items that are hidden at random (:func:`mask_items`). ``all`` needs a causal backbone; others would see the
             targets. ``masked`` needs one that is not causal; others would not see what follows a hidden item.
         start_token: A token stands before the first item of a history, as in the dataset.
+        typical_gap: Median seconds between a user's events, where the dataset gives times; None: it does not.
+        event_columns: Values of each column of the events that the dataset gives, in the order of their codes.
+        query_time: Show the model the time of the next event, or the time that recommendations are asked for. Such a
+            model answers another question, and ``metrics.json`` says so.
         mask_share: Share of the items to hide with ``objective="masked"``; BERT4Rec's is .2 for long histories, up to
             .6 for short ones.
         item_schema: :meth:`FeatureSchema.to_dict` of the items' features; None: ids alone.
@@ -100,6 +104,9 @@ class NextItem(HistoryRecommender):
         backbone: Part,
         objective: str = "all",
         start_token: bool = False,
+        typical_gap: float | None = None,
+        event_columns: Mapping[str, Sequence[str]] | None = None,
+        query_time: bool = False,
         mask_share: float = 0.2,
         item_schema: Mapping[str, Any] | None = None,
         items: Features | None = None,
@@ -165,6 +172,13 @@ class NextItem(HistoryRecommender):
                 f"backbone {type(self.backbone).__name__} is causal and does not see what follows a masked item; give "
                 "dataset.objective=all or last, or a backbone that sees the whole history"
             )
+        self.typical_gap, self.query_time = typical_gap, query_time
+        self.event_columns = {name: list(values) for name, values in (event_columns or {}).items()}
+        if typical_gap is not None and masked:
+            raise UserError(
+                "dataset.times=true: with dataset.objective=masked a hidden item shows when it happened; give "
+                "dataset.objective=all or last"
+            )
         schema = None if item_schema is None else FeatureSchema.from_dict(item_schema)
         self.item_schema = schema
         self.tokenizer: HistoryTokenizer = build(
@@ -177,7 +191,10 @@ class NextItem(HistoryRecommender):
             max_length=max_length,
             **({"mask": True} if masked else {}),
             **({} if item_vectors is None else {"vectors": item_vectors}),
+            **({"query_time": True} if query_time else {}),
+            **self._column_sizes(),
         )
+        self._check_times()
         self.head: NextItemHead = build(head, NextItemHead, "head")
         counts = torch.zeros(n_items, dtype=torch.int64) if item_counts is None else item_counts
         self.loss: NextItemLoss = build(
@@ -211,6 +228,8 @@ class NextItem(HistoryRecommender):
             "max_length": data.max_length,
             "objective": data.objective,
             "start_token": getattr(data, "start_token", False),
+            "typical_gap": getattr(splits, "typical_gap", None),
+            "event_columns": getattr(splits, "event_columns", None) or None,
             "item_schema": None if splits.item_schema is None else splits.item_schema.to_dict(),
             "items": splits.items,
             "item_counts": splits.item_counts,
@@ -243,8 +262,46 @@ class NextItem(HistoryRecommender):
         self.check_items()
         return Features(self.item_numeric, self.item_categorical)
 
+    def _column_sizes(self) -> dict[str, Any]:
+        """Return the argument of tokenizers for the columns of events; empty without columns."""
+        sizes = [len(values) + 1 for values in self.event_columns.values()]
+        return {"column_sizes": sizes} if sizes else {}
+
+    def _check_times(self) -> None:
+        """Check that the dataset gives the times that parts of the model use.
+
+        Raises:
+            UserError: It gives none, or no part uses the time of the next event.
+        """
+        users = [
+            option
+            for option, part in (
+                ("tokenizer.gap_buckets", self.tokenizer),
+                (f"backbone={type(self.backbone).__name__}", self.backbone),
+            )
+            if part.uses_times
+        ]
+        if users and self.typical_gap is None:
+            raise UserError(f"{users[0]} uses the times of events; give dataset.times=true")
+        if self.query_time and not users:
+            raise UserError(
+                "model.query_time=true: no part of the model uses times; give tokenizer.gap_buckets, or a backbone "
+                "with time_bias=true"
+            )
+
+    @property
+    def sees_query_time(self) -> bool:
+        """True if the model sees the time of the next event, or that at which recommendations are asked for."""
+        return self.query_time
+
     def forward(
-        self, item: Tensor, seq_idx: Tensor | None, position: Tensor, at: Tensor | None = None
+        self,
+        item: Tensor,
+        seq_idx: Tensor | None,
+        position: Tensor,
+        at: Tensor | None = None,
+        times: EventTimes | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Return outputs (B, L, D) of histories, or (P, D) at the places ``at`` of the flattened (B·L).
 
@@ -252,7 +309,22 @@ class NextItem(HistoryRecommender):
         """
         if self.tokenizer.position_from == "end":
             position = positions_from_end(item, seq_idx)
-        return self.backbone(self.tokenizer(item, position, self.features), seq_idx, at)
+        given: dict[str, Any] = {}
+        clock = None
+        if times is not None and (self.tokenizer.uses_times or self.backbone.uses_times):
+            # What the model may not see is taken away here, before any part of it.
+            asked = times.next if self.query_time else times.event
+            gap = gaps_before(times.event, seq_idx)
+            if self.tokenizer.uses_times:
+                given["gaps"] = (gap, asked - times.event)
+            if self.backbone.uses_times:
+                clock = Clock(times.event, asked, torch.log1p(gap / (self.typical_gap or 1)))
+        if self.tokenizer.uses_columns:
+            given["columns"] = columns
+        tokens = self.tokenizer(item, position, self.features, **given)
+        if clock is not None:
+            return self.backbone(tokens, seq_idx, at, clock)
+        return self.backbone(tokens, seq_idx, at)
 
     # Training
 
@@ -268,12 +340,26 @@ class NextItem(HistoryRecommender):
                 f"dataset.start_token={str(starts).lower()}: the model is for dataset.start_token="
                 f"{str(self.start_token).lower()}; give the same to both"
             )
+        if data is not None and hasattr(data, "splits"):
+            self._check_context(data)
         objective = getattr(data, "objective", self.objective)
         if objective != self.objective and "masked" in (objective, self.objective):
             raise UserError(
                 f"dataset.objective={objective}: the model is for dataset.objective={self.objective}; give the same to "
                 "both"
             )
+
+    def _check_context(self, data: SequenceData) -> None:
+        """Check that a dataset gives the times and the columns of events that the model was built for."""
+        given = getattr(data.splits, "event_columns", {})
+        if {name: list(values) for name, values in given.items()} != self.event_columns:
+            raise UserError(
+                f"dataset.event_columns={', '.join(given) or 'none'}: the model is for "
+                f"{', '.join(self.event_columns) or 'none'} with the values of its training; give the same to both"
+            )
+        uses_times = self.tokenizer.uses_times or self.backbone.uses_times
+        if uses_times and getattr(data.splits, "context", (None,))[0] is None:
+            raise UserError("dataset.times=false: the model uses times; give dataset.times=true")
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         if self.objective == "masked":
@@ -295,7 +381,7 @@ class NextItem(HistoryRecommender):
     def _loss(self, batch: SequenceBatch) -> tuple[Tensor, int]:
         # Padding, and positions nothing follows, never reach the catalogue.
         where_P = (batch.target.flatten() >= 0).nonzero().squeeze(1)
-        x_PD = self(batch.item, batch.seq_idx, batch.position, where_P)
+        x_PD = self(*batch[:3], where_P, batch.times, batch.columns)
         target_P = batch.target.flatten()[where_P]
         return self.loss(self.head.query(x_PD), self._items(), target_P), target_P.numel()
 
@@ -395,10 +481,31 @@ class NextItem(HistoryRecommender):
     def _queries(self, batch: HistoryBatch) -> Tensor:
         """Return the (U, D) vectors whose products with the items' are the scores."""
         device = self.device
+        self._check_shown(batch.times is not None, batch.columns is not None)
+        if self.query_time and bool((batch.target < 0).any()):
+            raise UserError(
+                "model.query_time=true: it is not known when recommendations are asked for; call NextItem.recommend in "
+                "Python with at="
+            )
         item, seq_idx, position, last = (
             x.to(device) for x in (batch.item, batch.seq_idx, batch.position, batch.last)
         )
-        return self.head.query(self(item, seq_idx, position, last))
+        times = None if batch.times is None else EventTimes(*(x.to(device) for x in batch.times))
+        columns = None if batch.columns is None else batch.columns.to(device)
+        return self.head.query(self(item, seq_idx, position, last, times, columns))
+
+    def _check_shown(self, times: bool, columns: bool) -> None:
+        """Check that the times and the columns of events are there where the model uses them.
+
+        Raises:
+            UserError: They are not.
+        """
+        uses_times = self.tokenizer.uses_times or self.backbone.uses_times
+        if (uses_times and not times) or (self.tokenizer.uses_columns and not columns):
+            raise UserError(
+                "the model uses times or columns of events, which are not given here; call NextItem.recommend in "
+                "Python with times= and columns="
+            )
 
     def _popularity(self) -> Tensor:
         """Return numbers (I,) that order the items by their training interactions, exact in float32."""
@@ -427,6 +534,44 @@ class NextItem(HistoryRecommender):
         return {"total": total, "without_embeddings": total - embeddings}
 
     # Use
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        filter_seen: bool | None = None,
+        times: Sequence[Sequence[float]] | None = None,
+        at: float | Sequence[float] | None = None,
+        columns: Mapping[str, Sequence[Sequence[str | None]]] | None = None,
+    ) -> pl.DataFrame:
+        """Return the ``k`` best items to follow each history. Safe to call from several threads.
+
+        Args:
+            histories: Item ids, the latest last; ids that the catalogue does not have are ignored. A history without
+                a known item gets the most popular items, unless the model has a start token to read.
+            k: Number of items.
+            filter_seen: Leave out the items of the history. None: as in the test.
+            times: Seconds of each event, as many as items; for models that use times.
+            at: Seconds at which recommendations are asked for, one number or one for each history; for models that see
+                this time (``query_time``).
+            columns: Values of each event by column, as many as items; for models with columns of events. A value that
+                the training did not have counts as empty.
+
+        Returns:
+            Columns ``user`` (row number in ``histories``), ``rank`` (from 1), ``item``, ``score`` (null for the most
+            popular items).
+
+        Raises:
+            UserError: A history is not a list of item ids, or times, columns or ``at`` do not fit the model.
+        """
+        if type(k) is not int or k < 1:
+            raise UserError(f"k={k}: give a whole number above 0")
+        histories = list(histories)
+        known = self.known_items(histories)
+        context = self._context(histories, times, at, columns)
+        found = self.best_or_popular(known, k, filter_seen=filter_seen, context=context)
+        return self.as_table(*found).with_columns(pl.col("score").fill_nan(None))
 
     def score(self, histories: Sequence[Sequence[str]], pairs: Any) -> pl.DataFrame:
         """Return the scores of given items for given histories.
@@ -481,10 +626,15 @@ class NextItem(HistoryRecommender):
             return self.similar_table(pl.Series(items, dtype=pl.String), self._items(), k)
 
     def candidates(
-        self, histories: Sequence[Sequence[int]], k: int, *, filter_seen: bool
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int,
+        *,
+        filter_seen: bool,
+        context: Sequence[_Context] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the ``k`` best items to follow each history: see :class:`HistoryRecommender`."""
-        query_UD = self._query(histories)
+        query_UD = self._query(histories, context)
         with self.inference():
             seen = None
             if filter_seen:
@@ -494,8 +644,70 @@ class NextItem(HistoryRecommender):
                 seen = (user.to(self.device), item.to(self.device))
             return self.best_items(query_UD, self._items(), k, seen)
 
-    def _query(self, known: Sequence[Sequence[int]]) -> Tensor:
+    def _context(
+        self,
+        histories: Sequence[Sequence[str]],
+        times: Sequence[Sequence[float]] | None,
+        at: float | Sequence[float] | None,
+        columns: Mapping[str, Sequence[Sequence[str | None]]] | None,
+    ) -> list[_Context]:
+        """Return times and codes of the events of histories, without those of unknown items.
+
+        Raises:
+            UserError: They do not fit the model or the histories.
+        """
+        uses_times = self.tokenizer.uses_times or self.backbone.uses_times
+        for name, value, wanted, why in (
+            ("times", times, uses_times, "uses the times of events"),
+            ("at", at, self.query_time, "sees the time that recommendations are asked for"),
+            ("columns", columns, bool(self.event_columns), "has columns of events"),
+        ):
+            if wanted and value is None:
+                raise UserError(f"recommend: the model {why}; pass {name}=")
+            if value is not None and not wanted:
+                raise UserError(f"recommend: no part of the model {why}; leave out {name}=")
+        names = list(self.event_columns)
+        if columns is not None and set(columns) != set(names):
+            raise UserError(
+                f"recommend: columns= has {', '.join(columns)}; pass {', '.join(names)}"
+            )
+        index = self.index_of_item()
+        code = [
+            {value: i for i, value in enumerate(values, 1)}
+            for values in self.event_columns.values()
+        ]
+        asked = [at] * len(histories) if isinstance(at, int | float) else list(at or ())
+        found = []
+        for row, history in enumerate(histories):
+            kept = [i for i, item in enumerate(history) if item_text(item) in index]
+            parts: dict[str, Any] = {name: columns[name][row] for name in names} if columns else {}
+            parts |= {} if times is None else {"times": times[row]}
+            for name, cells in parts.items():
+                if len(cells) != len(history):
+                    raise UserError(
+                        f"recommend: history {row} has {len(history)} items and {len(cells)} {name}; pass one for each"
+                    )
+            seconds = None if times is None else [int(parts["times"][i]) for i in kept]
+            codes = [[code[c].get(str(parts[n][i]), 0) for c, n in enumerate(names)] for i in kept]
+            if at is not None and len(asked) != len(histories):
+                raise UserError(
+                    f"recommend: {len(asked)} times in at= for {len(histories)} histories; pass one for each"
+                )
+            moment = int(asked[row]) if at is not None else seconds[-1] if seconds else 0
+            found.append(_Context(seconds, moment, codes))
+        return found
+
+    def made_up_context(self, known: Sequence[Sequence[int]]) -> list[_Context]:
+        """Return made-up times and codes of histories, for measurements of speed."""
+        return [_Context([0] * len(h), 0, [[0] * len(self.event_columns)] * len(h)) for h in known]
+
+    def _query(
+        self, known: Sequence[Sequence[int]], context: Sequence[_Context] | None = None
+    ) -> Tensor:
         """Return the (U, D) queries of histories of catalogue indices, none of them empty."""
+        if context is None:
+            self._check_shown(times=False, columns=False)
+            context = self.made_up_context(known)
         before = [START] if self.start_token else []
         after = [MASK] if self.objective == "masked" else []
         shown = [[*before, *history, *after] for history in known]
@@ -506,9 +718,50 @@ class NextItem(HistoryRecommender):
         seq_idx_UL = torch.where(item_UL != NO_ITEM, 0, -1)
         position_UL = position_UL.where(item_UL != NO_ITEM, 0)
         last_U = torch.arange(len(latest)) * item_UL.shape[1] + lengths_U - 1
+        times, columns = self._padded_context(context, item_UL.shape[1])
         with self.inference():
-            x_UD = self(*(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)))
+            x_UD = self(
+                *(x.to(self.device) for x in (item_UL, seq_idx_UL, position_UL, last_U)),
+                times,
+                columns,
+            )
             return self.head.query(x_UD)
+
+    def _padded_context(
+        self, context: Sequence[_Context], length: int
+    ) -> tuple[EventTimes | None, Tensor | None]:
+        """Return times and codes of histories whose latest positions are shown, as in a batch."""
+        times = columns = None
+        if self.tokenizer.uses_times or self.backbone.uses_times:
+            event = torch.zeros(len(context), length, dtype=torch.long)
+            after = torch.zeros_like(event)
+            for row, (seconds, moment, _) in enumerate(context):
+                following = [*(seconds or ()), moment]
+                # A start token has the time of the first event.
+                own = [*following[:1], *following[:-1]] if self.start_token else following[:-1]
+                following = following if self.start_token else following[1:]
+                own, following = own[-self.max_length :], following[-self.max_length :]
+                event[row, : len(own)] = torch.tensor(own, dtype=torch.long)
+                after[row, : len(own)] = torch.tensor(following, dtype=torch.long)
+            times = EventTimes(event.to(self.device), after.to(self.device))
+        if self.tokenizer.uses_columns:
+            n = len(self.event_columns)
+            columns = torch.zeros(len(context), length, n, dtype=torch.long)
+            for row, (_, _, codes) in enumerate(context):
+                own_codes = [*([[0] * n] if self.start_token else []), *codes][-self.max_length :]
+                if own_codes:
+                    columns[row, : len(own_codes)] = torch.tensor(own_codes)
+            columns = columns.to(self.device)
+        return times, columns
+
+
+class _Context(NamedTuple):
+    """Times and codes of the events of one history."""
+
+    seconds: list[int] | None
+    moment: int
+    """Seconds at which recommendations are asked for."""
+    codes: list[list[int]]
 
 
 def positions_from_end(item: Tensor, seq_idx: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from recsys_ssm.batches import MASK
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema
 from recsys_ssm.instantiate import Configurable
+from recsys_ssm.models.backbones.base import time_buckets
 
 
 class Tokenizer(Configurable, nn.Module, abc.ABC):
@@ -56,6 +58,10 @@ class HistoryTokenizer(Tokenizer):
 
     embedding: nn.Embedding
     position: nn.Embedding | None
+    uses_times: bool = False
+    """True if :meth:`forward` takes ``gaps``."""
+    uses_columns: bool = False
+    """True if :meth:`forward` takes ``columns``."""
     position_from: Literal["start", "end"] = "start"
     """End of a history that positions are counted from; the model passes positions so counted."""
 
@@ -298,6 +304,9 @@ class ItemTokenizer(HistoryTokenizer):
         dropout: Dropout after the LayerNorm.
         init_std: Standard deviation of the initial embeddings; RecBole's is .02.
         norm_eps: Epsilon of the LayerNorm; RecBole's is 1e-12.
+        gap_buckets: Embeddings of the time since the event before, which is added to a token, in buckets as in
+            :func:`time_buckets`; 0: none. Where the model sees the time of the next event
+            (``model.query_time``), as many embeddings of the time until it are added, too.
         mask: Have a token for hidden items; a model passes it with ``objective=masked``.
         text: Add the items' titles: ``tfidf``, or the folder of a sentence encoder (:mod:`recsys_ssm.text.embed`). An
             item's row is then its id's embedding plus a linear map of its title's frozen vector, also an item without
@@ -305,6 +314,8 @@ class ItemTokenizer(HistoryTokenizer):
         text_revision: Commit of a sentence encoder that is a name on the hub.
         text_size: Length of the vectors of ``tfidf``.
         vectors: (I, E) vectors of the titles; the model passes them.
+        query_time: Have embeddings of the time until the next event; a model passes it.
+        column_sizes: Codes of each column of the events, whose embeddings are added to a token; a model passes them.
     """
 
     def __init__(
@@ -321,12 +332,17 @@ class ItemTokenizer(HistoryTokenizer):
         dropout: float = 0.2,
         init_std: float = 0.02,
         norm_eps: float = 1e-12,
+        gap_buckets: int = 0,
         mask: bool = False,
         text: str | None = None,
         text_revision: str | None = None,
         text_size: int = 64,
         vectors: Tensor | None = None,
+        query_time: bool = False,
+        column_sizes: Sequence[int] = (),
     ) -> None:
+        if gap_buckets < 0:
+            raise ValueError(f"gap_buckets={gap_buckets}: give 0 (none) or more")
         if (text is None) != (vectors is None):
             raise ValueError(
                 f"text={text}: the vectors of the titles are {'absent' if vectors is None else 'given'}; build the "
@@ -368,6 +384,15 @@ class ItemTokenizer(HistoryTokenizer):
             self.projection = nn.Linear(vectors.shape[1], d_model, bias=False)
             # Vectors have length 1, so their images are as large as the ids' embeddings.
             nn.init.normal_(self.projection.weight, std=init_std)
+        sizes = {"before": gap_buckets + 1, "after": gap_buckets + 1} if gap_buckets else {}
+        if not query_time:
+            sizes.pop("after", None)
+        self.gaps = nn.ModuleDict({name: nn.Embedding(n, d_model) for name, n in sizes.items()})
+        self.columns = nn.ModuleList(nn.Embedding(n, d_model) for n in column_sizes)
+        for embedding in (*self.gaps.values(), *self.columns):
+            nn.init.normal_(embedding.weight, std=init_std)
+        self.uses_times, self.uses_columns = bool(gap_buckets), bool(self.columns)
+        self.gap_buckets = gap_buckets
 
     def items(self, features: Features | None) -> Tensor:
         """Return (I, D): each item as a token and as a row of the softmax; ``features`` are the catalogue's."""
@@ -379,7 +404,14 @@ class ItemTokenizer(HistoryTokenizer):
         assert features is not None, "the catalogue's features"
         return rows_ID + self.features(features).sum(1)
 
-    def forward(self, item: Tensor, position: Tensor, features: Features | None = None) -> Tensor:
+    def forward(
+        self,
+        item: Tensor,
+        position: Tensor,
+        features: Features | None = None,
+        gaps: tuple[Tensor, Tensor] | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         """Return the tokens of histories.
 
         Args:
@@ -387,6 +419,8 @@ class ItemTokenizer(HistoryTokenizer):
                 :data:`~recsys_ssm.batches.START` before the first.
             position: (B, L) places in the history, from 0, counted from ``position_from``.
             features: The catalogue's, I rows, where there is a schema.
+            gaps: (B, L) each, seconds from the event before and until the next one, where times are used.
+            columns: (B, L, C), codes of the events' columns, where there are columns.
 
         Returns:
             (B, L, D).
@@ -416,4 +450,10 @@ class ItemTokenizer(HistoryTokenizer):
                     f"{self.position.num_embeddings}; give tokenizer.positions=max_length"
                 )
             tokens_BLD = tokens_BLD + self.position(position)
+        if gaps is not None:
+            for embedding, seconds in zip(self.gaps.values(), gaps, strict=False):
+                tokens_BLD = tokens_BLD + embedding(time_buckets(seconds, self.gap_buckets))
+        if columns is not None:
+            for c, embedding in enumerate(self.columns):
+                tokens_BLD = tokens_BLD + embedding(columns[..., c])
         return self.dropout(self.norm(tokens_BLD))

@@ -362,6 +362,7 @@ def test_model(
     return {
         **results,
         "filter_seen": getattr(model, "filter_seen", None),
+        "sees_query_time": bool(getattr(model, "sees_query_time", False)),
         "latency": model.latency(data),
         "baselines": {**baselines, **results.get("baselines", {})},
     }

@@ -13,6 +13,7 @@ import hydra
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from events import (
     IN_ORDER,
     frame,
@@ -26,6 +27,7 @@ from events import (
 )
 from omegaconf import OmegaConf
 
+from recsys_ssm.batches import START
 from recsys_ssm.cli.resolvers import register_resolvers
 from recsys_ssm.data import files
 from recsys_ssm.data.columns import coded_keys
@@ -741,3 +743,106 @@ def test_a_wrong_id_among_codes_is_named_by_its_row(tmp_path, cell, message):
     ints = pl.DataFrame({"user_id": [1, 1, 2], "item_id": [4, None, 5], "timestamp": [1, 2, 3]})
     with pytest.raises(UserError, match="row 2, column 'item_id': empty"):
         _ = splits_of(ints)
+
+
+CONTEXT = pl.DataFrame(
+    {
+        "user_id": ["a"] * 5 + ["b"] * 4,
+        "item_id": ["x", "y", "z", "x", "w", "y", "x", "w", "z"],
+        "timestamp": [30, 10, 20, 40, 90, 5, 6, 6, 70],
+        "kind": ["view", "buy", None, "view", "gift", "view", "view", "buy", "view"],
+        "shop": [1, 1, 2, 2, 2, 3, 3, 3, 4],
+    }
+)
+
+
+def test_times_and_columns_follow_their_events(tmp_path: Path) -> None:
+    data = Interactions(
+        interactions=CONTEXT,
+        times=True,
+        event_columns=["kind", "shop"],
+        duplicates="keep",
+        cache_dir=tmp_path,
+    )
+    splits = data.splits
+    assert splits.context.times is not None and splits.context.codes is not None
+    assert splits.context.times.tolist() == [10, 20, 30, 40, 90, 5, 6, 6, 70]
+    # The training events are y z x of user a, y x of user b: "gift" and the shop 4 have no code.
+    assert splits.event_columns == {"kind": ["buy", "view"], "shop": ["1", "2", "3"]}
+    kinds = [1, 0, 2, 2, 0, 2, 2, 1, 2]
+    shops = [1, 2, 1, 2, 2, 3, 3, 3, 0]
+    assert splits.context.codes.tolist() == [list(pair) for pair in zip(kinds, shops, strict=True)]
+    assert splits.typical_gap == 10  # 10 and 10 of user a, 1 of user b
+
+    batch = next(iter(data.test_dataloader()))
+    assert batch.times is not None and batch.columns is not None
+    valid = batch.seq_idx >= 0
+    assert batch.times.event[valid].tolist() == [10, 20, 30, 40, 5, 6, 6]
+    assert batch.times.next[valid].tolist() == [20, 30, 40, 90, 6, 6, 70]
+    assert batch.columns[valid].tolist() == [
+        list(pair) for pair in zip(kinds[:4] + kinds[5:8], shops[:4] + shops[5:8], strict=True)
+    ]
+    for objective in ("all", "last"):
+        started = Interactions(
+            interactions=CONTEXT,
+            times=True,
+            event_columns="kind",
+            duplicates="keep",
+            start_token=True,
+            objective=objective,
+            cache_dir=tmp_path,
+        )
+        for batch in (*started.train_dataloader(), *started.test_dataloader()):
+            starts = batch.item == START
+            assert starts.any()
+            assert torch.equal(batch.times.event[starts], batch.times.next[starts])
+            assert not batch.columns[starts].any()
+            assert set(batch.times.event[starts].tolist()) == {10, 5}
+    plain = Interactions(interactions=CONTEXT, duplicates="keep", cache_dir=tmp_path)
+    batch = next(iter(plain.train_dataloader()))
+    assert batch.times is None and batch.columns is None and plain.splits.typical_gap is None
+    assert set(data.identity()) - set(plain.identity()) == {"times", "columns"}
+
+
+def test_times_are_seconds_whatever_their_unit(tmp_path: Path) -> None:
+    seconds = [1_700_000_000 + 60 * t for t in (3, 1, 2, 4, 9, 0, 1, 2, 7)]
+    dates = pl.from_epoch(pl.Series(seconds), time_unit="s")
+    found = []
+    for column in (pl.Series(seconds), dates, dates.dt.to_string("%Y-%m-%d %H:%M:%S")):
+        frame = CONTEXT.with_columns(column.alias("timestamp"))
+        times = Interactions(
+            interactions=frame, times=True, cache_dir=tmp_path
+        ).splits.context.times
+        assert times is not None
+        found.append((times - times.min()).tolist())
+    assert found[0] == found[1] == found[2] and max(found[0]) == 540
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"times": True, "timestamp": None}, "dataset.times=true: name the column"),
+        ({}, {"event_columns": ["colour"]}, "colour"),
+        (
+            {"timestamp": [f"2024-05-0{d} early" for d in range(1, 10)]},
+            {"times": True},
+            "compared as text and have no differences",
+        ),
+    ],
+)
+def test_times_and_columns_that_are_not_there_are_one_line(
+    tmp_path: Path, change: dict, options: dict, message: str
+) -> None:
+    frame = CONTEXT.with_columns(**{name: pl.Series(cells) for name, cells in change.items()})
+    with pytest.raises(UserError, match=message):
+        _ = Interactions(interactions=frame, cache_dir=tmp_path, **options).splits
+
+
+def test_a_sequence_text_has_neither_times_nor_columns(tmp_path: Path) -> None:
+    path = tmp_path / "s.txt"
+    path.write_text("u a b c d\nv a c d b e\n")
+    for options in ({"times": True}, {"event_columns": ["kind"]}):
+        with pytest.raises(UserError, match="a sequence text has no"):
+            _ = Interactions(
+                interactions=path, format="sequences", cache_dir=tmp_path, **options
+            ).splits

@@ -197,7 +197,7 @@ def starts_of(loader) -> list[Window]:
     """The windows of an epoch; START, which stands for no event, is checked to be first alone."""
     found = []
     for batch in loader:
-        for row, numbers, positions, targets in zip(*batch, strict=True):
+        for row, numbers, positions, targets in zip(*batch[:4], strict=True):
             for number in range(int(numbers.max()) + 1):
                 own = numbers == number
                 items = row[own].tolist()

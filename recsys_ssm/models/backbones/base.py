@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,74 @@ def reinitialise(module: nn.Module, init: Init, std: float) -> None:
                 nn.init.zeros_(bias)
 
 
+class Clock(NamedTuple):
+    """Times of the events of packed histories, for backbones that use them."""
+
+    event: Tensor
+    """(B, L) int64, seconds."""
+    asked: Tensor
+    """(B, L) int64, seconds: the next event's where the model sees it (``model.query_time``), else ``event``."""
+    gap: Tensor
+    """(B, L), log(1 + gap / typical gap) from the event before; 0 at a history's first."""
+
+
+def time_buckets(seconds: Tensor, n: int) -> Tensor:
+    """Return the bucket of each time span: ⌊ln(max(1, seconds)) / .301⌋, at most n, as in HSTU."""
+    return (seconds.clamp(min=1).double().log() / 0.301).long().clamp(max=n)
+
+
+def gaps_before(event: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """Return the seconds since the event before, 0 at the first of each history and at padding: (B, L) int64.
+
+    Args:
+        event: (B, L) int64, seconds.
+        seq_idx: (B, L), as in :meth:`Backbone.forward`.
+    """
+    gap = F.pad(event.diff(dim=1), (1, 0)).clamp(min=0)
+    if seq_idx is None:
+        return gap
+    inside = F.pad((seq_idx[:, 1:] == seq_idx[:, :-1]) & (seq_idx[:, 1:] >= 0), (1, 0), value=False)
+    return gap * inside
+
+
+class TimeScale(nn.Module):
+    """Scale step sizes by the time since the event before: exp(log 2 · tanh(MLP(gap))), from 1/2 to 2.
+
+    All factors are 1 in the beginning. (The time-aware Mamba of KuaiRand's best published row scales its steps so.)
+
+    Args:
+        n: Step sizes of a token.
+        hidden: Width of the hidden layer.
+    """
+
+    def __init__(self, n: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, hidden)
+        # Not a linear layer: initial weights of a stack leave the factors at 1.
+        self.weight = nn.Parameter(torch.zeros(n, hidden))
+        self.bias = nn.Parameter(torch.zeros(n))
+
+    def forward(self, gap_BL: Tensor) -> Tensor:
+        """Return the factors (B, L, n) of :attr:`Clock.gap`."""
+        inner = F.silu(self.linear(gap_BL.unsqueeze(-1).to(self.weight.dtype)))
+        return torch.exp2(F.linear(inner, self.weight, self.bias).tanh())
+
+
+def no_timed_steps(name: str) -> NotImplementedError:
+    """Return the error of a step without the time of its event."""
+    return NotImplementedError(
+        f"{name} with scale_by_time=true needs the time of each event, so it cannot advance by one token; call forward"
+    )
+
+
+class Timed(NamedTuple):
+    """Context of mixers that scale their steps by time."""
+
+    seq_idx: Tensor | None
+    gap: Tensor | None
+    """:attr:`Clock.gap`; None: all steps keep their size."""
+
+
 class Backbone(Configurable, nn.Module, abc.ABC):
     """Module that maps tokens to tokens of the same shape.
 
@@ -69,6 +137,9 @@ class Backbone(Configurable, nn.Module, abc.ABC):
     """``color``, ``linestyle`` and ``marker`` in figures. A subclass does not inherit them."""
 
     d_model: int
+    uses_times: bool = False
+    """True if :meth:`forward` takes a :class:`Clock`. An attribute of the class, or of the instance where an option
+    decides."""
 
     @abc.abstractmethod
     def forward(
@@ -320,13 +391,22 @@ class Stack(Backbone):
         reinitialise(self, init, init_std)
 
     def context(self, tokens: Tensor, seq_idx: Tensor | None) -> Any:
-        """Return the second argument of the mixers, computed once for all layers."""
+        """Return the second argument of the mixers, computed once for all layers.
+
+        Where ``uses_times`` is True, a third argument is the :class:`Clock`, or None.
+        """
         return seq_idx
 
     def forward(
-        self, tokens: Tensor, seq_idx: Tensor | None = None, at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        seq_idx: Tensor | None = None,
+        at: Tensor | None = None,
+        clock: Clock | None = None,
     ) -> Tensor:
-        context = self.context(tokens, seq_idx)
+        """Mix the tokens of each row, as :meth:`Backbone.forward`; ``clock`` is for backbones that use times."""
+        timed = () if clock is None else (clock,)
+        context = self.context(tokens, seq_idx, *timed)
         *earlier, last = self.layers
         for layer in earlier:
             tokens = layer(tokens, context)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack
+from recsys_ssm.models.backbones.base import Clock, Mixer, Stack, Timed
 from recsys_ssm.models.backbones.mamba2 import Mamba2Block, Mamba2State
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
@@ -81,8 +81,9 @@ class FilterMamba2Block(Mixer):
         if self.adapt is not None:
             nn.init.normal_(self.adapt.weight, std=0.02)
 
-    def forward(self, x_BLD: Tensor, context: Tensor | None = None) -> Tensor:
-        f_BLD = causal_conv1d(x_BLD, self.filter, seq_idx=context)
+    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
+        seq_idx = context.seq_idx if isinstance(context, Timed) else context
+        f_BLD = causal_conv1d(x_BLD, self.filter, seq_idx=seq_idx)
         return self._add(x_BLD, self.mamba2(x_BLD, context), f_BLD)
 
     def init_state(self, batch_size: int) -> FilterMamba2State:
@@ -109,7 +110,8 @@ class FilterMamba2(Stack):
     Args:
         d_model, filter_length, share, adaptive: As in :class:`FilterMamba2Block`.
         n_layers: Number of layers.
-        d_state, d_conv, expand, headdim, ngroups: As in :class:`~recsys_ssm.models.backbones.mamba2.Mamba2Block`.
+        d_state, d_conv, expand, headdim, ngroups, scale_by_time: As in
+            :class:`~recsys_ssm.models.backbones.mamba2.Mamba2Block`.
         residual, ffn, norm_eps, stack: Options of :class:`Stack`.
 
     Example:
@@ -143,6 +145,7 @@ class FilterMamba2(Stack):
         expand: int = 2,
         headdim: int = 32,
         ngroups: int = 1,
+        scale_by_time: bool = False,
         residual: bool = True,
         ffn: int = 4,
         norm_eps: float = 1e-12,
@@ -160,6 +163,7 @@ class FilterMamba2(Stack):
                     expand=expand,
                     headdim=headdim,
                     ngroups=ngroups,
+                    scale_by_time=scale_by_time,
                 )
                 for _ in range(n_layers)
             ),
@@ -169,3 +173,8 @@ class FilterMamba2(Stack):
             norm_eps=norm_eps,
             **stack,
         )
+        self.uses_times = scale_by_time
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
+        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
+        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx

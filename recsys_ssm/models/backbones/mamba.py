@@ -33,7 +33,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack, at_least_float32
+from recsys_ssm.models.backbones.base import (
+    Clock,
+    Mixer,
+    Stack,
+    Timed,
+    TimeScale,
+    at_least_float32,
+    no_timed_steps,
+)
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -60,6 +68,8 @@ class MambaBlock(Mixer):
         dt_init_floor: Lower bound of the initial step sizes.
         conv_bias: Give the convolution a bias.
         bias: Give the projections in and out a bias.
+        scale_by_time: Scale the step sizes of a token by the time since the event before
+            (:class:`~recsys_ssm.models.backbones.base.TimeScale`).
     """
 
     def __init__(
@@ -75,6 +85,7 @@ class MambaBlock(Mixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        scale_by_time: bool = False,
     ) -> None:
         super().__init__()
         self.d_inner = expand * d_model
@@ -96,6 +107,7 @@ class MambaBlock(Mixer):
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.time_scale = TimeScale(self.d_inner) if scale_by_time else None
 
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.exp(
@@ -104,24 +116,33 @@ class MambaBlock(Mixer):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
 
-    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        return self._run(x_BLD, seq_idx, None, False)[0]
+    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
+        return self._run(x_BLD, context, None, False)[0]
 
     def extend(
         self, x_BLD: Tensor, state: MambaState, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba")
         y_BLD, after = self._run(x_BLD, seq_idx, state, True)
         assert after is not None
         return y_BLD, after
 
     def follow(self, x_BLD: Tensor, state: MambaState) -> Tensor:
         """Return the outputs of :meth:`extend` alone."""
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba")
         return self._run(x_BLD, None, state, False)[0]
 
     def _run(
-        self, x_BLD: Tensor, seq_idx: Tensor | None, before: MambaState | None, want_state: bool
+        self,
+        x_BLD: Tensor,
+        context: Tensor | Timed | None,
+        before: MambaState | None,
+        want_state: bool,
     ) -> tuple[Tensor, MambaState | None]:
+        seq_idx, gap = context if isinstance(context, Timed) else (context, None)
         x_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
         wanted: dict[str, Any] = {"return_final_state": want_state}
         conv: Any = causal_conv1d(
@@ -135,6 +156,11 @@ class MambaBlock(Mixer):
         )
         x_BLE = conv[0] if want_state else conv
         dt_BLE, B_BLN, C_BLN = self._selection(x_BLE)
+        dt_bias, scaled = at_least_float32(self.dt_proj.bias), self.time_scale is not None
+        if self.time_scale is not None:
+            dt_BLE = nn.functional.softplus(dt_BLE + dt_bias)
+            if gap is not None:
+                dt_BLE = dt_BLE * self.time_scale(gap)
         scan: Any = selective_scan(
             x_BLE,
             dt_BLE,
@@ -143,8 +169,8 @@ class MambaBlock(Mixer):
             C_BLN,
             at_least_float32(self.D),
             z_BLE,
-            at_least_float32(self.dt_proj.bias),
-            dt_softplus=True,
+            None if scaled else dt_bias,
+            dt_softplus=not scaled,
             seq_idx=seq_idx,
             initial_state=None if before is None else before.ssm,
             **wanted,
@@ -161,6 +187,8 @@ class MambaBlock(Mixer):
         )
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba")
         x_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         x_BE, conv = causal_conv1d_step(
             x_BE, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
@@ -197,7 +225,7 @@ class Mamba(Stack):
     parameters, 72,256 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank, conv_bias: As in :class:`MambaBlock`.
+        d_model, d_state, d_conv, expand, dt_rank, conv_bias, scale_by_time: As in :class:`MambaBlock`.
         n_layers: Number of blocks.
         stack: Options of :class:`Stack`.
 
@@ -226,6 +254,7 @@ class Mamba(Stack):
         expand: int = 2,
         dt_rank: int | Literal["auto"] = "auto",
         conv_bias: bool = True,
+        scale_by_time: bool = False,
         **stack: Any,
     ) -> None:
         super().__init__(
@@ -237,9 +266,15 @@ class Mamba(Stack):
                     expand=expand,
                     dt_rank=dt_rank,
                     conv_bias=conv_bias,
+                    scale_by_time=scale_by_time,
                 )
                 for _ in range(n_layers)
             ),
             d_model=d_model,
             **stack,
         )
+        self.uses_times = scale_by_time
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
+        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
+        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx

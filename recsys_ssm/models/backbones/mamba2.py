@@ -34,7 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Mixer, Stack, at_least_float32
+from recsys_ssm.models.backbones.base import (
+    Clock,
+    Mixer,
+    Stack,
+    Timed,
+    TimeScale,
+    at_least_float32,
+    no_timed_steps,
+)
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.ssd import ssd, ssd_step
 
@@ -99,6 +107,7 @@ class Mamba2Block(Mixer):
         norm_eps: Term added to the mean square before its root.
         conv_bias: Give the convolution a bias.
         bias: Give the projections in and out a bias.
+        scale_by_time: Scale the step sizes of a token by the time since the event before (:class:`TimeScale`).
 
     Raises:
         ValueError: E is not a multiple of ``headdim``, or H is not a multiple of ``ngroups``.
@@ -121,6 +130,7 @@ class Mamba2Block(Mixer):
         norm_eps: float = 1e-5,
         conv_bias: bool = True,
         bias: bool = False,
+        scale_by_time: bool = False,
     ) -> None:
         super().__init__()
         self.d_inner = expand * d_model
@@ -155,26 +165,41 @@ class Mamba2Block(Mixer):
             self.d_inner, eps=norm_eps, groups=ngroups, norm_before_gate=norm_before_gate
         )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.time_scale = TimeScale(self.heads) if scale_by_time else None
 
-    def forward(self, x_BLD: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        return self._run(x_BLD, seq_idx, None, False)[0]
+    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
+        return self._run(x_BLD, context, None, False)[0]
 
     def extend(
         self, x_BLD: Tensor, state: Mamba2State, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
         """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba-2")
         y_BLD, after = self._run(x_BLD, seq_idx, state, True)
         assert after is not None
         return y_BLD, after
 
     def follow(self, x_BLD: Tensor, state: Mamba2State) -> Tensor:
         """Return the outputs of :meth:`extend` alone."""
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba-2")
         return self._run(x_BLD, None, state, False)[0]
 
     def _run(
-        self, x_BLD: Tensor, seq_idx: Tensor | None, before: Mamba2State | None, want_state: bool
+        self,
+        x_BLD: Tensor,
+        context: Tensor | Timed | None,
+        before: Mamba2State | None,
+        want_state: bool,
     ) -> tuple[Tensor, Mamba2State | None]:
+        seq_idx, gap = context if isinstance(context, Timed) else (context, None)
         z_BLE, xBC_BLX, dt_BLH = self._split(x_BLD)
+        dt_bias, scaled = at_least_float32(self.dt_bias), self.time_scale is not None
+        if self.time_scale is not None:
+            dt_BLH = F.softplus(dt_BLH + dt_bias)
+            if gap is not None:
+                dt_BLH = dt_BLH * self.time_scale(gap)
         wanted: dict[str, Any] = {"return_final_state": want_state}
         conv: Any = causal_conv1d(
             xBC_BLX,
@@ -193,8 +218,8 @@ class Mamba2Block(Mixer):
             B_BLGN,
             C_BLGN,
             at_least_float32(self.D),
-            at_least_float32(self.dt_bias),
-            dt_softplus=True,
+            None if scaled else dt_bias,
+            dt_softplus=not scaled,
             seq_idx=seq_idx,
             initial_state=None if before is None else before.ssm,
             **wanted,
@@ -212,6 +237,8 @@ class Mamba2Block(Mixer):
         )
 
     def step(self, x_BD: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        if self.time_scale is not None:
+            raise no_timed_steps("Mamba-2")
         z_BE, xBC_BX, dt_BH = self._split(x_BD)
         xBC_BX, conv = causal_conv1d_step(
             xBC_BX, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
@@ -253,7 +280,7 @@ class Mamba2(Stack):
     78,624 with the LayerNorm of the item embeddings.
 
     Args:
-        d_model, d_state, d_conv, expand, headdim, ngroups: As in :class:`Mamba2Block`.
+        d_model, d_state, d_conv, expand, headdim, ngroups, scale_by_time: As in :class:`Mamba2Block`.
         n_layers: Number of blocks.
         stack: Options of :class:`Stack`.
 
@@ -282,6 +309,7 @@ class Mamba2(Stack):
         expand: int = 2,
         headdim: int = 64,
         ngroups: int = 1,
+        scale_by_time: bool = False,
         **stack: Any,
     ) -> None:
         super().__init__(
@@ -293,9 +321,15 @@ class Mamba2(Stack):
                     expand=expand,
                     headdim=headdim,
                     ngroups=ngroups,
+                    scale_by_time=scale_by_time,
                 )
                 for _ in range(n_layers)
             ),
             d_model=d_model,
             **stack,
         )
+        self.uses_times = scale_by_time
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
+        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
+        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx
