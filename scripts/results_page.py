@@ -105,11 +105,15 @@ def readme(cells: Sequence[Cell]) -> str:
 
 
 def readme_next_item(collection: Collection) -> str:
-    """Return the best setting of each next-item task beside the best published row on the same file."""
+    """Return the best setting of each next-item task beside the best published row on the same file.
+
+    Models that see the time of the query are left out.
+    """
     metrics = ("hr@10", "ndcg@10")
     rows = []
     for task in collection.tasks:
-        best = tables.best_setting(collection.of(task)) if task.kind == "next_item" else None
+        cells = [cell for cell in collection.of(task) if not cell.sees_query_time]
+        best = tables.best_setting(cells) if task.kind == "next_item" else None
         if best is None:
             continue
         ours = [estimate(list(best.values(m).values())) for m in metrics]
@@ -118,7 +122,9 @@ def readme_next_item(collection: Collection) -> str:
         label = best.setting.label.replace("default setting", model_name(best))
         rows.append([f"{task.label}, `{label}`, {seeds}", *figures])
         published = tables.published_rows(task)
-        row = best_of(row for row in published if row.seen_items == "left out")
+        row = best_of(
+            row for row in published if row.seen_items == "left out" and not row.sees_query_time
+        )
         if row is not None:
             figures = [tables.show(row.metrics[m], 4) for m in metrics]
             rows.append([f"{task.label}, best published: {row.model}", *figures])

@@ -28,6 +28,7 @@ _OF_A_SEED = (
     "data",
     "latency",
     "parameters",
+    "sees_query_time",
     "steps",
     "train_seconds",
     "versions",

@@ -121,6 +121,11 @@ class Run:
         return numbers(self.results.get("metrics"))
 
     @property
+    def sees_query_time(self) -> bool:
+        """True if the model sees the time of the item that it predicts."""
+        return self.results.get("sees_query_time") is True
+
+    @property
     def data(self) -> dict[str, str] | None:
         """SHA-256 of each input file by its name, empty for sampled data; None if the run did not record it.
 
@@ -152,6 +157,11 @@ class Cell:
     @property
     def n(self) -> int:
         return len(self.runs)
+
+    @property
+    def sees_query_time(self) -> bool:
+        """True if the models see the time of the item that they predict."""
+        return any(run.sees_query_time for run in self.runs)
 
     def values(self, metric: str, group: str = "metrics") -> dict[int, float]:
         """Return a metric's value by seed; ``group`` names the part of ``metrics.json``.

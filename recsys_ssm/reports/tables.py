@@ -16,15 +16,24 @@ from recsys_ssm.run.defaults import option
 from recsys_ssm.run.published import Row, rows_of
 
 METRICS = ("p@5", "p@10", "r@5", "r@10", "mrr@5", "mrr@10", "hr@1", "hr@5", "hr@10")
+"""The columns of a table of two towers."""
+
 NEXT_ITEM_METRICS = ("ndcg@5", "ndcg@10", "mrr@10", "hr@1", "hr@5", "hr@10")
+
+
+QUERY_TIME = "query time"
+"""Head of the column that says which models see the time of the item that they predict."""
+
+
+def yes_or_no(value: bool) -> str:
+    """Return a cell of a column with yes and no."""
+    return "yes" if value else "no"
 
 
 def metrics_of(tasks: Iterable[Task]) -> tuple[str, ...]:
     """Return the metrics to compare by: those of next-item tasks where there are no others."""
     return NEXT_ITEM_METRICS if {task.kind for task in tasks} == {"next_item"} else METRICS
 
-
-"""The columns of a table of two towers."""
 
 _ORACLE = "oracle"
 _MOST_TRIALS = 20
@@ -180,7 +189,14 @@ def performance(
                     figures = [show(row.metrics.get(m, math.nan), digits) for m in METRICS]
                     label_of_paper = label_without_generation(task)
                     rows.append(
-                        [label_of_paper, row.model, row.source_label, str(row.seeds), *figures]
+                        [
+                            label_of_paper,
+                            row.model,
+                            row.source_label,
+                            yes_or_no(row.sees_query_time),
+                            str(row.seeds),
+                            *figures,
+                        ]
                     )
             for cell in chosen_cells(collection.of(task, backbone)):
                 role = _role(cell, collection)
@@ -190,9 +206,9 @@ def performance(
     texts = [caption, conditions(cells, options), sources(cited)]
     return Table(
         " ".join(text for text in texts if text),
-        ("data", "model", "setting", "seeds", *METRICS),
+        ("data", "model", "setting", QUERY_TIME, "seeds", *METRICS),
         rows,
-        n_labels=3,
+        n_labels=4,
         label=label,
     )
 
@@ -244,7 +260,8 @@ def _own_rows(cell: Cell, name: str, role: str, digits: int, options: Options) -
             show_estimate(e, digits, options, generated=generated, n_max=cell.n) for e in estimates
         ]
         styled = [style.format(text) if text != "–" else text for text in figures]
-        rows.append([cell.task.label, name, setting, str(cell.n), *styled])
+        sees = yes_or_no(cell.sees_query_time)
+        rows.append([cell.task.label, name, setting, sees, str(cell.n), *styled])
     return rows
 
 
@@ -260,7 +277,7 @@ def _baseline_rows(
             show_estimate(each, digits, options, generated=task.generated, n_max=n)
             for each in found
         ]
-        rows.append([task.label, name.replace("_", "-"), "same users", str(n), *figures])
+        rows.append([task.label, name.replace("_", "-"), "same users", "no", str(n), *figures])
     return rows
 
 
@@ -327,7 +344,7 @@ def paired(
     found: Sequence[Comparison], options: Options, metrics: Sequence[str] | None = None
 ) -> Table:
     """Make the table of differences between backbones on the same seeds; p-values are corrected over the table."""
-    metrics = metrics or metrics_of(each.first.task for each in found)
+    metrics = metrics or tuple(found[0].differences if found else METRICS)
     flat = [comparison.differences[m].p_value for comparison in found for m in metrics]
     n_tests = sum(not math.isnan(p) for p in flat)
     adjusted = iter(holm(flat))
@@ -340,7 +357,12 @@ def paired(
             cells.append(_show_difference(d, p, options, comparison.first.task.generated))
         first, second = model_name(comparison.first), model_name(comparison.second)
         task = comparison.first.task.label
-        rows.append([task, f"{first} − {second}", comparison.settings, str(n), *cells])
+        sees = ", ".join(
+            dict.fromkeys(
+                yes_or_no(cell.sees_query_time) for cell in (comparison.first, comparison.second)
+            )
+        )
+        rows.append([task, f"{first} − {second}", comparison.settings, sees, str(n), *cells])
     caption = (
         f"Paired differences: mean over the seeds that both models have, {options.confidence:.0%} confidence interval "
         "(Student's t)"
@@ -352,8 +374,8 @@ def paired(
     )
     compared = [cell for each in found for cell in (each.first, each.second)]
     caption += f" {conditions(compared, options)}"
-    head = ("data", "difference", "settings", "seeds", *metrics)
-    return Table(caption, head, rows, n_labels=3, label="paired")
+    head = ("data", "difference", "settings", QUERY_TIME, "seeds", *metrics)
+    return Table(caption, head, rows, n_labels=4, label="paired")
 
 
 def _show_difference(d: Difference, p: float, options: Options, generated: bool) -> str:
@@ -395,6 +417,7 @@ def settings_table(collection: Collection, options: Options) -> Table:
                 cell.task.label,
                 model_name(cell),
                 cell.setting.label,
+                yes_or_no(cell.sees_query_time),
                 str(cell.n),
                 f"{monitor} {show_estimate(validation, 4, options)}" if validation.n else "–",
                 *(
@@ -416,11 +439,12 @@ def settings_table(collection: Collection, options: Options) -> Table:
         "data",
         "model",
         "setting",
+        QUERY_TIME,
         "seeds",
         "best on validation",
         *(f"test {m}" for m in shown),
     )
-    return Table(caption, head, rows, n_labels=3, label="settings")
+    return Table(caption, head, rows, n_labels=4, label="settings")
 
 
 def cost(collection: Collection) -> Table:
@@ -444,6 +468,7 @@ def cost(collection: Collection) -> Table:
                     cell.task.label,
                     model_name(cell),
                     cell.setting.label,
+                    yes_or_no(cell.sees_query_time),
                     str(len(runs)),
                     _show_median(runs, "seconds_per_step", 1e3, 1),
                     _show_median(runs, "train_seconds", 1 / 60, 1),
@@ -464,6 +489,7 @@ def cost(collection: Collection) -> Table:
         "data",
         "model",
         "setting",
+        QUERY_TIME,
         "runs",
         "step, ms",
         "training, min",
@@ -472,7 +498,7 @@ def cost(collection: Collection) -> Table:
         "of the backbone",
         "machine",
     )
-    return Table(caption, head, rows, n_labels=3, label="cost")
+    return Table(caption, head, rows, n_labels=4, label="cost")
 
 
 def trials(collection: Collection) -> Table:
@@ -488,6 +514,7 @@ def trials(collection: Collection) -> Table:
             run.task.label,
             name_of_run(run),
             run.setting.label,
+            yes_or_no(run.sees_query_time),
             str(run.seed),
             f"{run.config.get('monitor')} {show(run.validation, 4)}",
         ]
@@ -498,8 +525,8 @@ def trials(collection: Collection) -> Table:
     )
     if len(runs) > _MOST_TRIALS:
         caption += f" {_MOST_TRIALS} of {len(runs)} are shown."
-    head = ("data", "model", "setting", "seed", "best on validation")
-    return Table(caption, head, rows, n_labels=3, label="trials")
+    head = ("data", "model", "setting", QUERY_TIME, "seed", "best on validation")
+    return Table(caption, head, rows, n_labels=4, label="trials")
 
 
 def _show_median(runs: Sequence[Mapping[str, object]], key: str, factor: float, digits: int) -> str:
@@ -517,6 +544,7 @@ def _show_count(value: float) -> str:
 _NEXT_ITEM_HEAD = (
     "model",
     "setting",
+    QUERY_TIME,
     "seeds",
     "HR@10",
     "NDCG@10",
@@ -557,6 +585,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
             [
                 model_name(cell),
                 cell.setting.label,
+                yes_or_no(cell.sees_query_time),
                 str(cell.n),
                 *estimates,
                 f"{statistics.median(seconds):.4f} s" if seconds else "–",
@@ -567,14 +596,15 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
     rows += _next_item_baselines(task, cells, options)
     caption = (
         f"{task.label}: the whole catalogue is ranked for each user's held-out item. The first three figures allow "
-        "items that the user had before; the two marked new leave them out. Latency: median time of a call for a user."
+        "items that the user had before; the two marked new leave them out. Query time: the model sees the time of the "
+        "item that it predicts. Latency: median time of a call for a user."
     )
     texts = [caption, conditions(cells, options), sources(published)]
     return Table(
         " ".join(text for text in texts if text),
         _NEXT_ITEM_HEAD,
         rows,
-        n_labels=2,
+        n_labels=3,
         label=f"next-item-{task.dataset}",
     )
 
@@ -589,6 +619,7 @@ def _published_next_item(row: Row) -> list[str]:
     return [
         row.model,
         setting,
+        yes_or_no(row.sees_query_time),
         str(row.seeds),
         *(figure(metric, "allowed") for metric, _ in _ALLOWED),
         *(figure(metric, "left out") for metric, _ in _LEFT_OUT),
@@ -610,7 +641,7 @@ def _next_item_baselines(task: Task, cells: Sequence[Cell], options: Options) ->
         found += [baseline(cells, name, metric, options) for metric, _ in _LEFT_OUT]
         figures = [show_estimate(each, 4, options, generated=task.generated) for each in found]
         n = max(each.n for each in found)
-        rows.append([name.replace("_", "-"), "same users", str(n), *figures, "–", "–", "–"])
+        rows.append([name.replace("_", "-"), "same users", "no", str(n), *figures, "–", "–", "–"])
     return rows
 
 

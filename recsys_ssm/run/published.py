@@ -43,6 +43,7 @@ class Row:
         cost: latency and parameter counts as printed.
         printed_as: the dataset that the source prints, where it is another one.
         shipped_recipe: True if the defaults of this project are the recipe of the source.
+        sees_query_time: True if the model sees the time of the item that it predicts.
         note: a remark on this row.
     """
 
@@ -61,6 +62,7 @@ class Row:
     when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     printed_as: str | None = None
+    sees_query_time: bool = False
     note: str | None = None
 
     @property
@@ -127,7 +129,8 @@ def published_for(config: Mapping[str, Any]) -> Row | None:
     """Return the published row to show beside a run, or None.
 
     The row is that of the run's own model on its dataset; else the best row of the field on the same data file, by
-    ndcg@10; seen items are left out in it, as in the headline of a run.
+    ndcg@10; seen items are left out in it, as in the headline of a run, and it sees the time of the query only if the
+    run does.
 
     Args:
         config: A run's config as plain data; options that it leaves out have the defaults of their classes.
@@ -143,7 +146,10 @@ def published_for(config: Mapping[str, Any]) -> Row | None:
         return dataclasses.replace(own[0], backbone=None, shipped_recipe=False)
     if own:
         return own[0]
-    best = best_of(row for row in rows if row.seen_items == "left out")
+    sees = option(filled, "model.query_time") is True
+    best = best_of(
+        row for row in rows if row.seen_items == "left out" and row.sees_query_time <= sees
+    )
     # Another model than the run's: the column names it.
     return None if best is None else dataclasses.replace(best, backbone=None)
 
@@ -153,7 +159,11 @@ def published_results(config: Mapping[str, Any]) -> dict[str, Any]:
     row = published_for(config)
     if row is None:
         return {"published": {}}
-    return {"published": dict(row.metrics), "published_label": row.label}
+    return {
+        "published": dict(row.metrics),
+        "published_label": row.label,
+        "published_sees_query_time": row.sees_query_time,
+    }
 
 
 def best_of(rows: Iterable[Row]) -> Row | None:

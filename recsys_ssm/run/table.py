@@ -21,8 +21,9 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
         results: ``name`` and ``metrics`` (of this run, name -> value). Optional: ``generated`` (True marks the
             title), ``metrics_all_users`` (the same with zeros for users without a relevant item; shown if there are
             such users), ``metrics_unfiltered`` or ``metrics_filtered`` (the same with seen items allowed, or left out,
-            where ``metrics`` are the other way), ``published`` (with ``published_label``, the head of its column), and
-            ``baselines`` (name -> its metrics).
+            where ``metrics`` are the other way), ``published`` (with ``published_label``, the head of its column),
+            ``baselines`` (name -> its metrics), and ``sees_query_time`` (True if the model sees the time of the item
+            that it predicts; ``published_sees_query_time`` says it of the published row).
         width: Columns of the terminal; headers that do not fit are broken at spaces.
 
     Returns:
@@ -56,6 +57,17 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
         numbers = [format_number(values.get(name), exact=head == label) for name in names]
         digits = max(map(len, numbers), default=0)
         cells[head] = [number.rjust(digits) for number in numbers]
+    if "sees_query_time" in results:
+        cells["metric"].append("query time")
+        sees = {
+            "this run": results["sees_query_time"],
+            "all users": results["sees_query_time"],
+            "seen items left out": results["sees_query_time"],
+            "seen items allowed": results["sees_query_time"],
+            label: results.get("published_sees_query_time"),
+        }
+        for head in columns:
+            cells[head].append("yes" if sees.get(head) else "no")
 
     table = _WholeTable(
         box=box.SIMPLE_HEAD,

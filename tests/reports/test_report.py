@@ -156,6 +156,26 @@ def test_next_item_tables_have_published_rows_with_their_protocol(tmp_path: Path
         assert words in caption
 
 
+def test_every_table_says_which_models_see_the_time_of_the_query(tmp_path: Path) -> None:
+    for seed in range(3):
+        timed = fake_run(tmp_path, "ml_100k", "mamba2", seed, options={"model.query_time": True})
+        results = json.loads((timed / "metrics.json").read_text())
+        (timed / "metrics.json").write_text(json.dumps({**results, "sees_query_time": True}))
+        fake_run(tmp_path, "ml_100k", "mamba", seed)
+        fake_run(tmp_path, "spotify", "mamba", seed)
+    found = build(collect([tmp_path]), "title", Options())
+    tables_found = [block for block in found.blocks if isinstance(block, Table)]
+    assert {each.label for each in tables_found} >= {
+        "results-spotify", "next-item-ml_100k", "paired", "cost", "settings",
+    }  # fmt: skip
+    assert all("query time" in each.head for each in tables_found)
+    for label in ("next-item-ml_100k", "cost", "settings"):
+        sees = {row["model"]: row["query time"] for row in table(found, label)}
+        assert sees["Mamba2"] == "yes" and sees["Mamba"] == "no", label
+    (pair,) = rows(found, "paired", settings="best settings")
+    assert sorted(pair["query time"].split(", ")) == ["no", "yes"]
+
+
 def test_every_result_table_names_data_protocol_ties_and_interval(document: Document) -> None:
     captions = [
         block.caption

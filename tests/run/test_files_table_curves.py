@@ -154,6 +154,14 @@ class TestTable:
         text = printed({**RESULTS, "baselines": many, "generated": True})
         assert max(map(len, text.splitlines())) <= 80
 
+    @pytest.mark.parametrize("sees", [True, False])
+    def test_says_which_models_see_the_time_of_the_query(self, sees):
+        text = printed({**RESULTS, "sees_query_time": sees, "published_sees_query_time": not sees})
+        (row,) = [line for line in text.splitlines() if line.startswith("query time")]
+        own, others = ("yes", "no") if sees else ("no", "yes")
+        assert row.split()[2:] == [own, own, others, "no", "no"]
+        assert "query time" not in printed(RESULTS)
+
     def test_plain_text_unless_a_terminal(self, monkeypatch):
         for variable in ("FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
             monkeypatch.delenv(variable, raising=False)
