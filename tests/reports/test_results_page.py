@@ -43,7 +43,7 @@ def test_parts_are_filled_and_words_stay(page: ModuleType, tmp_path: Path) -> No
     assert after.startswith("Words.\n\n<!-- results: spotify -->\n| data |")
     assert "old" not in after and "\nMore.\n" in after and "\nkept\n" in after
     assert page.fill(after, made) == after
-    assert "| Spotify | FT-Transformer | paper | 100 | .803 |" in after
+    assert "| Spotify | FT-Transformer | paper | no | 100 | .803 |" in after
     assert (
         "FT-Mamba, here (3 seeds)" in made["readme"]
         and "| FT-Mamba, paper | .952 |" in made["readme"]
