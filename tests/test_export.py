@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from recsys_ssm import (
     FilterMamba2,
     Hydra,
     Identity,
+    Interactions,
+    ItemTokenizer,
     Ligr,
     Mamba,
     Mamba2,
@@ -270,6 +273,25 @@ def test_a_module_that_cannot_be_exported_is_one_line(backbone: type, tmp_path: 
     ) as raised:
         export_model(model, tmp_path, "torch_export")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("given", ["times", "columns"])
+def test_a_model_of_times_or_columns_of_events_is_one_line(given: str, tmp_path: Path) -> None:
+    clicks = pl.DataFrame(
+        {
+            "user_id": [user for user in range(8) for _ in range(5)],
+            "item_id": [(user + 2 * i) % 7 for user in range(8) for i in range(5)],
+            "timestamp": [i for _ in range(8) for i in range(5)],
+            "kind": [["view", "buy"][i % 2] for _ in range(8) for i in range(5)],
+        }
+    )
+    options = {"times": True} if given == "times" else {"event_columns": ["kind"]}
+    data = Interactions(interactions=clicks, cache_dir=tmp_path, **options)
+    tokenizer = functools.partial(ItemTokenizer, gap_buckets=4 if given == "times" else 0)
+    model = NextItem.for_data(data, backbone=Mamba(d_model=16, n_layers=1), tokenizer=tokenizer)
+    for form in ("onnx", "torch_export"):
+        with pytest.raises(UserError, match="uses times or columns of events"):
+            export_model(model, tmp_path / form, form)
 
 
 def test_unknown_format(tmp_path: Path) -> None:

@@ -217,9 +217,16 @@ def graphs_of(model: Recommender, filter_seen: bool | None = None) -> dict[str, 
     """Return the graphs of a model by name: ``model``, or ``users`` and ``items`` of two towers.
 
     Raises:
-        UserError: The model is of another kind.
+        UserError: The model is of another kind, or reads more than items.
     """
     if isinstance(model, NextItem):
+        if any(part.uses_times for part in (model.tokenizer, model.backbone)) or (
+            model.tokenizer.uses_columns
+        ):
+            raise UserError(
+                "the model uses times or columns of events, which a graph of items does not have; give "
+                "format=safetensors"
+            )
         model.check_items()
         seen = model.filter_seen if filter_seen is None else filter_seen
         return {"model": NextItemGraph(model, seen).eval()}

@@ -94,7 +94,9 @@ def test_a_reports_tables_and_figures_are_logged_offline(tmp_path: Path) -> None
     first = next(
         table for table in tables if "p@5" in table["columns"] and "model" in table["columns"]
     )
-    assert ["Spotify", "FT-Mamba", "paper", "no", "100", ".952"] in [row[:6] for row in first["data"]]
+    assert ["Spotify", "FT-Mamba", "paper", "no", "100", ".952"] in [
+        row[:6] for row in first["data"]
+    ]
     assert len(list(media.glob("images/**/*.png"))) == len(document.images)
 
 
