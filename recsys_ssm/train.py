@@ -25,6 +25,7 @@ from recsys_ssm.run import assemble
 from recsys_ssm.run.callbacks import Cost, History, ValidationLog
 from recsys_ssm.run.checkpoints import check_fits, read_checkpoint
 from recsys_ssm.run.files import versions, write_json
+from recsys_ssm.run.grow import begin_from, compare
 from recsys_ssm.run.loggers import finish, log_results
 from recsys_ssm.run.published import published_results
 from recsys_ssm.run.resume import RunRecord, check_resume
@@ -64,6 +65,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     for note in data.splits.notes[n_notes:]:  # titles are read when a model asks for them
         log.info("%s: %s", data.name, note)
     log.info("%s: parameters %s", name, assemble.describe(model.parameter_counts()))
+    growth = begin_from(cfg, data, model)
+    if growth is not None:
+        log.info("init       %s: %s", growth.run, growth)
     config = assemble.full_config(cfg, name)
     if retriever is not None:
         config["retrieved_by"] = retriever.options
@@ -108,6 +112,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if cfg.test is not None:
             results |= test_checkpoint(trainer, model, data, cfg.test)
             results |= published_results(plain(cfg))
+            if growth is not None:
+                results["growth"] = compare(growth, model, data)
         if trainer.is_global_zero:
             curves = report(results, history, cost, output, cfg)
             log_results(loggers, results, [curves])

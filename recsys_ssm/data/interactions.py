@@ -98,6 +98,8 @@ class Interactions(SequenceData):
             from the test; a user's first event of a period is predicted.
         val_share, test_share: Shares of the events, the latest, for ``split="time"``.
         val_from, test_from: The two instants, in place of the shares, as the column of times has them.
+        since: Train on events from this instant on, as the column of times has it; earlier events are read as history
+            alone. A model that begins from a run (``init_from=<run>``) goes on with new events so. None: all events.
         items: File of item features (CSV, Parquet, ``.item``, ``movies.dat``) relative to ``root``, or a data frame.
             Items without an event are not in the catalogue.
         items_id: Id column of ``items``; None: the same name as ``item``.
@@ -143,6 +145,7 @@ class Interactions(SequenceData):
         test_share: float = 0.1,
         val_from: float | str | None = None,
         test_from: float | str | None = None,
+        since: float | str | None = None,
         items: Table | None = None,
         items_id: str | None = None,
         item_numeric: Sequence[str] = (),
@@ -181,7 +184,13 @@ class Interactions(SequenceData):
             test_share=test_share,
             val_from=val_from,
             test_from=test_from,
+            since=since,
         )
+        if since is not None and self.objective == "masked":
+            raise UserError(
+                f"dataset.since={since}: with dataset.objective=masked items of the whole history are hidden; give "
+                "dataset.since=null, or another objective"
+            )
         if download is not None and set(download) - {"titles"} != {"url", "md5", "member"}:
             raise UserError(
                 f"dataset.download: expected url, md5 and member, got {', '.join(download) or 'none'}"
@@ -233,6 +242,8 @@ class Interactions(SequenceData):
             raise UserError(f"{where}: {error}") from error
         splits.sources.update(self._hash(source))
         _describe(splits)
+        if splits.train_start is not None:
+            splits.notes.append(_describe_since(splits, self.preparation.since))
         if self.items.features:
             splits.item_schema, splits.items = self._item_features(splits)
         return splits
@@ -375,6 +386,7 @@ class Preparation:
     test_share: float
     val_from: float | str | None
     test_from: float | str | None
+    since: float | str | None
 
     def __post_init__(self) -> None:
         check_format(self.format)
@@ -410,6 +422,8 @@ class Preparation:
             raise UserError("dataset.split=time: name the column of times with dataset.timestamp")
         if self.split != "time" and self.val_from is not None:
             raise UserError("dataset.val_from: needs dataset.split=time; set that, or leave it out")
+        if self.since is not None and self.timestamp is None:
+            raise UserError("dataset.since: name the column of times with dataset.timestamp")
 
     def prepare(self, source: Path | pl.DataFrame) -> Prepared:
         """Read the histories and split them."""
@@ -434,9 +448,11 @@ class Preparation:
             trained = np.arange(events.size) < np.repeat(train_stop, np.diff(offsets))
             codes, texts = _codes(rows, self.event_columns, trained)
             arrays["event_codes"] = codes
+        since = {} if self.since is None else {"train_start": self._since(rows, offsets)}
         return Prepared(
             arrays={
                 **arrays,
+                **since,
                 "events": events,
                 "offsets": offsets,
                 "train_stop": train_stop,
@@ -612,6 +628,20 @@ class Preparation:
             item_ids,
         )
 
+    def _since(self, rows: _Rows, offsets: np.ndarray) -> np.ndarray:
+        """Return the index of each user's first event from ``dataset.since`` on, (U,) int64.
+
+        Raises:
+            UserError: The rows have no times, or the instant is of another kind than they are.
+        """
+        if rows.time is None:
+            raise UserError(
+                f"dataset.since={self.since}: a sequence text has no times; set dataset.since=null"
+            )
+        assert self.since is not None
+        old = rows.time.values < instant(self.since, "since", rows.time.unit)
+        return offsets[:-1] + np.add.reduceat(old, offsets[:-1], dtype=np.int64)
+
     def _instants(self, time: Times) -> tuple[float, float]:
         """Return the instants at which validation and test begin."""
         if self.val_from is None or self.test_from is None:
@@ -734,6 +764,7 @@ def _splits(prepared: Prepared, event_columns: Sequence[str]) -> SequenceSplits:
         user_ids=texts["user_ids"],
         histories=Histories(arrays["events"], arrays["offsets"]),
         train_stop=arrays["train_stop"],
+        train_start=arrays.get("train_start"),
         val=HeldOut(arrays["val_user"], arrays["val_event"]),
         test=HeldOut(arrays["test_user"], arrays["test_event"]),
         context=EventContext(arrays.get("times"), arrays.get("event_codes")),
@@ -861,6 +892,23 @@ def _describe(splits: SequenceSplits) -> None:
         splits.notes.append(
             f"{untrained:,} items have no training event: they are ranked like the others"
         )
+
+
+def _describe_since(splits: SequenceSplits, since: object) -> str:
+    """Return a note on the events that are trained on.
+
+    Raises:
+        UserError: There are none.
+    """
+    assert splits.train_start is not None
+    offsets = splits.histories.offsets[:-1]
+    n_new = int(np.maximum(splits.train_stop - splits.train_start, 0).sum())
+    n_all = int((splits.train_stop - offsets).sum())
+    if not (splits.train_stop > np.maximum(splits.train_start, offsets + 1)).any():
+        raise UserError(
+            f"dataset.since={since}: no user has an event to train on from then on; give an earlier instant"
+        )
+    return f"since={since}: {n_new:,} of {n_all:,} training events are targets, earlier ones are history alone"
 
 
 def _renumber(codes: np.ndarray, ids: pl.Series) -> tuple[np.ndarray, pl.Series]:

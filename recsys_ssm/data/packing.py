@@ -32,6 +32,7 @@ class Windows:
         max_length: Most events of a window, a start token included.
         prefixes: Make a sample of every prefix of a span, not of the whole span alone.
         starts: (n,) bool, spans that begin with a start token; None: none.
+        skip: (n,) int64, prefixes of each span to leave out, the shortest; fewer than the span has. None: none.
     """
 
     def __init__(
@@ -42,13 +43,15 @@ class Windows:
         *,
         prefixes: bool = False,
         starts: np.ndarray | None = None,
+        skip: np.ndarray | None = None,
     ) -> None:
         self.first, self.stop, self.max_length = first, stop, max_length
         self.starts = starts
-        self.ends = np.cumsum(stop - first) if prefixes else None
+        self.skip = np.zeros_like(first) if skip is None else skip
         size = stop - first
+        self.ends = np.cumsum(size - self.skip) if prefixes else None
         if prefixes:
-            size = join_ranges(np.ones_like(size), size)
+            size = join_ranges(1 + self.skip, size - self.skip)
         kind = np.uint16 if max_length < 1 << 16 else np.int64  # 16 bits sort in linear time
         self.lengths = np.minimum(size, max_length).astype(kind)
         """(S,) events of each sample's window."""
@@ -63,7 +66,7 @@ class Windows:
         if self.ends is None:
             stop = self.stop[span]
         else:
-            stop = first + 1 + sample - (self.ends[span] - (self.stop[span] - first))
+            stop = self.stop[span] + 1 + sample - self.ends[span]
         return np.maximum(first, stop - self.max_length), stop
 
     def with_start(self, sample: np.ndarray, begin: np.ndarray) -> np.ndarray:

@@ -107,6 +107,8 @@ class SequenceSplits:
     item_schema: FeatureSchema | None = None
     items: Features | None = None
     """(I,) rows, features of the items beside their id; None: there are none."""
+    train_start: np.ndarray | None = None
+    """(U,) int64: events of user u before it are read as history, but are no targets of the training; None: all are."""
     notes: list[str] = field(default_factory=list)
     """Lines on what was read, what was dropped and why."""
     generated: bool = False
@@ -196,6 +198,7 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         every_position: Targets at every position of a window, not at its last position alone.
         masked: A target is the item of its position, not the next one. Without ``every_position`` the last item of a
             window is hidden.
+        targets: (E,) the events as targets, :data:`~recsys_ssm.batches.NO_ITEM` where one is not; None: all are.
         batch_positions: Approximate number of events in a batch.
         row_length: Positions of a row, at least the length of the longest window.
         context: Times and columns of the events.
@@ -214,11 +217,13 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         row_length: int,
         masked: bool = False,
         batch_samples: int | None = None,
+        targets: np.ndarray | None = None,
         context: EventContext = EventContext(),  # noqa: B008 (a tuple)
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         self.context = context
+        self.targets = events if targets is None else targets
         self.events, self.windows, self.every_position = events, windows, every_position
         self.row_length, self.masked = row_length, masked
         lengths = np.sort(windows.lengths)[::-1]
@@ -267,7 +272,7 @@ class SequenceLoader(ResumableLoader[SequenceBatch]):
         item.view(-1)[torch.from_numpy(begins)] = START
         ahead = 0 if self.masked else 1
         if self.every_position:
-            target = layout.fill(self.events[layout.source + ahead], NO_ITEM)
+            target = layout.fill(self.targets[layout.source + ahead], NO_ITEM)
         else:
             last = torch.from_numpy(layout.last)
             target = torch.full(layout.shape, NO_ITEM)
@@ -459,7 +464,9 @@ class SequenceData(RecommenderData[SequenceSplits]):
         if self.windows == "recent":
             first = np.maximum(first, stop + 1 - self.max_length)
         first = first - self.start_token
-        first, stop = first[stop > first], stop[stop > first]
+        since = self.splits.train_start
+        kept = stop > first if since is None else stop >= np.maximum(since, first + 1)
+        first, stop = first[kept], stop[kept]
         starts = np.full(first.size, True) if self.start_token else None
         if self.objective == "masked":
             stop = stop + 1  # the last training event is a token, too
@@ -467,10 +474,26 @@ class SequenceData(RecommenderData[SequenceSplits]):
             begin = first
             first, stop = _cut(first, stop, self.max_length)
             starts = np.isin(first, begin) if self.start_token else None
+        skip = targets = None
+        if since is not None:
+            targets = _new_targets(self.splits.histories, since)
+            if self.objective == "last":
+                skip = np.maximum(since[kept] - first - 1, 0)
+            else:  # pieces of a history without a target
+                some = _targets_between(targets, first + 1, stop + 1) > 0
+                first, stop = first[some], stop[some]
+                starts = None if starts is None else starts[some]
         windows = Windows(
-            first, stop, self.max_length, prefixes=self.objective == "last", starts=starts
+            first,
+            stop,
+            self.max_length,
+            prefixes=self.objective == "last",
+            starts=starts,
+            skip=skip,
         )
-        return self._windows(windows, self.objective != "last", self.shuffle, self.batch_samples)
+        return self._windows(
+            windows, self.objective != "last", self.shuffle, self.batch_samples, targets
+        )
 
     def val_dataloader(self) -> list[Any]:
         """Return two loaders: held-out items (for the loss) and users (for the ranking metrics)."""
@@ -487,6 +510,10 @@ class SequenceData(RecommenderData[SequenceSplits]):
 
     def test_dataloader(self) -> HistoryLoader:
         return self._users(self.splits.test)
+
+    def test_batches(self) -> HistoryLoader:
+        """Return a loader of all test users, on every process."""
+        return self._users(self.splits.test, shard=False)
 
     def predict_dataloader(self) -> HistoryLoader:
         """Return a loader of all users with their whole histories, for recommendations."""
@@ -512,7 +539,11 @@ class SequenceData(RecommenderData[SequenceSplits]):
             "items": content_hash(splits.item_ids),
             "users": content_hash(splits.user_ids),
             "split": content_hash(
-                splits.histories.events, splits.train_stop, *splits.val, *splits.test
+                splits.histories.events,
+                splits.train_stop,
+                *([] if splits.train_start is None else [splits.train_start]),
+                *splits.val,
+                *splits.test,
             ),
             **{
                 name: content_hash(array)
@@ -536,7 +567,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             ranking = RankingMetrics(
                 metrics, n_items=n_items, item_counts=splits.item_counts, sync_on_compute=False
             )
-            for batch in self._users(splits.test, shard=False):
+            for batch in self.test_batches():
                 k = ranking.max_k
                 if name == "popularity":
                     top = _first_unseen(by_count, batch.seen, k)
@@ -555,10 +586,12 @@ class SequenceData(RecommenderData[SequenceSplits]):
         every_position: bool,
         shuffle: bool,
         batch_samples: int | None = None,
+        targets: np.ndarray | None = None,
     ) -> SequenceLoader:
         return SequenceLoader(
             self.splits.histories.events,
             windows,
+            targets=targets,
             every_position=every_position,
             masked=self.objective == "masked",
             batch_positions=self.batch_positions,
@@ -583,6 +616,19 @@ class SequenceData(RecommenderData[SequenceSplits]):
             context=self.splits.context,
             **(self._shard() | self._loading() if shard else {}),
         )
+
+
+def _new_targets(histories: Histories, since: np.ndarray) -> np.ndarray:
+    """Return the events (E,), :data:`~recsys_ssm.batches.NO_ITEM` at those of user u before ``since[u]``."""
+    targets, first = histories.events.astype(np.int32), histories.offsets[:-1]
+    targets[join_ranges(first, np.maximum(since - first, 0))] = NO_ITEM
+    return targets
+
+
+def _targets_between(targets: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return the number of targets in each span ``targets[first:stop]``; (n,) int64."""
+    before = np.concatenate([[0], np.cumsum(targets >= 0)])
+    return before[stop] - before[first]
 
 
 def _cut(first: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

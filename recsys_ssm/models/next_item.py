@@ -29,7 +29,8 @@ from recsys_ssm.models.heads import NextItemHead
 from recsys_ssm.models.histories import DEFAULT_METRICS, HistoryRecommender, item_text
 from recsys_ssm.models.losses import NextItemLoss
 from recsys_ssm.models.optim import configure_optimizers, parameter_groups, weight_decay
-from recsys_ssm.models.tokenizers import HistoryTokenizer, ItemTokenizer
+from recsys_ssm.models.recommender import RowName, category_rows
+from recsys_ssm.models.tokenizers import FeatureTokenizer, HistoryTokenizer, ItemTokenizer
 from recsys_ssm.ops import rank_products
 from recsys_ssm.recommendations import Rankings
 from recsys_ssm.text.embed import title_vectors
@@ -520,6 +521,18 @@ class NextItem(HistoryRecommender):
         """Return True if a dataset has the items and item features of the training."""
         splits = data.splits
         return splits.item_schema == self.item_schema and splits.item_ids == self.item_ids
+
+    def row_names(self) -> dict[str, list[RowName]]:
+        """Return the names of the rows of the items' embeddings, and of those of their features."""
+        names: dict[str, list[RowName]] = {
+            "tokenizer.embedding.weight": [
+                ("padding", None),
+                *(("item", item) for item in self.item_ids),
+            ]
+        }
+        if isinstance(getattr(self.tokenizer, "features", None), FeatureTokenizer):
+            names["tokenizer.features.embedding"] = category_rows(self.item_schema)
+        return names
 
     def parameter_counts(self) -> dict[str, int]:
         """Count all parameters, and those without the embeddings of items and positions, as the papers do."""

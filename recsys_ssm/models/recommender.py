@@ -29,6 +29,16 @@ _PAIRS = 1 << 16
 """Pairs of a user and an item to score at once."""
 
 
+RowName = tuple[str, str | None]
+"""``("item", id)``, or a feature and one of its categories (None: missing), or ``("padding", None)``."""
+
+
+def category_rows(schema: FeatureSchema | None) -> list[RowName]:
+    """Return the names of the rows of a :class:`~recsys_ssm.models.tokenizers.FeatureTokenizer`'s ``embedding``."""
+    fields = () if schema is None else schema.categorical
+    return [(field.name, value) for field in fields for value in (None, *field.values)]
+
+
 def _items_loaded(model: Any, incompatible: Any) -> None:
     """Note that a state had the features of the catalogue."""
     if not {"item_numeric", "item_categorical"} & set(incompatible.missing_keys):
@@ -171,6 +181,13 @@ class Recommender(L.LightningModule, abc.ABC):
     @abc.abstractmethod
     def fits(self, data: Any) -> bool:
         """Return True if a dataset has the columns, categories and items of the training."""
+
+    def row_names(self) -> dict[str, list[RowName]]:
+        """Return the names of the rows of each parameter that has a row for each item or category.
+
+        A model for another catalogue takes such rows over by name, and all other parameters as they are.
+        """
+        return {}
 
     @abc.abstractmethod
     def set_metrics(self, metrics: list[str]) -> None:

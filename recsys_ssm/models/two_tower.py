@@ -25,7 +25,7 @@ from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import TowerHead
 from recsys_ssm.models.losses import MeanSquaredError, PairLoss
 from recsys_ssm.models.optim import configure_optimizers
-from recsys_ssm.models.recommender import Recommender
+from recsys_ssm.models.recommender import Recommender, RowName, category_rows
 from recsys_ssm.models.tokenizers import FeatureTokenizer, TableTokenizer
 from recsys_ssm.recommendations import Rankings
 
@@ -301,6 +301,15 @@ class TwoTower(Recommender):
         """Return ``metrics``, and ``metrics_all_users`` with zeros for users without a relevant item."""
         values = {name: float(value) for name, value in self.test_metrics.compute().items()}
         return {"metrics": values, "metrics_all_users": over_all_users(values)}
+
+    def row_names(self) -> dict[str, list[RowName]]:
+        """Return the names of the rows of both towers' categories, where the tokenizer has a row for each."""
+        sides = {"user": self.user_schema, "item": self.item_schema}
+        return {
+            f"{side}_tower.tokenizer.embedding": category_rows(schema)
+            for side, schema in sides.items()
+            if hasattr(getattr(self, f"{side}_tower").tokenizer, "embedding")
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         """Count the parameters of a tower's backbone, and of the whole model."""

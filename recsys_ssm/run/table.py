@@ -90,6 +90,34 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> Table:
     return table
 
 
+def growth_table(growth: Mapping[str, Any]) -> Table:
+    """Return the table of a model that began from a run: old and new items, before and after.
+
+    Args:
+        growth: As of :func:`recsys_ssm.run.grow.compare`, for next items.
+    """
+    counts, names = growth["items"], (f"hr@{growth['k']}", f"ndcg@{growth['k']}")
+    table = _WholeTable(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=Text(f"items, begun from {growth['run']}: {counts['dropped']:,} dropped"),
+        title_style="bold",
+        title_justify="left",
+    )
+    for head in ("items", "number", "test users", "metric", "before", "after", "popularity"):
+        table.add_column(head, justify="left" if head in ("items", "metric") else "right")
+    for kind in ("old", "new"):
+        part = growth[kind]
+        for name in names if part["n_users"] else ("-",):
+            figures = (
+                format_number(part.get(by, {}).get(name))
+                for by in ("before", "after", "popularity")
+            )
+            table.add_row(kind, f"{counts[kind]:,}", f"{part['n_users']:,}", name, *figures)
+    return table
+
+
 class _WholeTable(Table):
     """Table that is never cut: Rich would drop columns on a narrow terminal, and a wrapped line loses nothing."""
 
@@ -177,5 +205,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         return
     console = console or Console(highlight=False)
     console.print(results_table(results, console.width), crop=False)
+    if results.get("growth", {}).get("k"):
+        console.print(growth_table(results["growth"]), crop=False)
     for note in _footnotes(results):
         console.print(Text(note, style="dim"))

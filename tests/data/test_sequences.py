@@ -689,3 +689,67 @@ def test_features_of_items_are_kept_beside_the_ids():
 def test_ragged_moves():
     ragged = Ragged.from_pairs(torch.tensor([0, 1]), torch.tensor([3, 4]), 2)
     assert ragged.to("meta").values.device.type == "meta"
+
+
+# Targets since an instant
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+@pytest.mark.parametrize("windows", ["latest", "all", "recent"])
+@pytest.mark.parametrize("start_token", [False, True])
+def test_targets_are_the_training_events_since_an_instant(objective, windows, start_token):
+    if windows == "recent" and objective == "all":
+        pytest.skip("windows=recent is for prefixes")
+    lengths = RANDOM_LENGTHS[:80]
+    prepared = splits(lengths)
+    offsets = prepared.histories.offsets
+    rng = np.random.default_rng(1)
+    since = offsets[:-1] + rng.integers(0, lengths + 1)
+    prepared = splits(lengths, train_start=since)
+    options = {"objective": objective, "windows": windows, "start_token": start_token}
+    data = Data(prepared, **options)
+    found = []
+    for batch in data.train_dataloader():
+        for item, seq, target in zip(batch.item, batch.seq_idx, batch.target, strict=True):
+            for place in (target >= 0).nonzero().flatten().tolist():
+                before = item[: place + 1][seq[: place + 1] == seq[place]].tolist()
+                found.append((int(target[place]), tuple(before)))
+    expected = []
+    for user, (first, stop) in enumerate(zip(offsets[:-1], prepared.train_stop, strict=True)):
+        n = int(stop - first)
+        for t in range(0 if start_token else 1, n):
+            if first + t < since[user]:
+                continue
+            at = n - 1 - t  # targets that follow
+            if objective == "all":
+                begin = -start_token
+                end = n - 1
+                if windows == "latest":
+                    low = max(begin, end - data.max_length)
+                else:
+                    low = max(begin, end - data.max_length * (at // data.max_length + 1))
+                if t - 1 < low:
+                    continue
+                events = range(low, t)
+            else:
+                low = -start_token
+                if windows == "recent":
+                    low = max(0, n - data.max_length) - start_token
+                    if t <= low:
+                        continue
+                events = range(max(low, t - data.max_length), t)
+            shown = tuple(START if e == -1 and start_token else user * PLACES + e for e in events)
+            if windows == "recent" and start_token and low >= 0:
+                shown = (START, *shown[1:]) if events[0] == low else shown
+            expected.append((user * PLACES + t, shown))
+    assert sorted(found) == sorted(expected)
+
+
+def test_without_an_instant_nothing_changes():
+    plain, all_new = splits(), splits(train_start=splits().histories.offsets[:-1])
+    for objective in ("all", "last"):
+        one, other = (
+            Data(each, objective=objective).train_dataloader() for each in (plain, all_new)
+        )
+        for a, b in zip(one, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
