@@ -108,7 +108,7 @@ class SequenceSplits:
     items: Features | None = None
     """(I,) rows, features of the items beside their id; None: there are none."""
     train_start: np.ndarray | None = None
-    """(U,) int64: events of user u before it are read as history, but are no targets of the training; None: all are."""
+    """(U,) int64: events of user u before it are read as history, and are not targets; None: all are."""
     notes: list[str] = field(default_factory=list)
     """Lines on what was read, what was dropped and why."""
     generated: bool = False
