@@ -78,6 +78,8 @@ def recommend(cfg: DictConfig) -> Path:
         raise UserError(f"strategy={cfg.strategy}: a strategy of engine=local; leave it out")
     if cfg.filter_seen not in (True, False, None):
         raise UserError(f"filter_seen={cfg.filter_seen}: expected true, false or null")
+    if cfg.layout not in ("rows", "kaggle"):
+        raise UserError(f"layout={cfg.layout}: expected rows or kaggle")
     path = Path(str(cfg.output)).expanduser()
     if path.is_dir():
         raise UserError(f"output={path} is a folder; name a file")
@@ -135,13 +137,26 @@ def recommend(cfg: DictConfig) -> Path:
         schema = {"user": job.users.dtype, "rank": pl.Int64, "item": pl.String, "score": pl.Float32}
         if columns is not None:
             schema |= columns.schema
-        write_frames(path, parts.frames(job.users, model.ids, columns), schema)
+        frames = parts.frames(job.users, model.ids, columns)
+        if cfg.layout == "kaggle":
+            schema = dict.fromkeys(("customer_id", "prediction"), pl.String)
+            frames = map(_kaggle, frames)
+        write_frames(path, frames, schema)
         parts.remove()
-        n_items = len(model.item_ids)
+    n_items = len(model.item_ids)
     if cfg.k > n_items:
         log.warning("k=%d: the catalogue has %d items, so all of them are ranked", cfg.k, n_items)
     log.info("%d items for each of %s users: %s", min(cfg.k, n_items), f"{n_users:,}", path)
     return path
+
+
+def _kaggle(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return a row for each user, as the H&M competition wants it: its items in one cell, the best first."""
+    of_user = rows.group_by("user", maintain_order=True)
+    lists = of_user.agg(pl.col("item").str.join(" "))
+    return lists.select(
+        pl.col("user").cast(pl.String).alias("customer_id"), pl.col("item").alias("prediction")
+    )
 
 
 def _predict(
@@ -296,10 +311,7 @@ def _joined(first: Histories, second: Histories) -> Histories:
 def _by_features(cfg: DictConfig, data: Any, model: TwoTower) -> _Job:
     """Return users and their features."""
     if cfg.users is None:
-        raise UserError(
-            "users=null: two towers need a table of users; name one with the columns "
-            + ", ".join(model.user_schema.names)
-        )
+        return _of_training(cfg, data, model)
     if cfg.join_training:
         raise UserError("join_training=true: two towers have no histories; leave it out")
     columns = [*model.user_schema.names, *([] if cfg.user is None else [str(cfg.user)])]
@@ -309,11 +321,34 @@ def _by_features(cfg: DictConfig, data: Any, model: TwoTower) -> _Job:
     seen = (
         None if cfg.filter_seen is False else _seen_items(cfg, data, model, table.height, separator)
     )
+    table = data.clean_users(table, str(cfg.users))
     features = model.user_schema.encode(table, where=str(cfg.users))
     key = content_hash(
         *features, *(() if seen is None else seen), _hash_ids(users), str(seen is None)
     )
     return _Job(users, UserLoader(features, seen, batch_size=cfg.batch_size), key)
+
+
+def _of_training(cfg: DictConfig, data: Any, model: TwoTower) -> _Job:
+    """Return the users of the run's own dataset."""
+    if cfg.user is not None:
+        raise UserError(
+            f"user={cfg.user}: with users=null the dataset names its users; leave it out"
+        )
+    splits = data.splits
+    if splits.user_ids is None:
+        raise UserError(
+            "users=null: two towers need a table of users; name one with the columns "
+            + ", ".join(model.user_schema.names)
+        )
+    if not model.fits(data):
+        raise UserError(
+            f"users=null: the columns or items of dataset {data.name} are not those of the training; name a table of "
+            "users"
+        )
+    seen = data.predict_dataloader().seen if cfg.filter_seen is True else None
+    key = content_hash(*splits.users, *(() if seen is None else seen), str(seen is None))
+    return _Job(splits.user_ids, UserLoader(splits.users, seen, batch_size=cfg.batch_size), key)
 
 
 def _seen_items(

@@ -214,3 +214,51 @@ def test_a_file_with_another_separator_is_read_as_the_message_says(
     assert outcome.code == 1 and "separator" in outcome.err
     outcome = cli("recommend", f"run={next_item}", "users=semi.csv", "dataset.separator=';'")
     assert outcome.code == 0, outcome.text
+
+
+def test_the_submission_of_the_hm_competition(cli, tmp_path: Path) -> None:
+    generator = {"n_customers": 300, "n_articles": 40, "n_transactions": 6_000}
+    options = (
+        "experiment=two_tower/hm_full",
+        "dataset.source=generated",
+        f"dataset.generated_root={tmp_path / 'made'}",
+        *(f"+dataset.generator.{name}={value}" for name, value in generator.items()),
+        "dataset.batch_size=256",
+        "loss.negatives=32",
+        "backbone.d_model=8",
+        "logger=none",
+        "trainer.max_steps=3",
+        "output_root=runs",
+    )
+    outcome = cli("train", *options)
+    assert outcome.code == 0, outcome.text
+    run = only_run(tmp_path)
+    outcome = cli("recommend", f"run={run}", "k=12", "layout=kaggle", "output=submission.csv")
+    assert outcome.code == 0, outcome.text
+    found = pl.read_csv(tmp_path / "submission.csv", infer_schema=False)
+    assert found.columns == ["customer_id", "prediction"]
+    (folder,) = (tmp_path / "made").glob("hm-*")
+    customers = pl.read_csv(folder / "customers.csv", infer_schema=False)
+    assert found["customer_id"].to_list() == customers["customer_id"].sort().to_list()
+    articles = set(pl.read_csv(folder / "articles.csv", infer_schema=False)["article_id"])
+    lists = [cell.split(" ") for cell in found["prediction"]]
+    assert all(len(set(one)) == 12 and set(one) <= articles for one in lists)
+    # The customers' own file gives the same.
+    again = cli(
+        "recommend",
+        f"run={run}",
+        f"users={folder / 'customers.csv'}",
+        "user=customer_id",
+        "k=12",
+        "output=rows.parquet",
+    )
+    assert again.code == 0, again.text
+    rows = pl.read_parquet(tmp_path / "rows.parquet")
+    by_user = {user: rows["item"].to_list() for (user,), rows in rows.group_by("user")}
+    assert all(by_user[user] == one for user, one in zip(found["customer_id"], lists, strict=True))
+    for arguments, message in [
+        (["layout=wide"], "layout=wide: expected rows or kaggle"),
+        (["user=customer_id"], "user=customer_id: with users=null the dataset names its users"),
+    ]:
+        outcome = cli("recommend", f"run={run}", *arguments)
+        assert outcome.code == 1 and message in outcome.err, outcome.text

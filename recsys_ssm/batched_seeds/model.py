@@ -98,6 +98,7 @@ class Seeds(L.LightningModule):
         register_attention_rule()
         _check_same(models, seeds)
         _check_elementwise(models[0].optimizer_spec)
+        _check_loss(models[0].loss)
         self.seeds, self.monitor, self.mode = list(seeds), monitor, mode
         # One model serves validation and test. As a submodule its parameters would be trained, so it is in a tuple.
         self._single = (models[0],)
@@ -310,6 +311,14 @@ def _check_same(models: Sequence[TwoTower], seeds: Sequence[int]) -> None:
                     f"{own.get(name)!s:.60} with seed {seed} "
                     "(the seeds' data differ in columns, categories, ranges or items); train them one by one"
                 )
+
+
+def _check_loss(loss: nn.Module) -> None:
+    for option in ("logq", "negatives"):
+        if value := getattr(loss, option, None):
+            raise UserError(
+                f"loss.{option}={str(value).lower()} is not batched over seeds; train the seeds one by one"
+            )
 
 
 def _check_elementwise(optimizer: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -86,6 +87,8 @@ class TwoTowerSplits:
     val: Pairs
     val_ranking: Ranking
     test_ranking: Ranking
+    user_ids: pl.Series | None = None
+    """(U,) names of the users; None: they have none."""
     item_counts: Tensor | None = None
     """(I,) int64, positive training pairs of each item; None: they are those with a target above 0."""
     baselines: dict[str, Baseline] = field(default_factory=dict)
@@ -260,6 +263,15 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         return UserLoader(
             splits.users, seen, batch_size=self.eval_batch_size, **self._shard(), **self._loading()
         )
+
+    def clean_users(self, users: pl.DataFrame, where: str) -> pl.DataFrame:
+        """Return a table of users as the dataset reads its own.
+
+        Args:
+            users: A row for each user, cells as in the file.
+            where: Name of the table in messages.
+        """
+        return users
 
     def item_counts(self) -> Tensor:
         """Return the number of positive training pairs of each item, (I,) int64."""

@@ -1,7 +1,7 @@
 """Losses of pairs (two towers) and of next items.
 
 Legend: B pairs, S = size of the embedding that is compared; P positions with a next item, I items, D = d_model,
-K negatives.
+K negatives, N = B + K.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.instantiate import Configurable
 from recsys_ssm.ops.cross_entropy import linear_cross_entropy, multiplies_bfloat16
 
@@ -20,19 +21,25 @@ from recsys_ssm.ops.cross_entropy import linear_cross_entropy, multiplies_bfloat
 class PairLoss(Configurable, nn.Module, abc.ABC):
     """Define the contract of a two-tower loss."""
 
+    negatives: int = 0
+    """K, items that the model draws uniformly from the catalogue for each training batch."""
+
     @abc.abstractmethod
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
         """Return the loss of a batch.
 
         Args:
             user: (B, S), embeddings of the users.
-            item: (B, S), embeddings of the items.
+            item: (N, S), embeddings of the items of the pairs, then of the K that were drawn.
             target: (B,) float.
-            item_index: (B,) int64, catalogue indices of the items.
+            item_index: (N,) int64, catalogue indices of the items.
 
         Returns:
             Scalar.
         """
+
+    def set_item_counts(self, counts: Tensor) -> None:
+        """Take the number of positive training pairs of each item, (I,); a loss may need it."""
 
 
 class MeanSquaredError(PairLoss):
@@ -55,35 +62,84 @@ class InBatchSoftmax(PairLoss):
 
     Pairs with a target of 0 or less only contribute their items. The same item in another pair is not a negative. A
     batch without a positive pair has loss 0.
+
+    Items of positive pairs are popular ones, so popular items are negatives too often. Two corrections, which work
+    together:
+
+    - ``logq`` lowers each score by the logarithm of the number of times that its item is expected in the batch, from
+      the items' positive training pairs (Yi et al. 2019, "Sampling-bias-corrected neural modeling", equation 3). Items
+      of other pairs, and those of ``negatives``, count as drawn uniformly.
+    - ``negatives`` adds items that are drawn uniformly from the catalogue (mixed negative sampling, Yang et al. 2020,
+      "Mixed negative sampling for learning two-tower neural networks in recommendations"). Not in validation.
+
+    Args:
+        logq: Correct the scores.
+        negatives: K.
+
+    Raises:
+        ValueError: ``negatives`` is below 0.
     """
+
+    def __init__(self, *, logq: bool = False, negatives: int = 0) -> None:
+        super().__init__()
+        if negatives < 0:
+            raise ValueError(f"negatives={negatives}: expected at least 0")
+        self.logq, self.negatives = logq, negatives
+        # Not in the checkpoint: the dataset has them.
+        self.register_buffer("counts", None, persistent=False)
+        self.counts: Tensor | None
+
+    def set_item_counts(self, counts: Tensor) -> None:
+        self.counts = counts if self.logq and bool(counts.any()) else None
+
+    def log_expected(self, target: Tensor, item_index: Tensor) -> Tensor:
+        """Return the logarithm (N,) of the number of times that each item is expected in such a batch.
+
+        Raises:
+            UserError: The items' training pairs are not known.
+        """
+        if self.counts is None:
+            raise UserError(
+                "loss.logq=true needs the items' training pairs; train with a dataset, or pass item_counts to the model"
+            )
+        n_positive = (target > 0).sum()
+        n_uniform = item_index.numel() - n_positive
+        # An item without a training pair may be a positive of validation.
+        share_N = self.counts[item_index].clamp(min=1) / self.counts.sum()
+        return (n_positive * share_N + n_uniform / self.counts.numel()).log()
 
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # one graph needs shapes that are known
             return self.with_static_shapes(user, item, target, item_index)
         positive = target > 0
-        logits_PB = user[positive] @ item.T
-        same_PB = item_index[positive].unsqueeze(1) == item_index.unsqueeze(0)
+        logits_PN = user[positive] @ item.T
+        if self.logq:
+            logits_PN = logits_PN - self.log_expected(target, item_index)
         own_P = positive.nonzero().squeeze(1)
-        same_PB[torch.arange(own_P.numel(), device=own_P.device), own_P] = False
-        logits_PB = logits_PB.masked_fill(same_PB, -torch.inf)
+        same_PN = item_index[own_P].unsqueeze(1) == item_index.unsqueeze(0)
+        same_PN[torch.arange(own_P.numel(), device=own_P.device), own_P] = False
+        logits_PN = logits_PN.masked_fill(same_PN, -torch.inf)
         # sum / max(count, 1) rather than the mean: the mean of no pair is NaN.
         return (
-            F.cross_entropy(logits_PB, own_P, reduction="sum") / own_P.numel()
+            F.cross_entropy(logits_PN, own_P, reduction="sum") / own_P.numel()
             if own_P.numel()
             else (user.sum() + item.sum()) * 0
         )
 
-    @staticmethod
     def with_static_shapes(
-        user: Tensor, item: Tensor, target: Tensor, item_index: Tensor
+        self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor
     ) -> Tensor:
         """Return the same loss by shapes that do not depend on the targets, for ``vmap`` and ``torch.compile``."""
         positive_B = target > 0
-        itself_BB = torch.eye(target.numel(), dtype=torch.bool, device=target.device)
-        same_BB = (item_index.unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BB
-        logits_BB = (user @ item.T).masked_fill(same_BB, -torch.inf)
+        B, N = target.numel(), item_index.numel()
+        itself_BN = torch.eye(B, N, dtype=torch.bool, device=target.device)
+        same_BN = (item_index[:B].unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BN
+        logits_BN = user @ item.T
+        if self.logq:
+            logits_BN = logits_BN - self.log_expected(target, item_index)
+        logits_BN = logits_BN.masked_fill(same_BN, -torch.inf)
         own_B = torch.arange(target.numel(), device=target.device)
-        losses_B = F.cross_entropy(logits_BB, own_B, reduction="none")
+        losses_B = F.cross_entropy(logits_BN, own_B, reduction="none")
         return losses_B.where(positive_B, 0).sum() / positive_B.sum().clamp(min=1)
 
 

@@ -140,6 +140,7 @@ class TwoTower(Recommender):
         counts = counts if item_counts is None else item_counts
         self.register_buffer("item_counts", counts, persistent=False)
         self.item_counts: Tensor
+        self.loss.set_item_counts(counts)
 
         self.val_loss = MeanMetric()
         self.set_metrics(metrics)
@@ -191,6 +192,7 @@ class TwoTower(Recommender):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "item_counts"):
             self.item_counts = data.item_counts().to(self.device)
+            self.loss.set_item_counts(self.item_counts)
             for metrics in (self.val_metrics, self.test_metrics):
                 metrics.set_item_counts(self.item_counts)
 
@@ -203,8 +205,16 @@ class TwoTower(Recommender):
         return configure_optimizers(self, self.optimizer_spec, self.scheduler_spec)
 
     def _loss(self, batch: PairBatch) -> Tensor:
-        user, item = self.user_tower(batch.user), self.item_tower(batch.item)
-        return self.loss(user, item, batch.target, batch.item_index)
+        items, index = batch.item, batch.item_index
+        if self.training and self.loss.negatives:
+            drawn = torch.randint(len(self.item_ids), (self.loss.negatives,), device=index.device)
+            more = self.items.rows(drawn)
+            items = Features(
+                torch.cat([items.numeric, more.numeric]),
+                torch.cat([items.categorical, more.categorical]),
+            )
+            index = torch.cat([index, drawn])
+        return self.loss(self.user_tower(batch.user), self.item_tower(items), batch.target, index)
 
     # Validation: pairs for the loss, then users for the ranking
 

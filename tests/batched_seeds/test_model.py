@@ -192,6 +192,13 @@ def test_a_step_is_as_many_calls_for_any_number_of_seeds(backbone: str, dtype: t
     assert found.total() > 50
 
 
+@pytest.mark.parametrize("option", [{"logq": True}, {"negatives": 3}])
+def test_a_loss_that_is_not_batched_is_refused(option: dict) -> None:
+    loss = {"_target_": "recsys_ssm.models.losses.InBatchSoftmax", **option}
+    with pytest.raises(UserError, match=f"loss.{next(iter(option))}=.* train the seeds one by one"):
+        Seeds([model_of(seed, loss=loss) for seed in (0, 1)], (0, 1))
+
+
 def test_softmax_of_fixed_shapes_is_the_softmax() -> None:
     torch.manual_seed(0)
     user, item = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)

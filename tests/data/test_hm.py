@@ -468,3 +468,134 @@ def test_sources_are_hashes_of_the_files_or_of_the_settings(official: Path, tmp_
     ]
     one, other, again = (made.sources["hm_generate"] for made in generated)
     assert one == again != other
+
+
+# --- the whole catalogue, by time ------------------------------------------------------------------
+
+# Customer, article and day of September 2020. The last two days are the test, the two before the validation.
+DATED = [
+    ("u1", "a", 1),
+    ("u1", "a", 2),
+    ("u1", "b", 10),
+    ("u2", "b", 2),
+    ("u2", "c", 9),
+    ("u3", "a", 3),
+    ("u3", "a", 7),
+    ("u3", "a", 9),
+    ("u3", "d", 10),
+    ("u3", "d", 10),
+    ("u4", "e", 6),
+    ("u9", "c", 5),
+    ("u9", "d", 8),
+]
+
+
+@pytest.fixture
+def dated(official: Path) -> Path:
+    """The purchases of ``DATED``; nobody buys Y and Z."""
+    lines = [f"2020-09-{day:02d},{u},{ARTICLE[a]},0.01,2\n" for u, a, day in DATED]
+    header = "t_dat,customer_id,article_id,price,sales_channel_id\n"
+    (official / "transactions_train.csv").write_text(header + "".join(lines))
+    return official
+
+
+def by_time(root: Path, **options: Any) -> HmData:
+    given = {"split": "time", "test_days": 2, "n_test_users": None, "n_val_users": 9}
+    return data(root, **{**given, "min_relevant": 1, "n_items": None, "n_val": 99, **options})
+
+
+def named(splits: TwoTowerSplits, users: torch.Tensor, items: torch.Tensor) -> list[str]:
+    assert splits.user_ids is not None
+    found = zip(users.tolist(), items.tolist(), strict=True)
+    return sorted(f"{splits.user_ids[u]} {letters(splits)[i]}" for u, i in found)
+
+
+def test_the_last_days_are_held_out_and_every_article_is_in_the_catalogue(dated: Path) -> None:
+    splits = by_time(dated, negatives=0).splits
+    assert letters(splits) == "YabcdeZ"
+    assert splits.user_ids is not None
+    assert splits.user_ids.to_list() == [*sorted(f"u{i}" for i in range(1, 10)), "v1", "v2"]
+    assert splits.users.n_rows == 11
+    assert named(splits, splits.train.user, splits.train.item) == sorted(
+        ["u1 a", "u1 a", "u2 b", "u3 a", "u4 e", "u9 c"]
+    )
+    assert named(splits, splits.val.user, splits.val.item) == ["u3 a", "u9 d"]
+    assert splits.train.target.tolist() == [1.0] * 6
+    rankings = {
+        part: named(splits, ranking.user[owner], item)
+        for part, ranking in (("val", splits.val_ranking), ("test", splits.test_ranking))
+        for owner, item in [ranking.relevant.pairs()]
+    }
+    # An article that was bought before counts, and one that is bought twice counts once.
+    assert rankings == {"val": ["u3 a", "u9 d"], "test": ["u1 b", "u2 c", "u3 a", "u3 d"]}
+    assert note(splits, "training from") == (
+        "training from 2020-09-01: 6 purchases; validation from 2020-09-07: 2; "
+        "test from 2020-09-09 to 2020-09-10: 5"
+    )
+    assert note(splits, "5 of 7 articles were bought")
+    assert note(splits, "customers.csv") == (
+        "customers.csv: 10 customers read, 6 of them bought nothing of the catalogue"
+    )
+    # The last two days of the training are the 5th and the 6th.
+    recent = splits.baselines["popularity_last_days"](torch.tensor([0]))
+    assert recent.tolist() == [[0, 0, 0, 1, 0, 1, 0]]
+    assert splits.item_counts is not None
+    assert splits.item_counts.tolist() == [0, 3, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_negatives_by_time_are_articles_not_bought_in_training(dated: Path, negatives: int) -> None:
+    splits = by_time(dated, negatives=negatives).splits
+    target = splits.train.target.view(-1, 1 + negatives)
+    assert (target[:, 0] == 1).all() and not target[:, 1:].any() and len(target) == 6
+    user = splits.train.user.view(-1, 1 + negatives)
+    assert (user == user[:, :1]).all()
+    trained = {("u1", "a"), ("u2", "b"), ("u3", "a"), ("u4", "e"), ("u9", "c")}
+    no = splits.train.target == 0
+    for pair in named(splits, splits.train.user[no], splits.train.item[no]):
+        assert tuple(pair.split()) not in trained
+    plural = "as many random articles not bought" if negatives == 1 else "3 random articles not"
+    assert plural in note(splits, "train pairs")
+
+
+def test_features_of_customers_are_scaled_by_those_who_train(dated: Path) -> None:
+    splits = by_time(dated).splits
+    ages = [20.0, 40.0, 30.0]  # of u1, u2 and u4; u3's and u9's are unknown
+    (field,) = splits.user_schema.numeric
+    assert field.mean == pytest.approx(np.mean(ages))
+
+
+def test_a_table_of_customers_is_read_as_the_training_read_it(official: Path) -> None:
+    prepared = data(official)
+    table = pl.read_csv(official / "customers.csv", infer_schema=False)
+    given = prepared.clean_users(table, "customers.csv")
+    found = prepared.splits.user_schema.encode(given)
+    rows = [table["customer_id"].to_list().index(user) for user in ("u1", "u5", "u7")]
+    users = prepared.splits.user_ids
+    assert users is not None
+    own = [users.to_list().index(user) for user in ("u1", "u5", "u7")]
+    assert torch.equal(found.categorical[rows], prepared.splits.users.categorical[own])
+    flags = [field.name for field in prepared.splits.user_schema.categorical].index("FN")
+    assert found.categorical[rows[0], flags] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "weeks"}, "dataset.split=weeks: expected users or time"),
+        ({"test_days": 0}, "dataset.test_days=0: give at least 1"),
+        ({"negatives": -1}, "dataset.negatives=-1: give at least 0"),
+        ({"test_days": 5}, "purchases of 10 days, and nothing is left to train on"),
+        ({"min_relevant": 3}, "no test user is left: no customer bought more than 2 different"),
+    ],
+)
+def test_wrong_option_by_time(dated: Path, options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _ = by_time(dated, **options).splits
+
+
+def test_a_date_that_is_none_is_named(dated: Path) -> None:
+    rewrite(dated / "transactions_train.csv", lambda text: text.replace("2020-09-03", "3.9.2020"))
+    with pytest.raises(UserError, match=r"row 6, column 't_dat': '3.9.2020' is not a date"):
+        _ = by_time(dated).splits
+    assert data(dated, min_relevant=1).splits.train.user.numel()

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from recsys_ssm.errors import UserError
 from recsys_ssm.models.heads import TowerHead
 from recsys_ssm.models.losses import (
     BinaryCrossEntropy,
@@ -135,3 +136,78 @@ def test_label_smoothing_belongs_to_the_softmax() -> None:
         NextItemLoss(n_items=3, kind="bce", label_smoothing=0.1)
     with pytest.raises(ValueError, match="label_smoothing=1"):
         NextItemLoss(n_items=3, label_smoothing=1)
+
+
+def pairs_of(counts: torch.Tensor, B: int, generator: torch.Generator):
+    """Return the users' embeddings, items drawn by their counts, and the embeddings of all items."""
+    table = torch.randn(len(counts), 4, generator=generator, dtype=torch.float64)
+    index = torch.multinomial(counts.double(), B, replacement=True, generator=generator)
+    return torch.randn(B, 4, generator=generator, dtype=torch.float64), index, table
+
+
+@pytest.mark.parametrize("negatives", [0, 300])
+def test_logq_estimates_the_softmax_over_the_catalogue(negatives: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.arange(20, 80)  # none so rare that its weight has a large variance
+    user, index, table = pairs_of(counts, 3_000, generator)
+    loss = InBatchSoftmax(logq=True, negatives=negatives)
+    loss.set_item_counts(counts)
+    index = torch.cat([index, torch.randint(60, (negatives,), generator=generator)])
+    target = torch.ones(3_000, dtype=torch.float64)
+    log_n = loss.log_expected(target, index)
+    found = loss(user, table[index], target, index)
+    raw = InBatchSoftmax()(user, table[index], target, index)
+    # By hand, in float64: every item of the batch, divided by how often it is expected there.
+    share = counts.double() / counts.sum()
+    expected_n = 3_000 * share + negatives / 60
+    torch.testing.assert_close(log_n.double(), expected_n[index].log(), rtol=1e-6, atol=1e-6)
+    terms = (user @ table[index].T - expected_n[index].log()).double()
+    own = torch.arange(3_000)
+    same = index[:3_000, None] == index
+    same[own, own] = False
+    by_hand = terms.masked_fill(same, -torch.inf).log_softmax(1)[own, own]
+    assert found.item() == pytest.approx(-by_hand.mean().item(), rel=1e-6)
+    # What the sum over the batch without the user's own item estimates is the sum over the other items.
+    others = terms.masked_fill(index[:3_000, None] == index, -torch.inf).exp().sum(1)
+    own_item = index[:3_000]
+    all_others = (user @ table.T).exp().scatter(1, own_item[:, None], 0).sum(1)
+    torch.testing.assert_close((others / all_others).mean().item(), 1.0, rtol=0.03, atol=0)
+    assert abs(found.item() - raw.item()) > 0.01
+
+
+def test_logq_knows_both_kinds_of_pairs_and_every_item() -> None:
+    loss = InBatchSoftmax(logq=True)
+    loss.set_item_counts(torch.tensor([0, 30, 70, 0]))
+    target, index = torch.tensor([1.0, 1.0, 0.0, -1.0]), torch.tensor([1, 3, 2, 0])
+    # Two positive pairs and two of others among four items; an item without a pair counts as one with one.
+    expected = torch.tensor([2 * 0.3, 2 * 0.01, 2 * 0.7, 2 * 0.01]) + 2 / 4
+    torch.testing.assert_close(loss.log_expected(target, index).exp(), expected)
+
+
+@pytest.mark.parametrize("logq", [False, True])
+def test_static_shapes_give_the_same_with_more_items_than_pairs(logq: bool) -> None:
+    torch.manual_seed(0)
+    loss = InBatchSoftmax(logq=logq, negatives=5)
+    loss.set_item_counts(torch.tensor([3, 0, 2, 7, 1, 1]))
+    user, item = torch.randn(9, 4, requires_grad=True), torch.randn(14, 4, requires_grad=True)
+    index = torch.randint(6, (14,))
+    target = torch.randint(-1, 2, (9,)).float()
+    one, other = loss(user, item, target, index), loss.with_static_shapes(user, item, target, index)
+    torch.testing.assert_close(one, other)
+    for a, b in zip(
+        torch.autograd.grad(one, (user, item)),
+        torch.autograd.grad(other, (user, item)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_logq_needs_the_training_pairs() -> None:
+    loss = InBatchSoftmax(logq=True)
+    with pytest.raises(UserError, match=r"loss\.logq=true needs the items' training pairs"):
+        loss(USER, ITEM, TARGET, INDEX)
+    loss.set_item_counts(torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"loss\.logq=true"):
+        loss(USER, ITEM, TARGET, INDEX)
+    with pytest.raises(ValueError, match="negatives=-1"):
+        InBatchSoftmax(negatives=-1)

@@ -160,7 +160,15 @@ def test_the_towers_share_no_parameter_and_start_apart(tiny_data) -> None:
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy, InBatchSoftmax])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MeanSquaredError(),
+        BinaryCrossEntropy,
+        InBatchSoftmax,
+        InBatchSoftmax(logq=True, negatives=16),
+    ],
+)
 def test_it_learns(tiny_data, tmp_path: Path, loss: str) -> None:
     model = model_of(tiny_data, loss=loss)
     before = model.predict(users_frame()).clone()
@@ -170,6 +178,31 @@ def test_it_learns(tiny_data, tmp_path: Path, loss: str) -> None:
     [metrics] = trainer_in(tmp_path).test(model, datamodule=tiny_data, verbose=False)
     assert metrics["test/p@1"] == 1.0 and metrics["test/ndcg@5"] > 0.95
     assert (model.predict(users_frame()) - before).abs().max() > 0.01
+
+
+def test_drawn_items_stand_after_those_of_the_pairs(tiny_data, monkeypatch) -> None:
+    model = model_of(tiny_data, loss=InBatchSoftmax(logq=True, negatives=7))
+    model.loss.set_item_counts(tiny_data.item_counts())
+    given = []
+    monkeypatch.setattr(
+        model.loss, "forward", lambda *parts: given.append(parts) or torch.zeros(())
+    )
+    batch = next(iter(tiny_data.train_dataloader()))
+    B, catalogue = batch.target.numel(), model.item_embeddings()
+    for training in (True, False):
+        model.train(training)
+        model._loss(batch)
+        user, item, target, index = given.pop()
+        assert len(user) == len(target) == B
+        assert len(item) == len(index) == B + 7 * training
+        assert torch.equal(index[:B], batch.item_index)
+        torch.testing.assert_close(item, catalogue[index])
+    torch.manual_seed(0)
+    model.train()
+    for _ in range(50):
+        model._loss(batch)
+    drawn = torch.cat([index[B:] for *_, index in given])
+    assert set(drawn.tolist()) == set(range(len(model.item_ids)))
 
 
 def users_frame() -> pl.DataFrame:
