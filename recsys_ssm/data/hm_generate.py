@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from functools import cache
@@ -32,6 +32,11 @@ from recsys_ssm.errors import UserError
 
 SETTINGS_FILE = "generator.json"
 """Name of the file beside generated CSV files with the settings they were made from; real data has none."""
+
+_CELLS = 1 << 24
+"""Probabilities of profiles and articles in memory at once, about."""
+_ROWS = 1 << 20
+"""Transactions to write at once, about."""
 
 # Version of the rule, part of the fingerprint: files of another rule are not read.
 _VERSION = 1
@@ -140,12 +145,16 @@ class Shop:
         profile = self._profile_U[customer]
         order = np.argsort(profile, kind="stable")
         bounds = np.searchsorted(profile[order], np.arange(len(self._traits_PK) + 1))
-        cumulative_PA = np.exp(self._log_probability(self._traits_PK)).cumsum(axis=1)
         draw = rng.random(customer.size)
         article = np.empty(customer.size, dtype=np.int64)
-        for cumulative_A, (start, stop) in zip(cumulative_PA, pairwise(bounds), strict=True):
-            rows = order[start:stop]
-            article[rows] = np.searchsorted(cumulative_A[:-1], draw[rows] * cumulative_A[-1])
+        at_once = max(1, _CELLS // self.settings.n_articles)
+        for first in range(0, len(self._traits_PK), at_once):
+            block = slice(first, first + at_once)
+            cumulative_PA = np.exp(self._log_probability(self._traits_PK[block])).cumsum(axis=1)
+            edges = pairwise(bounds[first : first + len(cumulative_PA) + 1])
+            for cumulative_A, (start, stop) in zip(cumulative_PA, edges, strict=True):
+                rows = order[start:stop]
+                article[rows] = np.searchsorted(cumulative_A[:-1], draw[rows] * cumulative_A[-1])
         return customer, article
 
     def _log_probability(self, traits_PK: np.ndarray) -> np.ndarray:
@@ -162,7 +171,8 @@ class Shop:
         quantile_A = (np.arange(self.settings.n_articles) + 0.5) / self.settings.n_articles
         sold_A = times[np.searchsorted(articles.cumsum() / articles.sum(), quantile_A)]
         target_A = _stream(self.settings, "popularity").permutation(sold_A / sold_A.sum())
-        odds_PA = np.exp(self._affinity(self._traits_PK))
+        odds_PA = self._affinity(self._traits_PK)
+        np.exp(odds_PA, out=odds_PA)
         weight_A = target_A
         for _ in range(50):
             share_A = weight_A * (odds_PA.T @ (share_P / (odds_PA @ weight_A)))
@@ -251,17 +261,36 @@ def _write(shop: Shop, folder: Path) -> None:
         rng.random(shop.settings.n_articles), np.linspace(0, 1, 11), _marginals()["price_deciles"]
     )
     days = pl.Series([_FIRST_DAY + timedelta(days=d) for d in range(_DAYS)])
-    pl.DataFrame(
-        {
-            "t_dat": days.gather(rng.integers(_DAYS, size=customer.size)),
-            "customer_id": shop.customers["customer_id"].gather(customer),
-            "article_id": shop.articles["article_id"].gather(article),
-            "price": price_A[article],
-            "sales_channel_id": 1 + (rng.random(customer.size) < _marginals()["online_share"]),
-        }
-    ).sort("t_dat", "customer_id", "article_id").write_csv(folder / "transactions_train.csv")
+    day = rng.integers(_DAYS, size=customer.size).astype(np.int16)
+    online = rng.random(customer.size) < _marginals()["online_share"]
+    by_day = np.argsort(day, kind="stable") if day.size > _ROWS else np.arange(day.size)
+    with (folder / "transactions_train.csv").open("wb") as file:
+        # The first column to sort by is the day, so blocks of days can be sorted one by one.
+        for start, stop in _blocks_of(np.bincount(day, minlength=_DAYS), _ROWS):
+            rows = by_day[start:stop]
+            pl.DataFrame(
+                {
+                    "t_dat": days.gather(day[rows]),
+                    "customer_id": shop.customers["customer_id"].gather(customer[rows]),
+                    "article_id": shop.articles["article_id"].gather(article[rows]),
+                    "price": price_A[article[rows]],
+                    "sales_channel_id": 1 + online[rows],
+                }
+            ).sort("t_dat", "customer_id", "article_id").write_csv(file, include_header=start == 0)
     made_by = {"fingerprint": shop.settings.fingerprint, "settings": asdict(shop.settings)}
     (folder / SETTINGS_FILE).write_text(json.dumps(made_by, indent=2) + "\n", encoding="utf-8")
+
+
+def _blocks_of(sizes: np.ndarray, at_least: int) -> Iterator[tuple[int, int]]:
+    """Join consecutive groups of these sizes to blocks of ``at_least`` rows, and yield first row and end of each."""
+    start = stop = 0
+    for size in sizes.tolist():
+        stop += size
+        if stop - start >= at_least:
+            yield start, stop
+            start = stop
+    if stop > start:
+        yield start, stop
 
 
 def _make_customers(settings: GeneratorSettings) -> pl.DataFrame:

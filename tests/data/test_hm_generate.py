@@ -192,6 +192,25 @@ def test_generated_data_is_a_function_of_its_settings(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted([first.name, other.name])
 
 
+def test_files_that_are_made_in_pieces_have_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = GeneratorSettings(**SMALL)
+    whole = generate(small, tmp_path / "whole")
+    monkeypatch.setattr(hm_generate, "_ROWS", 7_000)
+    monkeypatch.setattr(hm_generate, "_CELLS", 20 * SMALL["n_articles"])
+    pieces = generate(small, tmp_path / "pieces")
+    one, other = (
+        pl.read_csv(folder / "transactions_train.csv", infer_schema=False)
+        for folder in (whole, pieces)
+    )
+    keys = ["t_dat", "customer_id", "article_id"]
+    assert other.select(keys).equals(other.select(keys).sort(keys))
+    assert one.sort(one.columns).equals(other.sort(other.columns))
+    for name in ("articles.csv", "customers.csv"):
+        assert (whole / name).read_bytes() == (pieces / name).read_bytes()
+
+
 def test_generated_data_is_written_once(tmp_path: Path) -> None:
     folder = generate(GeneratorSettings(**SMALL), tmp_path)
     before = (folder / "customers.csv").stat().st_mtime_ns
