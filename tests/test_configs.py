@@ -125,7 +125,9 @@ def test_a_file_names_only_what_deviates_from_its_class(path: Path) -> None:
 def test_every_experiment_composes_and_fits_its_classes(experiment: str) -> None:
     cfg = compose(f"experiment={experiment}")
     check_config(cfg)
-    assert published_for(plain(cfg)), "an experiment has published figures to compare with"
+    has_figures = bool(published_for(plain(cfg)))
+    # The paper has no figures of all articles.
+    assert has_figures == (experiment != "two_tower/hm_full"), "compare with published figures"
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
