@@ -19,12 +19,30 @@ from recsys_ssm.reports import tables
 from recsys_ssm.reports.archive import file_name, read_cells
 from recsys_ssm.reports.document import Table, markdown_table
 from recsys_ssm.reports.names import model_name
-from recsys_ssm.reports.runs import Cell, Collection
+from recsys_ssm.reports.runs import Cell, Collection, Task
 from recsys_ssm.reports.statistics import estimate
 from recsys_ssm.run.files import write_text
 from recsys_ssm.run.published import best_of
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "conf" / "experiment"
+SYSTEMS = {
+    "SASRec": "backbone=transformer",
+    "BERT4Rec": "backbone=transformer preset=next_item_bert4rec",
+    "Mamba4Rec": "backbone=mamba",
+    "2Mamba4Rec": "backbone=mamba2",
+    "Hydra4Rec": "backbone=hydra",
+    "MaTrRec": "backbone=matrrec",
+    "SIGMA": "backbone=sigma",
+    "MamRec": "experiment=text/mamrec",
+    "GPT4Rec": "experiment=text/gpt4rec",
+    "LlamaRec": "experiment=text/llamarec retriever={dataset}-mamba-seed0",
+}
+"""The papers' next-item systems, and the options of each."""
+OF_THE_PAPERS = ("ml_100k", "ml_1m", "amazon_beauty_2014")
+"""Datasets whose tables are to have a row of every system."""
+WITHOUT_TITLES = ("amazon_beauty_2014",)
+"""Datasets whose files hold ids alone, which a language model cannot read."""
 PAGES = ("docs/results.md", "README.md")
 OPTIONS = tables.Options()
 WIDTH = 120
@@ -44,7 +62,10 @@ def parts(folder: Path) -> dict[str, str]:
         made["differences"] = shown(tables.paired(compared, OPTIONS))
     next_item = [task for task in collection.tasks if task.kind == "next_item"]
     for task in next_item:
-        made[f"next-item {task.dataset}"] = shown(tables.next_item(collection, task, OPTIONS))
+        text = shown(tables.next_item(collection, task, OPTIONS))
+        if task.dataset in OF_THE_PAPERS:
+            text += "\n\n" + missing(collection, task)
+        made[f"next-item {task.dataset}"] = f"### {task.label}\n\n{text}"
     if next_item:
         made["next-item"] = "\n\n".join(made[f"next-item {task.dataset}"] for task in next_item)
         made["readme next-item"] = readme_next_item(collection)
@@ -66,6 +87,39 @@ def shown(table: Table) -> str:
     """Return a table's rows in Markdown, with its caption below in lines of ``WIDTH`` characters."""
     caption = textwrap.fill(table.caption, WIDTH, break_long_words=False, break_on_hyphens=False)
     return f"{markdown_table(table)}\n\n{caption}"
+
+
+def missing(collection: Collection, task: Task) -> str:
+    """Return which of the papers' systems have no row of our own in a table, with the command that adds each."""
+    found = {system_of(cell) for cell in collection.of(task)}
+    absent = [name for name in SYSTEMS if name not in found]
+    cannot = [n for n in absent if task.dataset in WITHOUT_TITLES and "=text/" in SYSTEMS[n]]
+    absent = [name for name in absent if name not in cannot]
+    reason = f"No row of {', '.join(cannot)}: the data have no titles." if cannot else ""
+    if not absent:
+        return reason or "Every system of the papers has a row of our own here."
+    commands = "\n".join(
+        f"python -m recsys_ssm.train {options(name, task.dataset)}" for name in absent
+    )
+    text = f"Not run here yet: {', '.join(absent)}. A command makes each row, `make results RUNS=<folder>` adds it:"
+    return (
+        f"{textwrap.fill(text.strip(), WIDTH)}\n\n<!-- not run: hours -->\n```bash\n{commands}\n```"
+    )
+
+
+def system_of(cell: Cell) -> str:
+    """Return the name of a cell's system in the papers."""
+    dataset = cell.runs[0].config.get("dataset") or {}
+    if cell.backbone == "transformer" and dataset.get("objective") == "masked":
+        return "BERT4Rec"
+    return model_name(cell)
+
+
+def options(name: str, dataset: str) -> str:
+    """Return the options that train a system on a dataset: its experiment, or its backbone."""
+    if (EXPERIMENTS / dataset / f"{name.lower()}.yaml").is_file():
+        return f"experiment={dataset}/{name.lower()}"
+    return f"dataset={dataset} {SYSTEMS[name].format(dataset=dataset)}"
 
 
 def commands(folder: Path, cells: Sequence[Cell]) -> str:

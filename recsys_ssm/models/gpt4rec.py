@@ -9,8 +9,8 @@ Legend: U users, I items, K places, M queries of a user, B rows of tokens, L tok
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class Gpt4Rec(TextRecommender):
 
     # NOTE[DIFF] The paper orders the items of all queries in a way that it does not give; here they take turns.
 
+    labels: ClassVar[Mapping[str, str]] = {"next_item": "GPT4Rec"}
     families = ("gpt2",)
     phrases = (BEFORE, AFTER)
 

@@ -14,6 +14,7 @@ from recsys_ssm.reports.runs import LEFT_OUT, Cell, Collection, Run, Task, numbe
 from recsys_ssm.reports.statistics import Difference, Estimate, estimate, holm, paired_difference
 from recsys_ssm.run.defaults import option
 from recsys_ssm.run.published import Row, rows_of
+from recsys_ssm.text.weights import TINY
 
 METRICS = ("p@5", "p@10", "r@5", "r@10", "mrr@5", "mrr@10", "hr@1", "hr@5", "hr@10")
 """The columns of a table of two towers."""
@@ -545,6 +546,8 @@ _NEXT_ITEM_HEAD = (
     "model",
     "setting",
     QUERY_TIME,
+    "trained on",
+    "length",
     "seeds",
     "HR@10",
     "NDCG@10",
@@ -552,6 +555,7 @@ _NEXT_ITEM_HEAD = (
     "HR@10, new",
     "NDCG@10, new",
     "latency",
+    "latency, 256",
     "parameters",
     "without embeddings",
 )
@@ -568,6 +572,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
     published = published_rows(task)
     rows = [_published_next_item(row) for row in published]
     cells = collection.of(task)
+    any_tiny = False
     for cell in cells:
         estimates = [
             show_estimate(
@@ -579,16 +584,20 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
             for m, group in (*_ALLOWED, *_LEFT_OUT)
         ]
         counts = numbers(cell.runs[0].results.get("parameters"))
-        latencies = [numbers(run.results.get("latency")) for run in cell.runs]
-        seconds = [found["users_1"] for found in latencies if "users_1" in found]
+        config = cell.runs[0].config
+        dataset, text = (config.get(part) or {} for part in ("dataset", "text"))
+        is_tiny = text.get("model") == TINY
+        any_tiny |= is_tiny
         rows.append(
             [
-                model_name(cell),
+                model_name(cell) + ", tiny" * is_tiny,
                 cell.setting.label,
                 yes_or_no(cell.sees_query_time),
+                str(dataset.get("objective", "–")),
+                str(dataset.get("max_length", "–")),
                 str(cell.n),
                 *estimates,
-                f"{statistics.median(seconds):.4f} s" if seconds else "–",
+                *(_latency(cell.runs, users) for users in (1, 256)),
                 _show_count(counts.get("total", math.nan)),
                 _show_count(counts.get("without_embeddings", math.nan)),
             ]
@@ -597,9 +606,15 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
     caption = (
         f"{task.label}: the whole catalogue is ranked for each user's held-out item. The first three figures allow "
         "items that the user had before; the two marked new leave them out. Query time: the model sees the time of the "
-        "item that it predicts. Latency: median time of a call for a user."
+        "item that it predicts. Trained on: all positions of a history, the last one of each prefix, or masked items. "
+        "Length: most items of a history that the model reads. Latency: median time of a call for one user and for 256 "
+        "users."
     )
-    texts = [caption, conditions(cells, options), sources(published)]
+    scratch = (
+        "Tiny: a small language model with random weights, trained from scratch; text.model=<folder> takes the "
+        "published weights."
+    )
+    texts = [caption, scratch * any_tiny, conditions(cells, options), sources(published)]
     return Table(
         " ".join(text for text in texts if text),
         _NEXT_ITEM_HEAD,
@@ -609,21 +624,30 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
     )
 
 
+def _latency(runs: Sequence[Run], users: int) -> str:
+    """Return the median of the runs' latencies for a number of users."""
+    latencies = [numbers(run.results.get("latency")) for run in runs]
+    seconds = [found[f"users_{users}"] for found in latencies if f"users_{users}" in found]
+    return f"{statistics.median(seconds):.4f} s" if seconds else "–"
+
+
 def _published_next_item(row: Row) -> list[str]:
     def figure(metric: str, seen_items: str) -> str:
         value = row.metrics.get(metric)
         return show_exact(value) if value is not None and row.seen_items == seen_items else "–"
 
     latency = row.cost.get("latency")
-    setting = row.source_label + (f", length {row.max_length}" if row.max_length else "")
     return [
         row.model,
-        setting,
+        row.source_label,
         yes_or_no(row.sees_query_time),
+        "–",
+        str(row.max_length or "–"),
         str(row.seeds),
         *(figure(metric, "allowed") for metric, _ in _ALLOWED),
         *(figure(metric, "left out") for metric, _ in _LEFT_OUT),
         show_exact(latency) if latency is not None else "–",
+        "–",
         str(row.cost.get("parameters", "–")),
         str(row.cost.get("without_embeddings", "–")),
     ]
@@ -641,7 +665,8 @@ def _next_item_baselines(task: Task, cells: Sequence[Cell], options: Options) ->
         found += [baseline(cells, name, metric, options) for metric, _ in _LEFT_OUT]
         figures = [show_estimate(each, 4, options, generated=task.generated) for each in found]
         n = max(each.n for each in found)
-        rows.append([name.replace("_", "-"), "same users", "no", str(n), *figures, "–", "–", "–"])
+        labels = [name.replace("_", "-"), "same users", "no", "–", "–", str(n)]
+        rows.append([*labels, *figures, *["–"] * 4])
     return rows
 
 

@@ -90,7 +90,7 @@ def fake_run(
     if is_next_item:
         results["metrics_unfiltered"] = results.pop("metrics_all_users")
         results["parameters"] = {"without_embeddings": 72256, "total": 290944}
-        results["latency"] = {"users_1": 0.002}
+        results["latency"] = {"users_1": 0.002, "users_256": 0.3}
     write_json(folder / "metrics.json", results)
     history = [{"step": 1, "train/loss": 1.0}]
     for step in range(250, 5001, 250):

@@ -137,13 +137,15 @@ def test_next_item_tables_have_published_rows_with_their_protocol(tmp_path: Path
     document = build(collect([tmp_path]), "x", Options())
     found = table(document, "next-item-ml_1m")
     assert [row["model"] for row in found[:2]] == ["SASRec", "Mamba4Rec"]
-    assert found[0]["setting"] == "paper, length 50"
+    assert found[0]["setting"] == "paper" and found[0]["length"] == "50"
     assert found[1]["HR@10"] == ".306" and found[1]["without embeddings"] == "78,624"
     [wearec, _] = [row for row in found if row["model"] == "WEARec"]
     assert wearec["HR@10"] == "–" and wearec["HR@10, new"] == ".3334", "seen items are left out"
     [ours] = [row for row in found if row["setting"] == "default setting"]
     assert ours["model"] == "Mamba4Rec"
     assert ours["without embeddings"] == "72,256" and ours["latency"] == "0.0020 s"
+    assert ours["latency, 256"] == "0.3000 s"
+    assert ours["trained on"] == "all" and ours["length"] == "200"
     assert "(n = 1)" in ours["HR@10"]
     [caption] = [b.caption for b in document.blocks if getattr(b, "label", "") == "next-item-ml_1m"]
     for words in (
@@ -174,6 +176,20 @@ def test_every_table_says_which_models_see_the_time_of_the_query(tmp_path: Path)
         assert sees["Mamba2"] == "yes" and sees["Mamba"] == "no", label
     (pair,) = rows(found, "paired", settings="best settings")
     assert sorted(pair["query time"].split(", ")) == ["no", "yes"]
+
+
+def test_a_language_model_from_scratch_is_marked(tmp_path: Path) -> None:
+    for backbone, model in (("mamba", "tiny"), ("transformer", "weights/gpt2")):
+        fake_run(tmp_path, "ml_1m", backbone, options={"text.model": model})
+    document = build(collect([tmp_path]), "x", Options())
+    ours = [
+        row["model"]
+        for row in table(document, "next-item-ml_1m")
+        if row["seeds"] == "1" and row["setting"] not in ("paper", "published", "same users")
+    ]
+    assert sorted(ours) == ["Mamba4Rec, tiny", "SASRec"]
+    [caption] = [b.caption for b in document.blocks if getattr(b, "label", "") == "next-item-ml_1m"]
+    assert "with random weights" in caption
 
 
 def test_every_result_table_names_data_protocol_ties_and_interval(document: Document) -> None:

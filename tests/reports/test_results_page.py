@@ -62,6 +62,33 @@ def test_next_item_figures_stand_beside_the_best_on_the_file(
     assert "| amazon_beauty_2014, best published: WEARec | .1041 | .0614 |" in made
 
 
+def test_the_systems_without_a_row_are_named_with_their_commands(
+    page: ModuleType, tmp_path: Path
+) -> None:
+    for backbone, objective in (("mamba", "all"), ("transformer", "masked")):
+        fake_run(tmp_path / "runs", "ml_1m", backbone, options={"dataset.objective": objective})
+    fake_run(tmp_path / "runs", "amazon_sports_2014", "mamba2")
+    write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "results")
+    made = page.parts(tmp_path / "results")
+    text = made["next-item ml_1m"]
+    named = "SASRec, 2Mamba4Rec, Hydra4Rec, MaTrRec, SIGMA, MamRec, GPT4Rec, LlamaRec"
+    assert f"Not run here yet: {named}." in " ".join(text.split())
+    commands = [line for line in text.splitlines() if line.startswith("python ")]
+    assert len(commands) == 8 and commands[0].endswith(" experiment=ml_1m/sasrec")
+    assert "Not run here yet" not in made["next-item amazon_sports_2014"]
+    assert all(made["next-item"].count(f"\n### {name}\n") <= 1 for name in page.OF_THE_PAPERS)
+
+
+@pytest.mark.parametrize("dataset", ["ml_100k", "ml_1m", "amazon_beauty_2014"])
+def test_the_commands_of_missing_systems_are_composed(page: ModuleType, dataset: str) -> None:
+    register_resolvers()
+    for name in page.SYSTEMS:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            arguments = open_options(shlex.split(page.options(name, dataset)))
+            cfg = hydra.compose("train", [*arguments, "output_dir=.", "name=x"])
+        assert cfg.dataset.name == dataset
+
+
 def test_the_pages_are_what_the_results_say(page: ModuleType, repository: Path) -> None:
     made = page.parts(repository / "results")
     for name in page.PAGES:
