@@ -586,7 +586,7 @@ def next_item(collection: Collection, task: Task, options: Options) -> Table:
         counts = numbers(cell.runs[0].results.get("parameters"))
         config = cell.runs[0].config
         dataset, text = (config.get(part) or {} for part in ("dataset", "text"))
-        is_tiny = text.get("model") == TINY
+        is_tiny = bool(text) and text.get("model", TINY) == TINY
         any_tiny |= is_tiny
         rows.append(
             [
