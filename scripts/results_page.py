@@ -165,14 +165,9 @@ def readme_next_item(collection: Collection) -> str:
     metrics = ("hr@10", "ndcg@10")
     rows = []
     for task in collection.tasks:
-<<<<<<< HEAD
         cells = [cell for cell in collection.of(task) if not cell.sees_query_time]
         best = tables.best_setting(cells) if task.kind == "next_item" else None
-        if best is None:
-=======
-        best = tables.best_setting(collection.of(task)) if task.kind == "next_item" else None
         if best is None or not tables.published_rows(task):
->>>>>>> e3556c7 (Results: MamRec, GPT4Rec, LlamaRec and its retriever on ML-100K, one seed each, tiny weights from scratch)
             continue
         ours = [estimate(list(best.values(m).values())) for m in metrics]
         figures = [tables.show_estimate(e, 4, tables.Options(0)) for e in ours]
