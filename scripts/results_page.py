@@ -101,7 +101,8 @@ def missing(collection: Collection, task: Task) -> str:
     commands = "\n".join(
         f"python -m recsys_ssm.train {options(name, task.dataset)}" for name in absent
     )
-    text = f"Not run here yet: {', '.join(absent)}. A command makes each row, `make results RUNS=<folder>` adds it:"
+    rest = f"Not run here yet: {', '.join(absent)}. A command makes each row, `make results RUNS=<folder>` adds it:"
+    text = f"{reason} {rest}"
     block = f"<!-- not run: hours of training on one core -->\n```bash\n{commands}\n```"
     return f"{textwrap.fill(text.strip(), WIDTH)}\n\n{block}"
 

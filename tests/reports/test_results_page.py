@@ -67,7 +67,8 @@ def test_the_systems_without_a_row_are_named_with_their_commands(
 ) -> None:
     for backbone, objective in (("mamba", "all"), ("transformer", "masked")):
         fake_run(tmp_path / "runs", "ml_1m", backbone, options={"dataset.objective": objective})
-    fake_run(tmp_path / "runs", "amazon_sports_2014", "mamba2")
+    for dataset in ("amazon_beauty_2014", "amazon_sports_2014"):
+        fake_run(tmp_path / "runs", dataset, "mamba2")
     write_cells(collect([tmp_path / "runs"]).cells, tmp_path / "results")
     made = page.parts(tmp_path / "results")
     text = made["next-item ml_1m"]
@@ -75,6 +76,12 @@ def test_the_systems_without_a_row_are_named_with_their_commands(
     assert f"Not run here yet: {named}." in " ".join(text.split())
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     assert len(commands) == 8 and commands[0].endswith(" experiment=ml_1m/sasrec")
+    beauty = " ".join(made["next-item amazon_beauty_2014"].split())
+    assert (
+        "No row of MamRec, GPT4Rec, LlamaRec: the data have no titles. Not run here yet: SASRec"
+        in beauty
+    )
+    assert "experiment=text/" not in beauty
     assert "Not run here yet" not in made["next-item amazon_sports_2014"]
     assert all(made["next-item"].count(f"\n### {name}\n") <= 1 for name in page.OF_THE_PAPERS)
 
