@@ -169,3 +169,12 @@ def test_a_retriever_of_another_split_is_refused(
     """It may have been trained on the items that are tested here."""
     outcome = cli("train", *LLAMAREC, "dataset.split=time", "trainer.max_epochs=1")
     assert outcome.code == 1 and "the data's split are not those of the training" in outcome.err
+
+
+def test_a_retriever_that_has_not_finished_is_refused(
+    cli: Callable, retrieved: None, tmp_path: Path
+) -> None:
+    (only(tmp_path / "runs", "first") / "metrics.json").unlink()
+    outcome = cli("train", *LLAMAREC, "trainer.max_epochs=1")
+    assert outcome.code == 1 and "has not finished; continue it" in outcome.err, outcome.text
+    assert len(outcome.err.strip().splitlines()) == 1

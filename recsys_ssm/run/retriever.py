@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -31,8 +32,8 @@ def open_retriever(cfg: DictConfig, data: RecommenderData[Any]) -> Retriever | N
         data: The dataset.
 
     Raises:
-        UserError: The model takes no retriever; or there is no such run, or it was trained on other data, so that it
-            may have seen the items that are tested.
+        UserError: The model takes no retriever; or there is no such run, or it has not finished, or it was trained on
+            other data, so that it may have seen the items that are tested.
     """
     if cfg.retriever is None:
         return None
@@ -43,6 +44,11 @@ def open_retriever(cfg: DictConfig, data: RecommenderData[Any]) -> Retriever | N
         )
     try:
         run = open_run(str(cfg.retriever), root=cfg.output_root)
+        if not (run.folder / "metrics.json").is_file() and not Path(cfg.retriever).is_file():
+            raise UserError(
+                f"run={cfg.retriever}: the run in {run.folder} has not finished; continue it with ckpt_path=last, or "
+                "give a .ckpt file of it"
+            )
         model, record = load_model(run)
     except UserError as error:
         message = str(error)
