@@ -29,7 +29,9 @@ _FREE = re.compile(
 
 
 class RunRecord(L.Callback):
-    """Store the run's options and the identity of its data in every checkpoint.
+    """Store the run's options, the identity of its data and the number of its processes in every checkpoint.
+
+    A run that resumes with another number of processes goes on at the same place of the epoch: see :func:`rescale`.
 
     Args:
         config: The run's config, plain and resolved.
@@ -42,7 +44,40 @@ class RunRecord(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[KEY] = self.record
+        checkpoint[KEY] = {**self.record, "processes": trainer.world_size}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        record, data = checkpoint.get(KEY), trainer.datamodule  # type: ignore[attr-defined]
+        before = record.get("processes") if isinstance(record, Mapping) else None
+        if isinstance(before, int) and before != trainer.world_size and data is not None:
+            n_batches = len(data.train_dataloader())
+            rescale(checkpoint["loops"]["fit_loop"], before, trainer.world_size, n_batches)
+
+
+def rescale(loop: dict[str, Any], before: int, now: int, n_batches: int) -> None:
+    """Move a checkpoint's place in the epoch to that of another number of processes.
+
+    All processes together have read ``before`` times as many batches as each of them. Where that does not divide, some
+    pairs or rows are read twice, and none is left out.
+
+    Args:
+        loop: State of Lightning's loop, changed in place.
+        before: Processes of the checkpoint.
+        now: Processes that resume.
+        n_batches: Batches of each of these in an epoch.
+    """
+    progress = loop["epoch_loop.batch_progress"]
+    for loader in loop["state_dict"].get("combined_loader", []):
+        place = min(loader["position"] * before // now, n_batches - 1)
+        loader["position"] = place
+    ready = progress["current"]["ready"]
+    done = n_batches if progress["is_last_batch"] else min(ready * before // now, n_batches - 1)
+    # A checkpoint written within a step counts that batch as ready but not as completed.
+    progress["current"] = {
+        name: max(0, done + count - ready) for name, count in progress["current"].items()
+    }
 
 
 def fixed_options(config: Mapping[str, Any]) -> dict[str, Any]:
