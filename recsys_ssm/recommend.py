@@ -26,7 +26,7 @@ from recsys_ssm.data.base import content_hash
 from recsys_ssm.data.cache import cache_folder, hash_file
 from recsys_ssm.data.columns import keys, open_table
 from recsys_ssm.data.files import header_of, is_parquet, listed, read_table, scan_table
-from recsys_ssm.data.interactions import Interactions
+from recsys_ssm.data.interactions import Interactions, filtered
 from recsys_ssm.data.loaders import BlockLoader, PartLoader
 from recsys_ssm.data.packing import join_ranges
 from recsys_ssm.data.sequences import HeldOut, Histories, HistoryLoader
@@ -371,9 +371,12 @@ def _seen_items(
             column,
             str(cfg.users),
         )
-        frame, where = open_table(
-            source, "interactions", [data.user, data.item], separator=data.separator
-        )
+        # The rows of the training: those that dataset.filter keeps.
+        kept = data.filter if cfg.interactions is None else None
+        columns = [data.user, data.item, *(data.filter_columns if kept else [])]
+        frame, where = open_table(source, "interactions", columns, separator=data.separator)
+        if kept:
+            frame = filtered(frame, kept, where, [])
         pairs = pl.DataFrame(
             {"id": keys(frame, data.user, where), "item": keys(frame, data.item, where)}
         ).unique()

@@ -59,6 +59,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     n_notes = len(data.splits.notes)
     for note in data.splits.notes:
         log.info("%s: %s", data.name, note)
+    for line in assemble.describe_features(data.splits):
+        log.info("%s: %s", data.name, line)
     retriever = open_retriever(cfg, data)
     given = {} if retriever is None else {"retriever": retriever.model}
     model = assemble.make_model(cfg, data, **given)
@@ -95,6 +97,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         for logger in loggers:
             logger.log_hyperparams(config)
         seconds = fit(trainer, model, data, ckpt_path, cfg.monitor)
+        if reason := assemble.why_stopped(trainer):
+            log.info("%s: %s", name, reason)
         results: dict[str, Any] = {
             "name": name,
             "dataset": data.name,

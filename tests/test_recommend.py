@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 
+from recsys_ssm.data.table import TableData
 from recsys_ssm.models.next_item import NextItem
 from recsys_ssm.models.two_tower import TwoTower
 
@@ -134,6 +135,47 @@ def test_two_towers_from_features(cli, tmp_path: Path) -> None:
         outcome = cli("recommend", f"run={run}", *arguments)
         assert outcome.code == 1 and message in outcome.err, outcome.text
         assert outcome.err.count("\n") == 1
+
+
+def test_what_counts_as_had_is_the_same_in_training_test_and_use(cli, tmp_path: Path) -> None:
+    """A row counts whatever its rating; rows that the training's filter leaves out do not."""
+    generator = random.Random(0)
+    rows = [
+        (f"p{u}", f"i{i:02d}", generator.randrange(1, 6), "seen" if i == 0 else "bought")
+        for u in range(60)
+        for i in [0, *generator.sample(range(1, 20), 6)]
+    ]
+    write_rows(tmp_path / "stars.csv", rows, "user_id,item_id,stars,kind")
+    options = ("dataset=table", "dataset.interactions=stars.csv", "dataset.target=stars")
+    rules = ("dataset.relevant_above=3", "dataset.filter='kind == \"bought\"'", "loss=bce")
+    outcome = cli("train", *options, *rules, *SMALL, "trainer.max_steps=2", "seed=0")
+    assert outcome.code == 0, outcome.text
+    run = only_run(tmp_path)
+    model = TwoTower.load_from_checkpoint(run / "checkpoints/best.ckpt", weights_only=True)
+    assert model.loss.relevant_above == 3 and "i00" not in model.item_ids
+
+    data = TableData(
+        interactions=str(tmp_path / "stars.csv"), target="stars", relevant_above=3,
+        filter='kind == "bought"',
+    )  # fmt: skip
+    splits, batch = data.splits, next(iter(data.predict_dataloader()))
+    tested = next(iter(data.test_dataloader()))
+    assert batch.seen is not None and tested.seen is not None
+    had = batch.seen.mask(0, splits.users.n_rows, len(splits.item_ids))
+    assert torch.equal(had[tested.user_index], tested.seen)
+    assert had.sum() == splits.train.user.numel() > int((splits.train.target > 3).sum())
+
+    people = [(f"p{u}",) for u in range(60)]
+    write_rows(tmp_path / "people.csv", people, "user_id")
+    everything = f"k={len(model.item_ids)}"
+    outcome = cli("recommend", f"run={run}", "users=people.csv", "user=user_id", everything)
+    assert outcome.code == 0, outcome.text
+    found = pl.read_parquet(tmp_path / "recommendations.parquet")
+    bought = {(user, item) for user, item, _, kind in rows if kind == "bought"}
+    every = {(user, item) for (user,) in people for item in model.item_ids}
+    assert set(found.select("user", "item").iter_rows()) == every - bought
+    refused = cli("train", *options, "dataset.relevant_above=-1", "dataset.negatives=1", *SMALL)
+    assert refused.code == 1 and "drawn negatives have target 0" in refused.err
 
 
 def test_mistakes_are_one_line(cli, next_item: Path, tmp_path: Path) -> None:

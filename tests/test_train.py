@@ -99,6 +99,22 @@ def test_a_run_ends_with_the_table_and_its_files(cli, tmp_path: Path) -> None:
     assert config["backbone"]["d_model"] == 16 and config["dataset"]["n_train"] == 512
 
 
+def test_a_run_says_what_it_read_and_why_it_ended(cli, tmp_path: Path) -> None:
+    """Both were silent: whether item features are used, and early stopping."""
+    patient = "callbacks.early_stopping.patience"
+    small = (*SMALL_MAMBA, "trainer.accelerator=cpu", "logger=none")
+    options = ("dataset=shop", *small, "trainer.max_epochs=30", f"{patient}=1", "optimizer.lr=1e-9")
+    outcome = cli("train", *options)
+    assert outcome.code == 0, outcome.text
+    assert "shop: features of items: price (number), kind (8 values)" in outcome.out
+    results = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert (
+        f"early stopping at step {results['steps']}: val/ndcg@10 was not better than" in outcome.out
+    )
+    assert f"in 1 validations in a row ({patient})" in outcome.out and results["steps"] < 60
+    assert "smaller than the logging interval" not in outcome.text
+
+
 def test_same_seed_same_digits_other_seed_other(cli, tmp_path: Path) -> None:
     def run(folder: str, seed: int) -> dict[str, float]:
         assert cli("train", *QUICK, f"output_root={folder}", f"seed={seed}").code == 0

@@ -57,8 +57,9 @@ class _Trained(nn.Module):
     def __init__(self, model: TwoTower) -> None:
         super().__init__()
         self.user_tower, self.item_tower = model.user_tower, model.item_tower
-        is_softmax = type(model.loss) is InBatchSoftmax
-        self.loss = BatchableSoftmax() if is_softmax else model.loss
+        self.loss = model.loss
+        if type(model.loss) is InBatchSoftmax:
+            self.loss = BatchableSoftmax(relevant_above=model.loss.relevant_above)
 
     def forward(self, batch: PairBatch) -> Tensor:
         user, item = self.user_tower(batch.user), self.item_tower(batch.item)

@@ -80,6 +80,8 @@ def quiet_dependencies() -> None:
     )
     # A size of 0 is refused, or is meant.
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")
+    # The curves have their own interval.
+    warnings.filterwarnings("ignore", message="The number of training batches .* logging interval")
     # Early stopping ends it.
     warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 

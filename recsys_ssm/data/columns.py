@@ -9,7 +9,7 @@ Legend: R rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import polars as pl
 
-from recsys_ssm.data.files import Compact, listed, remark, shown
+from recsys_ssm.data.files import AbsentColumnError, Compact, remark, shown
 from recsys_ssm.data.formats import Format, read
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import as_frame, numeric_column, text_column
@@ -68,6 +68,7 @@ def open_table(
     separator: str | None = None,
     names_option: str | None = None,
     separator_option: str = "dataset.separator",
+    options: Mapping[str, str] | None = None,
     notes: list[str] | None = None,
     compact: Compact | None = None,
 ) -> tuple[pl.DataFrame, str]:
@@ -81,6 +82,7 @@ def open_table(
         columns: Columns to read, in this order.
         format, names, separator, names_option, separator_option: See :func:`recsys_ssm.data.formats.read`; for files
             only.
+        options: The option that names a column, by column, for the message that it is absent.
         notes: List for remarks on what was left out; None: they are logged.
         compact: Columns of a file to hold in little memory; None: cells are held as they are.
 
@@ -93,23 +95,25 @@ def open_table(
     """
     columns = list(dict.fromkeys(columns))
     if isinstance(source, str | Path):
-        frame = read(
-            source,
-            columns,
-            format=format,
-            names=names,
-            separator=separator,
-            names_option=names_option,
-            separator_option=separator_option,
-            notes=notes,
-            compact=compact,
-        )
+        try:
+            frame = read(
+                source,
+                columns,
+                format=format,
+                names=names,
+                separator=separator,
+                names_option=names_option,
+                separator_option=separator_option,
+                notes=notes,
+                compact=compact,
+            )
+        except AbsentColumnError as error:
+            raise error.with_option((options or {}).get(error.column)) from error
         return _without_idle(frame, str(source), notes), str(source)
     frame = as_frame(source, argument)
     if absent := [name for name in columns if name not in frame.columns]:
-        raise UserError(
-            f"{argument}: no column {shown(absent[0])}; its columns are {listed(frame.columns)}"
-        )
+        lacks = AbsentColumnError(argument, absent[0], frame.columns)
+        raise lacks.with_option((options or {}).get(absent[0]))
     if frame.height == 0:
         raise UserError(f"{argument}: the data frame has no row")
     return frame.select(columns), argument
@@ -651,6 +655,7 @@ class FeatureTable:
         separator: Separator between the cells of a file; None: the format's own.
         names_option, separator_option: Options that set ``names`` and ``separator``, for messages.
         instead: Advice for those who name the id column as a feature.
+        key_option: Option that sets ``key``, for messages; None: ``dataset.user`` or ``dataset.item``.
 
     Raises:
         UserError: The columns cannot be these.
@@ -666,6 +671,7 @@ class FeatureTable:
     names_option: str | None = None
     separator_option: str = "dataset.separator"
     instead: str = ""
+    key_option: str | None = None
 
     def __post_init__(self) -> None:
         kind, features = self.kind, self.features
@@ -706,6 +712,7 @@ class FeatureTable:
             separator=self.separator,
             names_option=self.names_option,
             separator_option=self.separator_option,
+            options={self.key: self.key_option or f"dataset.{self.kind}"},
             notes=notes,
         )
         ids = keys(frame, self.key, where)

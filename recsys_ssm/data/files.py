@@ -364,6 +364,33 @@ def one_character(separator: str, option: str = "separator") -> str:
     return separator
 
 
+class AbsentColumnError(UserError):
+    """Say that a table lacks a column.
+
+    Args:
+        where: Name of the table.
+        column: The column.
+        present: The columns that the table has.
+        hint: Further advice.
+    """
+
+    def __init__(self, where: str, column: str, present: Sequence[str], hint: str = "") -> None:
+        self.column, self.hint = column, hint
+        self.similar = _similar(column, present)
+        self.what = f"{where}: no column {shown(column)}; its columns are {listed(present)}{hint}"
+        advice = f"; give {shown(self.similar)} as the column's name" if self.similar else ""
+        super().__init__(self.what + advice)
+
+    def with_option(self, option: str | None) -> UserError:
+        """Return the error with the option that names the column, if there is one and no other advice."""
+        if option is None or (self.hint and not self.similar):
+            return self
+        name = (
+            self.similar if self.similar.isidentifier() or not self.similar else shown(self.similar)
+        )
+        return UserError(f"{self.what}; give the column's name: {option}={name or '…'}")
+
+
 def require_columns(
     path: Path,
     present: Sequence[str],
@@ -377,10 +404,8 @@ def require_columns(
         UserError: One is absent, or is there twice.
     """
     if absent := [name for name in columns if name not in present]:
-        raise UserError(
-            f"{path}: no column {shown(absent[0])}; its columns are {listed(present)}"
-            f"{_other(present, separator, option)}{_similar(absent[0], present)}"
-        )
+        other = _other(present, separator, option)
+        raise AbsentColumnError(str(path), absent[0], present, other)
     twice = [name for name in columns if f"{name}_duplicated_0" in present]
     if twice := twice or [name for name in columns if list(present).count(name) > 1]:
         raise UserError(f"{path}: two columns are called {shown(twice[0])}; rename or remove one")
@@ -794,10 +819,9 @@ def _other(present: Sequence[str], separator: str, option: str) -> str:
 
 
 def _similar(name: str, present: Sequence[str]) -> str:
-    """Return a hint if a column's name differs from ``name`` in capitals and punctuation alone."""
+    """Return the column that differs from ``name`` in capitals and punctuation alone; empty if there is none."""
     plain = {re.sub(r"\W|_", "", each).lower(): each for each in present}
-    found = plain.get(re.sub(r"\W|_", "", name).lower())
-    return "" if found is None else f"; give {shown(found)} as the column's name"
+    return plain.get(re.sub(r"\W|_", "", name).lower(), "")
 
 
 def _unreadable(path: Path, separator: str, error: BaseException) -> str:

@@ -215,6 +215,7 @@ class Interactions(SequenceData):
             separator=items_separator,
             names_option="dataset.item_names",
             separator_option="dataset.items_separator",
+            key_option="dataset.items_id",
         )
         if items is not None and not self.items.features and item_title is None:
             raise UserError(
@@ -525,13 +526,20 @@ class Preparation:
         values = [name for name in (*(self.timestamp or ()), self.rating) if name is not None]
         return Compact((self.user, self.item), [name for name in values if name not in compared])
 
+    @property
+    def options(self) -> dict[str, str]:
+        """The option that names a column, by column."""
+        named = [("user", self.user), ("item", self.item), ("rating", self.rating)]
+        named += [("timestamp", name) for name in self.timestamp or ()]
+        return {name: f"dataset.{option}" for option, name in named if name is not None}
+
     def select(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the columns of a data frame that are read.
 
         Raises:
             UserError: One is absent, or there is no row.
         """
-        return open_table(frame, "interactions", self.columns)[0]
+        return open_table(frame, "interactions", self.columns, options=self.options)[0]
 
     def _table(self, source: Table, notes: list[str]) -> _Rows:
         """Read a table with named columns, without the rows below ``min_rating``."""
@@ -543,6 +551,7 @@ class Preparation:
             names=self.names,
             separator=self.separator,
             names_option="dataset.names",
+            options=self.options,
             notes=notes,
             compact=self._compact,
         )

@@ -69,8 +69,8 @@ class TableData(TwoTowerData):
         target: Column to learn, numeric. None: each row is a positive with target 1.
         negatives: Items without an interaction of the user to draw for each relevant row, with target 0. None: 1
             without a target column, 0 with one.
-        relevant_above: A row is relevant (for ranking) if its target is above this; without a target column every row
-            is.
+        relevant_above: A row is relevant (for ranking, and for losses of relevant pairs) if its target is above this;
+            without a target column every row is.
         user_numeric, user_categorical: Feature columns of ``users``.
         item_numeric, item_categorical: Feature columns of ``items``.
         item_id_feature: Use the item's id as a feature.
@@ -160,6 +160,11 @@ class TableData(TwoTowerData):
         self.filter_columns = RowFilter(filter).columns if filter is not None else []
         self.negatives = int(negatives) if negatives is not None else int(target is None)
         self.relevant_above, self.on_unknown, self.separator = relevant_above, on_unknown, separator
+        if self.negatives and relevant_above < 0:
+            raise UserError(
+                f"dataset.relevant_above={relevant_above:g}: drawn negatives have target 0 and would be relevant; give "
+                "0 or more, or dataset.negatives=0"
+            )
         self.held_out, self.min_relevant = held_out, min_relevant
         self.n_test_users, self.n_val_users = n_test_users, n_val_users
         self.n_val_pairs = n_val_pairs
@@ -247,6 +252,10 @@ class TableData(TwoTowerData):
             val_ranking=self._ranking_of(rows, split, split.val),
             test_ranking=self._ranking_of(rows, split, split.test),
             item_counts=torch.from_numpy(counts),
+            relevant_above=0.0 if self.target is None else self.relevant_above,
+            seen=Ragged.from_pairs(
+                torch.from_numpy(train_rows.user), torch.from_numpy(train_rows.item), n_users
+            ),
             notes=notes,
             sources=self._hash(),
         )
@@ -269,8 +278,16 @@ class TableData(TwoTowerData):
         """Read the distinct interactions, as row numbers of the two tables, and those tables."""
         target_column = [] if self.target is None else [self.target]
         columns = [self.user, self.item, *target_column, *self.timestamp, *self.filter_columns]
+        options = dict.fromkeys(self.timestamp, "dataset.timestamp")
+        options |= {self.user: "dataset.user", self.item: "dataset.item"}
+        options |= dict.fromkeys(target_column, "dataset.target")
         frame, where = open_table(
-            self.interactions, "interactions", columns, separator=self.separator, notes=notes
+            self.interactions,
+            "interactions",
+            columns,
+            separator=self.separator,
+            options=options,
+            notes=notes,
         )
         if self.filter is not None:
             frame = filtered(frame, self.filter, where, notes)

@@ -90,7 +90,11 @@ class TwoTowerSplits:
     user_ids: pl.Series | None = None
     """(U,) names of the users; None: they have none."""
     item_counts: Tensor | None = None
-    """(I,) int64, positive training pairs of each item; None: they are those with a target above 0."""
+    """(I,) int64, positive training pairs of each item; None: they are those with a target above ``relevant_above``."""
+    relevant_above: float = 0.0
+    """A pair is relevant if its target is above this."""
+    seen: Ragged | None = None
+    """Items of each user's training rows, not to recommend again; None: those of the relevant training pairs."""
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Baselines to print beside the model; ``random`` and ``popularity`` are added."""
     notes: list[str] = field(default_factory=list)
@@ -113,7 +117,7 @@ class TwoTowerSplits:
                 "or hold out fewer users"
             )
         if self.item_counts is None:
-            positive = self.train.item[self.train.target > 0]
+            positive = self.train.item[self.train.target > self.relevant_above]
             self.item_counts = torch.bincount(positive, minlength=n_items)
         self.baselines = {
             "random": AtRandom(n_items),
@@ -254,12 +258,14 @@ class TwoTowerData(RecommenderData[TwoTowerSplits]):
         return self._ranking(self.splits.test_ranking)
 
     def predict_dataloader(self) -> UserLoader:
-        """Return a loader of all users, for recommendations; items of their positive training pairs are seen."""
+        """Return a loader of all users, for recommendations; items of their training rows are seen, as in the test."""
         splits = self.splits
-        mine = splits.train.target > 0
-        seen = Ragged.from_pairs(
-            splits.train.user[mine], splits.train.item[mine], splits.users.n_rows
-        )
+        seen = splits.seen
+        if seen is None:
+            mine = splits.train.target > splits.relevant_above
+            seen = Ragged.from_pairs(
+                splits.train.user[mine], splits.train.item[mine], splits.users.n_rows
+            )
         return UserLoader(
             splits.users, seen, batch_size=self.eval_batch_size, **self._shard(), **self._loading()
         )

@@ -50,18 +50,26 @@ class MeanSquaredError(PairLoss):
 
 
 class BinaryCrossEntropy(PairLoss):
-    """Return the binary cross-entropy of the inner product as a logit; a target above 0 is a 1, any other a 0."""
+    """Return the binary cross-entropy of the inner product as a logit.
+
+    Args:
+        relevant_above: A target above this is a 1, any other a 0. None: 0, or in a model that of its dataset.
+    """
+
+    def __init__(self, *, relevant_above: float | None = None) -> None:
+        super().__init__()
+        self.relevant_above = 0.0 if relevant_above is None else relevant_above
 
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
-        label = (target > 0).to(user.dtype)
+        label = (target > self.relevant_above).to(user.dtype)
         return F.binary_cross_entropy_with_logits((user * item).sum(-1), label)
 
 
 class InBatchSoftmax(PairLoss):
     """Return the cross-entropy of each positive pair's item among the items of the batch (Yi et al. 2019).
 
-    Pairs with a target of 0 or less only contribute their items. The same item in another pair is not a negative. A
-    batch without a positive pair has loss 0.
+    Other pairs only contribute their items. The same item in another pair is not a negative. A batch without a positive
+    pair has loss 0.
 
     Items of positive pairs are popular ones, so popular items are negatives too often. Two corrections, which work
     together:
@@ -73,6 +81,7 @@ class InBatchSoftmax(PairLoss):
       "Mixed negative sampling for learning two-tower neural networks in recommendations"). Not in validation.
 
     Args:
+        relevant_above: A pair with a target above this is positive. None: 0, or in a model that of its dataset.
         logq: Correct the scores.
         negatives: K.
 
@@ -80,8 +89,11 @@ class InBatchSoftmax(PairLoss):
         ValueError: ``negatives`` is below 0.
     """
 
-    def __init__(self, *, logq: bool = False, negatives: int = 0) -> None:
+    def __init__(
+        self, *, relevant_above: float | None = None, logq: bool = False, negatives: int = 0
+    ) -> None:
         super().__init__()
+        self.relevant_above = 0.0 if relevant_above is None else relevant_above
         if negatives < 0:
             raise ValueError(f"negatives={negatives}: expected at least 0")
         self.logq, self.negatives = logq, negatives
@@ -102,7 +114,7 @@ class InBatchSoftmax(PairLoss):
             raise UserError(
                 "loss.logq=true needs the items' training pairs; train with a dataset, or pass item_counts to the model"
             )
-        n_positive = (target > 0).sum()
+        n_positive = (target > self.relevant_above).sum()
         n_uniform = item_index.numel() - n_positive
         # An item without a training pair may be a positive of validation.
         share_N = self.counts[item_index].clamp(min=1) / self.counts.sum()
@@ -111,7 +123,7 @@ class InBatchSoftmax(PairLoss):
     def forward(self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # one graph needs shapes that are known
             return self.with_static_shapes(user, item, target, item_index)
-        positive = target > 0
+        positive = target > self.relevant_above
         logits_PN = user[positive] @ item.T
         if self.logq:
             logits_PN = logits_PN - self.log_expected(target, item_index)
@@ -130,7 +142,7 @@ class InBatchSoftmax(PairLoss):
         self, user: Tensor, item: Tensor, target: Tensor, item_index: Tensor
     ) -> Tensor:
         """Return the same loss by shapes that do not depend on the targets, for ``vmap`` and ``torch.compile``."""
-        positive_B = target > 0
+        positive_B = target > self.relevant_above
         B, N = target.numel(), item_index.numel()
         itself_BN = torch.eye(B, N, dtype=torch.bool, device=target.device)
         same_BN = (item_index[:B].unsqueeze(1) == item_index.unsqueeze(0)) & ~itself_BN

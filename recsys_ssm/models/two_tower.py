@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 from recsys_ssm.batches import Ragged, TopItems
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import Features, FeatureSchema, as_frame
-from recsys_ssm.instantiate import Part, build, to_spec
+from recsys_ssm.instantiate import Part, build, find, takes, to_spec
 from recsys_ssm.metrics import DEFAULT_METRICS, RankingMetrics, over_all_users, rank_top_k
 from recsys_ssm.models.backbones.base import Backbone
 from recsys_ssm.models.heads import TowerHead
@@ -82,6 +82,7 @@ class TwoTower(Recommender):
         tokenizer: A :class:`TableTokenizer`; None: :class:`FeatureTokenizer`.
         head: Module built with ``d_model``; None: :class:`TowerHead`.
         loss: A :class:`PairLoss`; None: :class:`MeanSquaredError`.
+        relevant_above: A pair with a target above this is relevant, for losses that tell relevant pairs from others.
         optimizer: Spec of a ``torch.optim`` optimizer; None: Adam with lr 1e-4.
         scheduler: Spec of a learning-rate scheduler, stepped each step; None: the rate stays.
         metrics: Ranking metrics of validation and test, as ``hr@10``.
@@ -112,6 +113,7 @@ class TwoTower(Recommender):
         tokenizer: Part | None = None,
         head: Part | None = None,
         loss: Part | None = None,
+        relevant_above: float = 0.0,
         optimizer: Part | None = None,
         scheduler: Part | None = None,
         metrics: Sequence[str] = DEFAULT_METRICS,
@@ -128,7 +130,13 @@ class TwoTower(Recommender):
         self.user_schema = FeatureSchema.from_dict(user_schema)
         self.item_schema = FeatureSchema.from_dict(item_schema)
         self.item_ids = list(item_ids)
-        self.loss: PairLoss = build(loss, PairLoss, "loss")  # type: ignore[type-abstract]
+        if loss.get("relevant_above", 0) is None:
+            del loss["relevant_above"]
+        given = {}
+        kind = find(loss["_target_"], "loss", PairLoss)
+        if "relevant_above" not in loss and takes(kind, "relevant_above"):
+            given["relevant_above"] = relevant_above
+        self.loss: PairLoss = build(loss, PairLoss, "loss", **given)  # type: ignore[type-abstract]
         self.optimizer_spec, self.scheduler_spec = optimizer, scheduler
 
         self.user_tower = _tower(self.user_schema, tokenizer, backbone, head)
@@ -165,6 +173,7 @@ class TwoTower(Recommender):
             "item_schema": splits.item_schema.to_dict(quantiles=True),
             "item_ids": splits.item_ids,
             "items": splits.items,
+            "relevant_above": splits.relevant_above,
         }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:

@@ -12,11 +12,13 @@ import lightning as L
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from recsys_ssm.data.base import RecommenderData
 from recsys_ssm.errors import UserError
+from recsys_ssm.features import FeatureSchema
 from recsys_ssm.instantiate import (
     check,
     defaults_of,
@@ -392,6 +394,44 @@ def still_improving(
         f"{cfg.monitor} was still improving when the training ended, at step {steps}: "
         f"resume it with ckpt_path=last and a larger {option}"
     )
+
+
+def why_stopped(trainer: L.Trainer) -> str | None:
+    """Return at which step and why a training ended before its last step; None if it did not."""
+    for callback in trainer.early_stopping_callbacks:
+        monitor, best = callback.monitor, float(callback.best_score)
+        reasons = {
+            EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{monitor} was not better than {best:.4f} in "
+            f"{callback.wait_count} validations in a row (callbacks.early_stopping.patience)",
+            EarlyStoppingReason.NON_FINITE_METRIC: f"{monitor} is not a finite number",
+            EarlyStoppingReason.STOPPING_THRESHOLD: f"{monitor} reached stopping_threshold="
+            f"{callback.stopping_threshold}",
+            EarlyStoppingReason.DIVERGENCE_THRESHOLD: f"{monitor} reached divergence_threshold="
+            f"{callback.divergence_threshold}",
+        }
+        reason = reasons.get(callback.stopping_reason)
+        patient = callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+        if reason and not (patient and callback.wait_count < callback.patience):
+            return f"early stopping at step {trainer.global_step}: {reason}"
+    return None
+
+
+def describe_features(splits: Any) -> list[str]:
+    """Return a line for each side, users and items, on its features: columns, and the numbers of their values."""
+    lines = []
+    for side in ("user", "item"):
+        schema: FeatureSchema | None = getattr(splits, f"{side}_schema", None)
+        if schema is None or not schema.n_features:
+            continue
+        words = [f"{field.name} (number)" for field in schema.numeric]
+        words += [f"{field.name} ({len(field.values):,} values)" for field in schema.categorical]
+        more = len(words) - _SHOWN_FEATURES
+        shown = ", ".join(words[:_SHOWN_FEATURES]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"features of {side}s: {shown}")
+    return lines
+
+
+_SHOWN_FEATURES = 12
 
 
 def duration(seconds: float) -> str:

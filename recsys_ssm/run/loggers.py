@@ -81,11 +81,13 @@ def wandb_logger(
         log_model=log_model,
         mode=mode,
         resume="allow",
-        settings=wandb.Settings(quiet=True),
+        settings=wandb.Settings(quiet=True, silent=True),  # the lines of a run are ours
     )
     # Lightning hands on a setting that W&B has dropped, and W&B would warn of it in every run.
     logger._wandb_init.pop("anonymous", None)
     define_metrics(logger.experiment, monitor, monitor_mode)
+    if mode == "online":
+        log.info("W&B: %s", logger.experiment.url)
     return logger
 
 

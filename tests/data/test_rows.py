@@ -518,7 +518,7 @@ def test_twelve_hour_times_and_a_named_zone_are_times() -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("user_id,item_id\n1,2\n".encode("utf-16"), "is UTF-16 text; save it in UTF-8"),
         (b"user_id,item_id,timestamp\r1,2,3\r", "carriage returns alone"),
-        (b"userId,item_id,timestamp\n1,2,3\n", "give 'userId' as the column's name"),
+        (b"userId,item_id,timestamp\n1,2,3\n", "give the column's name: dataset.user=userId"),
     ],
 )
 def test_another_kind_of_file_is_named(tmp_path, content, what) -> None:
@@ -540,3 +540,24 @@ def test_blanks_behind_separators_are_no_part_of_names_and_ids(tmp_path) -> None
     splits = Interactions(interactions=tmp_path / "x.csv").splits
     assert splits.item_ids == ["i0", "i1", "i2", "i3"]
     assert any("blanks around the names" in note for note in splits.notes)
+
+
+def test_an_absent_column_names_its_option(tmp_path) -> None:
+    """The message for the default column had no way on: "no column 'timestamp'"."""
+    pl.DataFrame({"user_id": ["a"], "item_id": ["b"], "day": [1]}).write_csv(tmp_path / "x.csv")
+    frame = pl.read_csv(tmp_path / "x.csv")
+    for source, table, options, option in (
+        (tmp_path / "x.csv", Interactions, {}, "timestamp"),
+        (frame, Interactions, {}, "timestamp"),
+        (frame, Interactions, {"timestamp": "day", "item": "sku"}, "item"),
+        (frame, Interactions, {"timestamp": "day", "rating": "stars", "min_rating": 1}, "rating"),
+        (tmp_path / "x.csv", TableData, {"user": "who"}, "user"),
+        (frame, TableData, {"target": "stars"}, "target"),
+    ):
+        with pytest.raises(UserError) as caught:
+            _ = table(interactions=source, **options).splits
+        assert f"; give the column's name: dataset.{option}=…" in str(caught.value)
+    columns = {"timestamp": "day", "items_id": "sku", "item_numeric": ["day"]}
+    data = Interactions(interactions=frame, items=frame, **columns)
+    with pytest.raises(UserError, match=r"items: no column 'sku'.*: dataset.items_id=…"):
+        data.items.read()

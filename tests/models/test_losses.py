@@ -43,6 +43,17 @@ def test_softmax_by_hand() -> None:
     assert in_batch_softmax(USER, ITEM, TARGET, INDEX).item() == pytest.approx(expected)
 
 
+def test_relevant_pairs_of_ratings() -> None:
+    """A rating of 1 of 5 was a positive pair, though the test took ratings above 3 alone for relevant."""
+    stars = torch.tensor([5.0, 1.0, 4.0])
+    for kind in (BinaryCrossEntropy, InBatchSoftmax):
+        expected = kind()(USER, ITEM, TARGET, INDEX)
+        assert torch.equal(kind(relevant_above=3)(USER, ITEM, stars, INDEX), expected)
+        assert not torch.equal(kind()(USER, ITEM, stars, INDEX), expected)
+    static = InBatchSoftmax(relevant_above=3).with_static_shapes(USER, ITEM, stars, INDEX)
+    assert static.item() == pytest.approx(in_batch_softmax(USER, ITEM, TARGET, INDEX).item())
+
+
 def test_softmax_without_a_positive_pair_is_zero_and_differentiable() -> None:
     loss = in_batch_softmax(USER, ITEM, -torch.ones(3), INDEX)
     loss.backward()
