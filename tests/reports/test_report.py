@@ -173,7 +173,7 @@ def test_every_table_says_which_models_see_the_time_of_the_query(tmp_path: Path)
     assert all("query time" in each.head for each in tables_found)
     for label in ("next-item-ml_100k", "cost", "settings"):
         sees = {row["model"]: row["query time"] for row in table(found, label)}
-        assert sees["Mamba2"] == "yes" and sees["Mamba"] == "no", label
+        assert sees["2Mamba4Rec"] == "yes" and sees["Mamba4Rec"] == "no", label
     (pair,) = rows(found, "paired", settings="best settings")
     assert sorted(pair["query time"].split(", ")) == ["no", "yes"]
 
