@@ -208,7 +208,8 @@ def test_a_run_begins_without_a_warning(no_mode: pytest.MonkeyPatch, tmp_path: P
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "offline-run-" in done.stderr and "WARNING" not in done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_with_a_key_but_no_network_offline(no_mode: pytest.MonkeyPatch) -> None:
