@@ -21,7 +21,7 @@ def test_text_page(run_page: Callable[[Path], Path], repository: Path, tmp_path:
     folder = run_page(tmp_path / "text.md")
     runs = {path.parent.parent.name: path for path in folder.glob("runs/*/*/metrics.json")}
     assert set(runs) == {
-        "first", "shop-gpt4rec-seed0", "shop-llamarec-seed0", "shop-mamba-seed0",
+        "first", "shop-gpt4rec-seed0", "shop-llamarec-seed0", "shop-mamba-seed0", "shop-mamrec-seed0",
     }  # fmt: skip
     llamarec = json.loads(runs["shop-llamarec-seed0"].read_text())
     assert llamarec["two_stages"]["n_candidates"] == 20
