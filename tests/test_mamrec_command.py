@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
+from kill import kill_after_checkpoint
 
 pytest.importorskip("transformers", reason="the extra text is not installed")
 
@@ -48,20 +45,7 @@ def test_a_run_is_trained_tested_again_and_recommends(cli: Callable, tmp_path: P
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_figures(cli: Callable, tmp_path: Path) -> None:
     base = [*BASE, "trainer.max_epochs=6", "name=text"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recsys_ssm.train", *base],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 400
-    while not list(tmp_path.glob("runs/text/*/checkpoints/last.ckpt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert not list(tmp_path.glob("runs/text/*/metrics.json"))
+    kill_after_checkpoint(tmp_path, base)
     assert cli("train", *base, "ckpt_path=last").code == 0
     assert cli("train", *base, "output_dir=whole").code == 0
     resumed = json.loads((only(tmp_path / "runs") / "metrics.json").read_text())

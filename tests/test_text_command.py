@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
+from kill import kill_after_checkpoint
 
 for package in ("transformers", "peft", "bm25s"):
     pytest.importorskip(package, reason="the extra text is not installed")
@@ -81,20 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(
     cli: Callable, retrieved: None, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     base = [*options, "trainer.max_epochs=6", "name=text"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recsys_ssm.train", *base],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 400
-    while not list(tmp_path.glob("runs/text/*/checkpoints/last.ckpt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert not list(tmp_path.glob("runs/text/*/metrics.json"))
+    kill_after_checkpoint(tmp_path, base)
     assert cli("train", *base, "ckpt_path=last").code == 0
     assert cli("train", *base, "output_dir=whole").code == 0
     resumed = json.loads((only(tmp_path / "runs", "text") / "metrics.json").read_text())

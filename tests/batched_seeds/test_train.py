@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 import yaml
+from kill import kill_after_checkpoint
 from small import SMALL_MAMBA, TINY
 
 QUICK = (*TINY, *SMALL_MAMBA, "logger=none", "trainer.log_every_n_steps=2", "optimizer.lr=0.01")
@@ -128,20 +125,7 @@ def test_the_last_state_or_none_is_tested(cli, tmp_path: Path, test: str) -> Non
 
 def test_killed_and_resumed_is_as_if_never_stopped(cli, tmp_path: Path) -> None:
     base = [*QUICK, "seeds=2", "trainer.max_steps=60", "validations=30"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recsys_ssm.batched_seeds", *base],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert not list(tmp_path.glob("runs/*/*/metrics.json"))
+    kill_after_checkpoint(tmp_path, base, "batched_seeds", timeout_s=300)
 
     outcome = cli(COMMAND, *base, "ckpt_path=last")
     assert outcome.code == 0, outcome.text
