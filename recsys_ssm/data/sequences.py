@@ -570,7 +570,7 @@ class SequenceData(RecommenderData[SequenceSplits]):
             for batch in self.test_batches():
                 k = ranking.max_k
                 if name == "popularity":
-                    top = _first_unseen(by_count, batch.seen, k)
+                    top = first_unseen(by_count, batch.seen, k)
                 elif name == "popularity_unfiltered":
                     top = by_count[:k].expand(len(batch.user), -1)
                 else:
@@ -639,7 +639,7 @@ def _cut(first: np.ndarray, stop: np.ndarray, length: int) -> tuple[np.ndarray, 
     return np.maximum(first, stop - length), stop
 
 
-def _first_unseen(ranked: Tensor, seen: Ragged, k: int) -> Tensor:
+def first_unseen(ranked: Tensor, seen: Ragged, k: int) -> Tensor:
     """Return the first ``k`` of ``ranked`` (I,) that are not in the history; (U, k) int64, -1 if there are fewer."""
     n_users, lengths = seen.lengths.numel(), seen.lengths
     n = min(ranked.numel(), k + int(lengths.max()))  # among these, k are not in the history

@@ -18,14 +18,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from recsys_ssm.batches import Ragged
 from recsys_ssm.data.base import RecommenderData
-from recsys_ssm.data.sequences import SequenceData, SequenceSplits
+from recsys_ssm.data.sequences import SequenceData, SequenceSplits, first_unseen
 from recsys_ssm.errors import UserError
 from recsys_ssm.features import MISSING, Features
+from recsys_ssm.metrics import per_user
 from recsys_ssm.models.histories import HistoryRecommender, histories_of
 from recsys_ssm.models.recommender import Recommender, RowName
-from recsys_ssm.run.trained import load_model, open_run
+from recsys_ssm.run.trained import load_model, named_by, open_run
 
 NEW_ITEMS = ("neighbours", "features", "random")
 """Where the rows of new items begin; see ``init_items`` in ``conf/train.yaml``."""
@@ -92,15 +92,9 @@ def begin_from(cfg: DictConfig, data: RecommenderData[Any], model: Recommender) 
         raise UserError(f"init_items={cfg.init_items}: expected one of {', '.join(NEW_ITEMS)}")
     if cfg.init_from is None:
         return None
-    try:
+    with named_by("init_from"):
         run = open_run(str(cfg.init_from), root=cfg.output_root)
         old, _ = load_model(run)
-    except UserError as error:
-        message = str(error)
-        named = message.startswith("run=")
-        raise UserError(
-            f"init_from={message.removeprefix('run=')}" if named else f"init_from: {message}"
-        ) from error
     where = f"init_from={cfg.init_from}"
     if type(old) is not type(model):
         raise UserError(
@@ -313,7 +307,9 @@ def compare(growth: Growth, model: Recommender, data: RecommenderData[Any]) -> d
         top, _ = before.best_or_popular(known, K, filter_seen=model.filter_seen)
         tops["before"].append(back[top])
         tops["popularity"].append(
-            most_popular(popular, batch.seen if model.filter_seen else None, len(batch.user))
+            first_unseen(popular, batch.seen, K)
+            if model.filter_seen
+            else popular[:K].expand(len(batch.user), -1)
         )
         users.append(batch.user)
         targets.append(batch.target)
@@ -340,25 +336,11 @@ def compare(growth: Growth, model: Recommender, data: RecommenderData[Any]) -> d
     return done
 
 
-def most_popular(popular: Tensor, seen: Ragged | None, n_users: int) -> Tensor:
-    """Return the first :data:`K` of ``popular`` (I,), without a user's seen items: (U, K), -1 if there are fewer."""
-    if seen is None:
-        return popular[:K].expand(n_users, -1)
-    rows = [popular[~torch.isin(popular, torch.tensor(each))][:K] for each in histories_of(seen)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
 def _padded(top: Tensor) -> Tensor:
     return torch.nn.functional.pad(top, (0, K - top.shape[1]), value=-1)
 
 
 def _figures(top: Tensor, target: Tensor) -> dict[str, float]:
     """Return the hit ratio and NDCG of rankings (U, K) with one relevant item each (U,)."""
-    if not len(target):
-        return {}
-    hits = top == target.unsqueeze(1)
-    gain = 1 / torch.log2(torch.arange(2, top.shape[1] + 2).double())
-    return {
-        f"hr@{K}": float(hits.any(1).double().mean()),
-        f"ndcg@{K}": float((hits * gain).sum(1).mean()),
-    }
+    values = per_user(top, target, (f"hr@{K}", f"ndcg@{K}"))
+    return {name: float(value.mean()) for name, value in values.items() if len(target)}

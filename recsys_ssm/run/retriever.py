@@ -14,7 +14,7 @@ from recsys_ssm.instantiate import import_target, takes
 from recsys_ssm.models.recommender import Recommender
 from recsys_ssm.run.resume import check_identity
 from recsys_ssm.run.settings import settings
-from recsys_ssm.run.trained import load_model, open_run
+from recsys_ssm.run.trained import load_model, named_by, open_run
 
 
 class Retriever(NamedTuple):
@@ -42,7 +42,7 @@ def open_retriever(cfg: DictConfig, data: RecommenderData[Any]) -> Retriever | N
         raise UserError(
             f"retriever={cfg.retriever}: {target.rpartition('.')[2]} ranks the whole catalogue; leave it out"
         )
-    try:
+    with named_by("retriever"):
         run = open_run(str(cfg.retriever), root=cfg.output_root)
         if not (run.folder / "metrics.json").is_file() and not Path(cfg.retriever).is_file():
             raise UserError(
@@ -50,12 +50,6 @@ def open_retriever(cfg: DictConfig, data: RecommenderData[Any]) -> Retriever | N
                 "give a .ckpt file of it"
             )
         model, record = load_model(run)
-    except UserError as error:
-        message = str(error)
-        named = message.startswith("run=")
-        raise UserError(
-            f"retriever={message.removeprefix('run=')}" if named else f"retriever: {message}"
-        ) from error
     check_identity(record, data.identity(), f"retriever={cfg.retriever}")
     known = record.get("data")
     if not isinstance(known, Mapping) or "split" not in known:

@@ -6,9 +6,10 @@ is used only if :func:`recsys_ssm.instantiate.find` trusts it. The same holds fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +48,23 @@ class TrainedRun:
     @property
     def name(self) -> str:
         return str(self.config.get("name", self.folder.name))
+
+
+@contextlib.contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Put another option into the messages of :func:`open_run` and :func:`load_model`, which name ``run``.
+
+    Raises:
+        UserError: The error of the block, with ``option``.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        named = message.startswith("run=")
+        raise UserError(
+            f"{option}={message.removeprefix('run=')}" if named else f"{option}: {message}"
+        ) from error
 
 
 def open_run(run: str, which: str = "best", root: str | Path = "runs") -> TrainedRun:
