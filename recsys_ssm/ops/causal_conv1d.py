@@ -315,26 +315,31 @@ def _backward_into(gradients: Sequence[Tensor], dy: Tensor, *inputs: Any) -> Non
             mine.copy_(computed)
 
 
-class _Convolution(KernelFunction):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.recsys_ssm.causal_conv1d.default(*inputs)
-        *tensors, ctx.silu, ctx.ahead = inputs
-        ctx.save_for_backward(*tensors)
-        return y
+def differentiable(name: str) -> Any:
+    """Return the function of an operator with this module's schemas, with the gradients of ``name_backward``."""
+    run = getattr(torch.ops.recsys_ssm, name).default
+    run_backward = getattr(torch.ops.recsys_ssm, f"{name}_backward").default
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, seq_idx, state = ctx.saved_tensors
-        found = torch.ops.recsys_ssm.causal_conv1d_backward.default(
-            dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead
-        )
-        left = iter(found)
-        dx, dweight = next(left), next(left)
-        dbias = None if bias is None else next(left)
-        dstate = None if state is None else next(left)
-        return dx, dweight, dbias, None, dstate, None, None
+    class Convolution(KernelFunction):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                y = run(*inputs)
+            *tensors, ctx.silu, ctx.ahead = inputs
+            ctx.save_for_backward(*tensors)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            x, weight, bias, seq_idx, state = ctx.saved_tensors
+            found = run_backward(dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead)
+            left = iter(found)
+            dx, dweight = next(left), next(left)
+            dbias = None if bias is None else next(left)
+            dstate = None if state is None else next(left)
+            return dx, dweight, dbias, None, dstate, None, None
+
+    return Convolution.apply
 
 
 register_operator(
@@ -344,7 +349,7 @@ register_operator(
     backward=_backward_cpu,
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,
-    differentiable=_Convolution.apply,
+    differentiable=differentiable("causal_conv1d"),
 )
 
 

@@ -196,7 +196,7 @@ def _chunked(
 ) -> Tensor:
     """Compute attention within each chunk and pass a state from chunk to chunk, all in matrix products."""
     wide = state_dtype(x, log_decay, past, own, B, C, B_bias, C_bias, angle, D)
-    batch, length, rank, heads, _ = x.shape
+    _, length, rank, heads, _ = x.shape
     dtype = x.dtype
     if x.numel() == 0:
         return x.clone()
@@ -204,14 +204,8 @@ def _chunked(
     K = -(-length // Q)
     with torch.autocast(x.device.type, enabled=False):
         x, log_decay, past, own, B, C, angle = (
-            t.to(wide) for t in (x, log_decay, past, own, B, C, angle)
+            _without_padding(t, wide, seq_idx) for t in (x, log_decay, past, own, B, C, angle)
         )
-        if seq_idx is not None:
-            pad_BL = seq_idx < 0
-            x, log_decay, past, own, B, C, angle = (
-                t.masked_fill(pad_BL.reshape(batch, length, *(1,) * (t.dim() - 2)), 0)
-                for t in (x, log_decay, past, own, B, C, angle)
-            )
         per_group = heads // B.shape[3]
         k_BHKTN, q_BHKTN = (
             _positions(
@@ -274,9 +268,7 @@ def _chunked(
         )
         if D is not None:
             y_BLRHP = y_BLRHP + D.to(wide)[:, None] * x
-        if seq_idx is not None:
-            y_BLRHP = y_BLRHP.masked_fill(pad_BL[:, :, None, None, None], 0)
-        return y_BLRHP.to(dtype)
+        return _without_padding(y_BLRHP, dtype, seq_idx)
 
 
 def _matrix_form(
@@ -302,14 +294,8 @@ def _matrix_form(
     batch, length, rank, heads, _ = x.shape
     dtype = x.dtype
     x, log_decay, past, own, B, C, angle = (
-        t.to(wide) for t in (x, log_decay, past, own, B, C, angle)
+        _without_padding(t, wide, seq_idx) for t in (x, log_decay, past, own, B, C, angle)
     )
-    if seq_idx is not None:
-        pad_BL = seq_idx < 0
-        x, log_decay, past, own, B, C, angle = (
-            t.masked_fill(pad_BL.reshape(batch, length, *(1,) * (t.dim() - 2)), 0)
-            for t in (x, log_decay, past, own, B, C, angle)
-        )
     log_BLH = log_decay.double().cumsum(1)
     scale_BLH = own + F.pad(past[:, 1:], (0, 0, 0, 1))
     here_L = torch.arange(length, device=x.device)
@@ -346,9 +332,15 @@ def _matrix_form(
     y_BLRHP = torch.stack(outputs, 3)
     if D is not None:
         y_BLRHP = y_BLRHP + D.to(wide)[:, None] * x
-    if seq_idx is not None:
-        y_BLRHP = y_BLRHP.masked_fill(pad_BL[:, :, None, None, None], 0)
-    return y_BLRHP.to(dtype)
+    return _without_padding(y_BLRHP, dtype, seq_idx)
+
+
+def _without_padding(tensor: Tensor, dtype: torch.dtype, seq_idx: Tensor | None) -> Tensor:
+    """Return (B, L, …) in ``dtype``, with zeros at padding."""
+    tensor = tensor.to(dtype)
+    if seq_idx is None:
+        return tensor
+    return tensor.masked_fill((seq_idx < 0).reshape(*seq_idx.shape, *(1,) * (tensor.dim() - 2)), 0)
 
 
 def _positions(x_BLRHN: Tensor, chunks: int, size: int) -> Tensor:

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recsys_ssm.ops._operators import KernelFunction, register_operator
+from recsys_ssm.ops._operators import register_operator
 from recsys_ssm.ops._vmap import each_call
+from recsys_ssm.ops.causal_conv1d import differentiable
 from recsys_ssm.ops.triton._launch import (
     blocks,
     first_positions,
@@ -427,28 +428,6 @@ def _backward_into(gradients: Sequence[Tensor], dy: Tensor, *inputs: Any) -> Non
         dbias.copy_(bias_parts.sum(0))
 
 
-class _Convolution(KernelFunction):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.recsys_ssm.triton_causal_conv1d.default(*inputs)
-        *tensors, ctx.silu, ctx.ahead = inputs
-        ctx.save_for_backward(*tensors)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, seq_idx, state = ctx.saved_tensors
-        found = torch.ops.recsys_ssm.triton_causal_conv1d_backward.default(
-            dy, x, weight, bias, seq_idx, state, ctx.silu, ctx.ahead
-        )
-        left = iter(found)
-        dx, dweight = next(left), next(left)
-        dbias = None if bias is None else next(left)
-        dstate = None if state is None else next(left)
-        return dx, dweight, dbias, None, dstate, None, None
-
-
 register_operator(
     "triton_causal_conv1d",
     _LIBRARY,
@@ -456,7 +435,7 @@ register_operator(
     backward=_backward,
     forward_fake=_forward_fake,
     backward_fake=_backward_fake,
-    differentiable=_Convolution.apply,
+    differentiable=differentiable("triton_causal_conv1d"),
     device="CompositeExplicitAutograd",
     remedy="pass float64 tensors or set ops.backend=reference to differentiate plain PyTorch",
 )
