@@ -104,13 +104,6 @@ class TimeScale(nn.Module):
         return torch.exp2(F.linear(inner, self.weight, self.bias).tanh())
 
 
-def no_timed_steps(name: str) -> NotImplementedError:
-    """Return the error of a step without the time of its event."""
-    return NotImplementedError(
-        f"{name} with scale_by_time=true needs the time of each event, so it cannot advance by one token; call forward"
-    )
-
-
 class Timed(NamedTuple):
     """Context of mixers that scale their steps by time."""
 
@@ -206,6 +199,54 @@ class Mixer(nn.Module, abc.ABC):
     def step(self, x_BD: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Advance by one token, as :meth:`Backbone.step` does."""
         raise NotImplementedError(_NO_STEPS.format(type(self).__name__))
+
+
+class TimedMixer(Mixer):
+    """Mixer that goes on from a state over many tokens at once, and may scale its step sizes by time."""
+
+    label: ClassVar[str]
+    """Name in messages."""
+    time_scale: TimeScale | None
+
+    @abc.abstractmethod
+    def _run(
+        self, x_BLD: Tensor, context: Tensor | Timed | None, before: Any, want_state: bool
+    ) -> tuple[Tensor, Any]:
+        """Return the outputs (B, L, D) of tokens that follow the state ``before``, and the state after them.
+
+        Args:
+            x_BLD: (B, L, D).
+            context: As in :meth:`forward`.
+            before: A state; None: that before the first token.
+            want_state: Return the state after; otherwise None.
+        """
+
+    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
+        return self._run(x_BLD, context, None, False)[0]
+
+    def extend(
+        self, x_BLD: Tensor, state: Any, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
+        self.check_steps()
+        return self._run(x_BLD, seq_idx, state, True)
+
+    def follow(self, x_BLD: Tensor, state: Any) -> Tensor:
+        """Return the outputs of :meth:`extend` alone."""
+        self.check_steps()
+        return self._run(x_BLD, None, state, False)[0]
+
+    def check_steps(self) -> None:
+        """Check that tokens can follow a state without the time of their events.
+
+        Raises:
+            NotImplementedError: They cannot.
+        """
+        if self.time_scale is not None:
+            raise NotImplementedError(
+                f"{self.label} with scale_by_time=true needs the time of each event, so it cannot advance by one "
+                "token; call forward"
+            )
 
 
 class FeedForward(nn.Module):
@@ -426,3 +467,11 @@ class Stack(Backbone):
             token, layer_state = layer.step(token, layer_state)
             states.append(layer_state)
         return self.final_norm(token), states
+
+
+class TimedStack(Stack):
+    """Stack of mixers that may scale their step sizes by time."""
+
+    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
+        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
+        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx

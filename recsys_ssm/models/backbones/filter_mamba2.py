@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys_ssm.models.backbones.base import Clock, Mixer, Stack, Timed
+from recsys_ssm.models.backbones.base import Mixer, Timed, TimedStack
 from recsys_ssm.models.backbones.mamba2 import Mamba2Block, Mamba2State
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
@@ -104,7 +104,7 @@ class FilterMamba2Block(Mixer):
         return torch.lerp(y, f, self.share.sigmoid())
 
 
-class FilterMamba2(Stack):
+class FilterMamba2(TimedStack):
     """Mamba-2 blocks, each beside a long causal filter over the history, in a :class:`Stack`.
 
     Args:
@@ -174,7 +174,3 @@ class FilterMamba2(Stack):
             **stack,
         )
         self.uses_times = scale_by_time
-
-    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
-        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
-        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx

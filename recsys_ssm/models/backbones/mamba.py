@@ -34,13 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from recsys_ssm.models.backbones.base import (
-    Clock,
-    Mixer,
-    Stack,
     Timed,
+    TimedMixer,
+    TimedStack,
     TimeScale,
     at_least_float32,
-    no_timed_steps,
 )
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.selective_scan import selective_scan, selective_scan_step
@@ -55,7 +53,7 @@ class MambaState(NamedTuple):
     """(B, E, N) float32."""
 
 
-class MambaBlock(Mixer):
+class MambaBlock(TimedMixer):
     """One Mamba block; parameters have the names, shapes and initialisation of the public implementation.
 
     Args:
@@ -71,6 +69,8 @@ class MambaBlock(Mixer):
         scale_by_time: Scale the step sizes of a token by the time since the event before
             (:class:`~recsys_ssm.models.backbones.base.TimeScale`).
     """
+
+    label: ClassVar[str] = "Mamba"
 
     def __init__(
         self,
@@ -115,25 +115,6 @@ class MambaBlock(Mixer):
         ).clamp(min=dt_init_floor)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
-
-    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
-        return self._run(x_BLD, context, None, False)[0]
-
-    def extend(
-        self, x_BLD: Tensor, state: MambaState, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
-        """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba")
-        y_BLD, after = self._run(x_BLD, seq_idx, state, True)
-        assert after is not None
-        return y_BLD, after
-
-    def follow(self, x_BLD: Tensor, state: MambaState) -> Tensor:
-        """Return the outputs of :meth:`extend` alone."""
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba")
-        return self._run(x_BLD, None, state, False)[0]
 
     def _run(
         self,
@@ -187,8 +168,7 @@ class MambaBlock(Mixer):
         )
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba")
+        self.check_steps()
         x_BE, z_BE = self.in_proj(x_BD).chunk(2, dim=-1)
         x_BE, conv = causal_conv1d_step(
             x_BE, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
@@ -217,7 +197,7 @@ class MambaBlock(Mixer):
         return nn.functional.linear(dt_R, self.dt_proj.weight), B_N, C_N
 
 
-class Mamba(Stack):
+class Mamba(TimedStack):
     """Mamba blocks in a stack; the defaults are FT-Mamba's tower, 479,232 parameters at d_model 128.
 
     The paper does not say if there is a residual connection. ``residual`` decides; docs/results.md has both results.
@@ -274,7 +254,3 @@ class Mamba(Stack):
             **stack,
         )
         self.uses_times = scale_by_time
-
-    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
-        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
-        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx

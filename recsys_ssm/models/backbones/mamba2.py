@@ -35,13 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_ssm.models.backbones.base import (
-    Clock,
-    Mixer,
-    Stack,
     Timed,
+    TimedMixer,
+    TimedStack,
     TimeScale,
     at_least_float32,
-    no_timed_steps,
 )
 from recsys_ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recsys_ssm.ops.ssd import ssd, ssd_step
@@ -90,7 +88,7 @@ class Mamba2State(NamedTuple):
     """(B, H, P, N) float32."""
 
 
-class Mamba2Block(Mixer):
+class Mamba2Block(TimedMixer):
     """One Mamba-2 block; parameters have the names, shapes and initialisation of the public implementation.
 
     Args:
@@ -112,6 +110,8 @@ class Mamba2Block(Mixer):
     Raises:
         ValueError: E is not a multiple of ``headdim``, or H is not a multiple of ``ngroups``.
     """
+
+    label: ClassVar[str] = "Mamba-2"
 
     def __init__(
         self,
@@ -167,25 +167,6 @@ class Mamba2Block(Mixer):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self.time_scale = TimeScale(self.heads) if scale_by_time else None
 
-    def forward(self, x_BLD: Tensor, context: Tensor | Timed | None = None) -> Tensor:
-        return self._run(x_BLD, context, None, False)[0]
-
-    def extend(
-        self, x_BLD: Tensor, state: Mamba2State, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, Mamba2State]:
-        """Run over L tokens that follow those of a state, and return the outputs and the state after them."""
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba-2")
-        y_BLD, after = self._run(x_BLD, seq_idx, state, True)
-        assert after is not None
-        return y_BLD, after
-
-    def follow(self, x_BLD: Tensor, state: Mamba2State) -> Tensor:
-        """Return the outputs of :meth:`extend` alone."""
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba-2")
-        return self._run(x_BLD, None, state, False)[0]
-
     def _run(
         self,
         x_BLD: Tensor,
@@ -237,8 +218,7 @@ class Mamba2Block(Mixer):
         )
 
     def step(self, x_BD: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        if self.time_scale is not None:
-            raise no_timed_steps("Mamba-2")
+        self.check_steps()
         z_BE, xBC_BX, dt_BH = self._split(x_BD)
         xBC_BX, conv = causal_conv1d_step(
             xBC_BX, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
@@ -273,7 +253,7 @@ class Mamba2Block(Mixer):
         )
 
 
-class Mamba2(Stack):
+class Mamba2(TimedStack):
     """Mamba-2 blocks in a stack.
 
     2Mamba4Rec is Mamba4Rec (see :class:`Stack`) with d_model 64, one layer, d_state 128, headdim 4: 78,496 parameters,
@@ -329,7 +309,3 @@ class Mamba2(Stack):
             **stack,
         )
         self.uses_times = scale_by_time
-
-    def context(self, tokens: Tensor, seq_idx: Tensor | None, clock: Clock | None = None) -> Any:
-        """Return ``seq_idx``, with the time since the event before where steps are scaled by it."""
-        return Timed(seq_idx, clock.gap) if self.uses_times and clock is not None else seq_idx
