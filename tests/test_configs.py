@@ -152,7 +152,9 @@ def data_of_task(task: str) -> Any:
     schema = FeatureSchema.from_dict({"numeric": [], "categorical": []})
     common = {"item_ids": ["a", "b", "c"], "items": None, "generated": False, "notes": []}
     if task == "two_tower":
-        splits = SimpleNamespace(user_schema=schema, item_schema=schema, **common)
+        splits = SimpleNamespace(
+            user_schema=schema, item_schema=schema, relevant_above=0.0, **common
+        )
         return SimpleNamespace(splits=splits, name="tiny")
     splits = SimpleNamespace(
         histories=None,

@@ -173,7 +173,7 @@ class TwoTower(Recommender):
             "item_schema": splits.item_schema.to_dict(quantiles=True),
             "item_ids": splits.item_ids,
             "items": splits.items,
-            "relevant_above": getattr(splits, "relevant_above", 0.0),
+            "relevant_above": splits.relevant_above,
         }
 
     def set_metrics(self, metrics: Sequence[str]) -> None:
