@@ -185,9 +185,7 @@ class HistoryRecommender(Recommender):
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         warm = [row for row, history in enumerate(known) if history or self.start_token]
         k = min(k, len(self.item_ids))
-        top_UK = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
-        top_UK = top_UK.expand(len(known), -1).clone()
-        scores_UK = torch.full(top_UK.shape, torch.nan)
+        top_UK, scores_UK = self.most_popular(len(known), k)
         if warm:
             asked = [known[row] for row in warm]
             beside: dict[str, Any] = (
@@ -196,6 +194,17 @@ class HistoryRecommender(Recommender):
             top, scores = self.candidates(asked, k, filter_seen=filter_seen, **beside)
             top_UK[warm], scores_UK[warm] = top, scores.float()
         return top_UK, scores_UK
+
+    def most_popular(self, n_users: int, k: int) -> tuple[Tensor, Tensor]:
+        """Return the catalogue indices of the most popular items for each user, and scores that are NaN: (U, K) each.
+
+        Args:
+            n_users: U.
+            k: K, no more than there are items.
+        """
+        top_K = torch.argsort(self.item_counts.cpu(), descending=True, stable=True)[:k]
+        top_UK = top_K.expand(n_users, -1).clone()
+        return top_UK, torch.full(top_UK.shape, torch.nan)
 
     def known_items(self, histories: Sequence[Sequence[str]]) -> list[History]:
         """Return the catalogue indices of histories, without unknown items.

@@ -231,9 +231,7 @@ class StreamingRecommender:
         k = min(k, len(model.item_ids))
         with self._lock, model.inference():
             query, warm = self._queries(users)
-            popular = torch.argsort(model.item_counts.cpu(), descending=True, stable=True)[:k]
-            top = popular.expand(len(users), -1).clone()
-            scores = torch.full(top.shape, torch.nan)
+            top, scores = model.most_popular(len(users), k)
             rows = warm.nonzero().squeeze(1)
             if rows.numel():
                 seen = self._seen([users[row] for row in rows.tolist()]) if filter_seen else None
